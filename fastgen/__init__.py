@@ -1,0 +1,6 @@
+"""fastgen: generative models in PyTorch on hand-built CPU and CUDA kernels."""
+
+from fastgen import functional, random
+from fastgen._version import __version__
+
+__all__ = ["__version__", "functional", "random"]
