@@ -1,0 +1,230 @@
+"""What every model shares: a configuration that survives JSON, and weights in a folder.
+
+A model folder holds `config.json` (the configuration, its `model_type` and the fastgen version that
+wrote it) and `model.safetensors` (the state dict).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fastgen import _files
+from fastgen._version import __version__
+from fastgen.random import Device
+
+__all__ = ["PretrainedConfig", "PretrainedModel", "from_pretrained"]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+Folder = str | os.PathLike[str]
+
+_model_classes: dict[str, type[PretrainedModel]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedConfig:
+    """Base of the model configurations: frozen dataclasses of JSON values, checked when made."""
+
+    model_type: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": self.model_type, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The configuration of a `to_dict` or of plain fields; fields left out keep their defaults.
+
+        Raises:
+            ValueError: for another model_type, a key that is no field, or a value out of range.
+        """
+        fields = dict(fields)
+        model_type = fields.pop("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"model_type: expected {cls.model_type!r} for {cls.__name__}, got {model_type!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in fields:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+                raise ValueError(f"{cls.__name__}: no field {key!r}; {hint}")
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls.from_dict(_parse_json(text, "the text"))
+
+
+class PretrainedModel(nn.Module):
+    """Base of the models: `Model(config)` or `Model(**fields)`, `save_pretrained`, `from_pretrained`.
+
+    A subclass names its configuration class and has no other state than parameters and persistent
+    buffers, so that the two files are the whole model.
+    """
+
+    config_class: ClassVar[type[PretrainedConfig]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "config_class" in cls.__dict__:
+            _model_classes[cls.config_class.model_type] = cls
+
+    def __init__(self, config: PretrainedConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        if config is None:
+            config = self.config_class.from_dict(fields)
+        elif fields:
+            raise ValueError(f"config: expected either a configuration or fields, got both ({', '.join(fields)})")
+        elif not isinstance(config, self.config_class):
+            raise TypeError(f"config: expected a {self.config_class.__name__}, got {type(config).__name__}")
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode and no gradients for a block; every submodule's mode is put back afterwards."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def save_pretrained(self, directory: Folder) -> None:
+        """Write `config.json` and `model.safetensors` into `directory`, which is made if missing.
+
+        Each file is replaced whole or not at all. The configuration comes last: a folder of an
+        interrupted first save is not taken for a model.
+        """
+        safetensors = _safetensors()
+        folder = Path(directory)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder}: expected a folder to save the model in, got a file")
+        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        with _files.atomic_path(folder / WEIGHTS_FILE) as temporary:
+            safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+        header = {"model_type": self.config.model_type, "fastgen_version": __version__}
+        _files.write_text(folder / CONFIG_FILE, json.dumps({**header, **self.config.to_dict()}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory: Folder, device: Device = None, dtype: torch.dtype | None = None) -> Self:
+        """The model of a folder written by `save_pretrained`, in evaluation mode.
+
+        Args:
+            directory: the folder.
+            device: where to put it (default: the CPU).
+            dtype: what to convert floating-point weights to (default: as they were saved).
+
+        Raises:
+            FileNotFoundError: for a missing folder or file.
+            ValueError: for a damaged file, another model type, or weights that do not fit the configuration.
+            ImportError: without safetensors.
+        """
+        folder = Path(directory)
+        fields = _read_config(folder)
+        try:
+            config = cls.config_class.from_dict(fields)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+        state = _read_weights(folder, torch.device("cpu" if device is None else device))
+        # On the meta device nothing is initialised, so torch's generator stays where it was.
+        with torch.device("meta"):
+            model = cls(config)
+        _check_state(folder / WEIGHTS_FILE, state, model.state_dict())
+        model.load_state_dict(state, assign=True)
+        return model.to(dtype=dtype).eval()
+
+
+def from_pretrained(directory: Folder, device: Device = None, dtype: torch.dtype | None = None) -> PretrainedModel:
+    """The model of a folder, of whatever family its `config.json` names; see `PretrainedModel.from_pretrained`."""
+    folder = Path(directory)
+    model_type = _read_config(folder).get("model_type")
+    if model_type not in _model_classes:
+        known = ", ".join(sorted(_model_classes))
+        raise ValueError(f"{folder / CONFIG_FILE}: model_type: expected one of {known}, got {model_type!r}")
+    return _model_classes[model_type].from_pretrained(folder, device, dtype)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("weights are kept in safetensors files: pip install 'fastgen-torch[models]'") from None
+    return safetensors
+
+
+def _parse_json(text: str, source: object) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _existing(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    return path
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = _existing(folder, CONFIG_FILE)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not valid JSON (not UTF-8 text)") from None
+    fields = _parse_json(text, path)
+    fields.pop("fastgen_version", None)
+    return fields
+
+
+def _read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
+    safetensors = _safetensors()
+    path = _existing(folder, WEIGHTS_FILE)
+    try:
+        state: dict[str, Tensor] = safetensors.torch.load_file(path, device=str(device))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
+    return state
+
+
+def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        lists = (("missing", missing), ("unexpected", unexpected))
+        found = "; ".join(f"{what} {', '.join(names)}" for what, names in lists if names)
+        raise ValueError(f"{path}: the weights do not fit the configuration: {found}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{path}: the weights do not fit the configuration: {name} expected shape "
+                f"{tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
+            )

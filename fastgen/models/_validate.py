@@ -1,0 +1,54 @@
+"""Checks of configuration fields and arguments: each returns the value or raises one line that names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["boolean", "choice", "integer", "integers", "number"]
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: expected an int of at least {minimum}, got {value!r}")
+    return value
+
+
+def integers(name: str, value: Any, minimum: int, *, allow_empty: bool = False) -> tuple[int, ...]:
+    """A tuple of ints from any sequence of them; JSON has lists where a configuration has tuples."""
+    what = f"{name}: expected a sequence of ints of at least {minimum}"
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ValueError(f"{what}, got {value!r}")
+    items = tuple(value)
+    if any(isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in items):
+        raise ValueError(f"{what}, got {items!r}")
+    if not items and not allow_empty:
+        raise ValueError(f"{what}, got an empty one")
+    return items
+
+
+def number(
+    name: str, value: Any, *, above: float = -math.inf, minimum: float = -math.inf, below: float = math.inf
+) -> float:
+    """A finite float with above < value < below and value >= minimum."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not (above < value < below and value >= minimum):
+        limits = [f"above {above:g}"] if above > -math.inf else []
+        limits += [f"of at least {minimum:g}"] if minimum > -math.inf else []
+        limits += [f"below {below:g}"] if below < math.inf else []
+        raise ValueError(f"{name}: expected a finite number {' and '.join(limits)}".rstrip() + f", got {value!r}")
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
+    names = tuple(allowed)
+    if value not in names:
+        raise ValueError(f"{name}: expected one of {', '.join(names)}, got {value!r}")
+    return str(value)

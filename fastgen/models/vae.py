@@ -1,0 +1,520 @@
+"""Variational autoencoder (Kingma & Welling, "Auto-Encoding Variational Bayes", 2014).
+
+The encoder gives a diagonal Gaussian q(z | x), the prior p(z) is N(0, I), and the decoder gives either
+the logits of a Bernoulli p(x | z) or the means of a Gaussian one. With `num_classes` both networks are
+told the label of the example (Sohn et al., "Learning structured output representation using deep
+conditional generative models", 2015).
+
+Example:
+    >>> model = VAE(input_shape=(1, 28, 28), latent_dim=16)
+    >>> model(images).loss.backward()  # images: (B, 1, 28, 28) floats in [0, 1]
+    >>> pictures = model.generate(64, seed=1)  # (64, 1, 28, 28)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgen.functional import reparameterize, reparameterize_kl
+from fastgen.models import _validate
+from fastgen.models._pretrained import PretrainedConfig, PretrainedModel
+from fastgen.random import AnyGenerator, Generator, normal, seed_offset_for
+
+__all__ = ["VAE", "VAEConfig", "VAEOutput"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+_LOG_2PI = math.log(2 * math.pi)
+
+Labels = Tensor | Sequence[int] | int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig(PretrainedConfig):
+    """Everything that defines a VAE but its weights.
+
+    Args:
+        input_shape: shape of one example: (C, H, W) for images, any other for "mlp".
+        latent_dim: dimensions of z.
+        architecture: "mlp" takes any input; "conv" takes images with sides of at least 8.
+        hidden_sizes: widths of the dense layers, from the input to the latent; the decoder mirrors them.
+            May be empty. Default (512, 256) for "mlp"; (256,), between the convolutions and the latent,
+            for "conv".
+        channels: widths of the convolutions, each of which halves the picture; the decoder mirrors them.
+            Default: 32, 64, 128, 256, 256 ... until the smaller side is under 8. Empty for "mlp".
+        activation: "elu", "gelu", "leaky_relu", "relu", "silu" or "tanh".
+        dropout: probability of dropping an activation of a dense hidden layer, 0 <= dropout < 1.
+        likelihood: "bernoulli" for data in [0, 1], "gaussian" for any real data.
+        learn_variance: whether the Gaussian's variance is a parameter. It is one number for all elements
+            of all examples: that calibrates reconstruction against KL without the collapse of a variance
+            for each pixel (Rybkin et al., "Simple and effective VAE training with calibrated decoders", 2021).
+        variance: the Gaussian's variance, in squared units of the data; where it starts if it is learned.
+        beta: weight of the KL divergence (Higgins et al., "beta-VAE", 2017); 1 gives the ELBO.
+        kl_warmup_steps: training steps over which the weight rises linearly from 0 to beta.
+        free_bits: nats of KL that each latent dimension may use at no cost (Kingma et al., "Improved
+            variational inference with inverse autoregressive flow", 2016, section C.8).
+        num_classes: labels are 0 .. num_classes - 1; 0 for an unconditional model.
+
+    Raises:
+        ValueError: for a field out of range, naming it.
+    """
+
+    model_type: ClassVar[str] = "vae"
+
+    input_shape: tuple[int, ...] = (1, 28, 28)
+    latent_dim: int = 16
+    architecture: str = "conv"
+    hidden_sizes: tuple[int, ...] | None = None
+    channels: tuple[int, ...] | None = None
+    activation: str = "gelu"
+    dropout: float = 0.0
+    likelihood: str = "bernoulli"
+    learn_variance: bool = True
+    variance: float = 0.1
+    beta: float = 1.0
+    kl_warmup_steps: int = 0
+    free_bits: float = 0.0
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "input_shape": _validate.integers("input_shape", self.input_shape, 1),
+            "latent_dim": _validate.integer("latent_dim", self.latent_dim, 1),
+            "architecture": _validate.choice("architecture", self.architecture, ("mlp", "conv")),
+            "activation": _validate.choice("activation", self.activation, ACTIVATIONS),
+            "dropout": _validate.number("dropout", self.dropout, minimum=0, below=1),
+            "likelihood": _validate.choice("likelihood", self.likelihood, ("bernoulli", "gaussian")),
+            "learn_variance": _validate.boolean("learn_variance", self.learn_variance),
+            "variance": _validate.number("variance", self.variance, above=0),
+            "beta": _validate.number("beta", self.beta, minimum=0),
+            "kl_warmup_steps": _validate.integer("kl_warmup_steps", self.kl_warmup_steps, 0),
+            "free_bits": _validate.number("free_bits", self.free_bits, minimum=0),
+            "num_classes": _validate.integer("num_classes", self.num_classes, 0),
+        }
+        convolutional = self.architecture == "conv"
+        hidden = ((256,) if convolutional else (512, 256)) if self.hidden_sizes is None else self.hidden_sizes
+        checked["hidden_sizes"] = _validate.integers("hidden_sizes", hidden, 1, allow_empty=True)
+        checked["channels"] = self._conv_channels(checked["input_shape"]) if convolutional else self._no_channels()
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def _conv_channels(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) != 3 or min(shape[1:]) < 8:
+            raise ValueError(f"input_shape: expected (C, H, W) with H, W of at least 8 for 'conv', got {shape}")
+        side = min(shape[1:])
+        if self.channels is None:
+            halvings = side.bit_length() - 3  # leaves 4 <= side < 8
+            return tuple(min(32 << level, 256) for level in range(halvings))
+        channels = _validate.integers("channels", self.channels, 1)
+        if side >> len(channels) == 0:
+            raise ValueError(f"channels: expected at most {side.bit_length() - 1} for {shape}, got {len(channels)}")
+        return channels
+
+    def _no_channels(self) -> tuple[int, ...]:
+        if self.channels:
+            raise ValueError(f"channels: expected none for 'mlp', got {self.channels!r}")
+        return ()
+
+
+@dataclasses.dataclass
+class VAEOutput:
+    """What `VAE.forward` gives; B examples, all losses in nats.
+
+    Attributes:
+        loss: scalar, the mean over the batch of reconstruction + weight * KL, to be minimised.
+        reconstruction_loss: (B,), -log p(x | z).
+        kl: (B,), KL(q(z | x) || p(z)).
+        mu, logvar: (B, latent_dim), mean and log-variance of q(z | x).
+        z: (B, latent_dim), the sample of it.
+        decoded: (B, *input_shape), the decoder's output: logits ("bernoulli") or means ("gaussian").
+        likelihood: which of the two.
+    """
+
+    loss: Tensor
+    reconstruction_loss: Tensor
+    kl: Tensor
+    mu: Tensor
+    logvar: Tensor
+    z: Tensor
+    decoded: Tensor
+    likelihood: str
+
+    @property
+    def elbo(self) -> Tensor:
+        """(B,): the single-sample lower bound of log p(x), whatever beta and free bits did to `loss`."""
+        return -(self.reconstruction_loss + self.kl)
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """(B, *input_shape): the means of p(x | z)."""
+        return _means(self.decoded, self.likelihood)
+
+    @property
+    def kl_per_dimension(self) -> Tensor:
+        """(latent_dim,): the KL of each dimension, averaged over the batch; near 0 where it is unused."""
+        return _elementwise_kl(self.mu, self.logvar).mean(0)
+
+
+class VAE(PretrainedModel):
+    """Variational autoencoder; `VAE(config)` or `VAE(**fields)` with the fields of `VAEConfig`.
+
+    Losses, latents and their statistics are at least float32, also in a half-precision model and under
+    autocast. The weights draw their initial values from torch's default generator.
+    """
+
+    config_class = VAEConfig
+    config: VAEConfig
+
+    def __init__(self, config: VAEConfig | None = None, **fields: Any) -> None:
+        super().__init__(config, **fields)
+        self.encoder = _Encoder(self.config)
+        self.decoder = _Decoder(self.config)
+        if self.config.likelihood == "gaussian":
+            log_variance = torch.tensor(math.log(self.config.variance))
+            if self.config.learn_variance:
+                self.log_variance = nn.Parameter(log_variance)
+            else:
+                self.register_buffer("log_variance", log_variance)
+
+    @property
+    def noise_per_sample(self) -> int:
+        """Elements of the random stream that one example takes in `forward`.
+
+        Row r of a batch gets elements [r * noise_per_sample, (r + 1) * noise_per_sample) from the
+        generator's offset on, so a rank that starts at its first row sees what one process would.
+        """
+        return self.config.latent_dim
+
+    def kl_weight(self, step: int | None = None) -> float:
+        """Weight of the KL divergence at training step `step`, counted from 0; None: after the warm-up."""
+        warmup = self.config.kl_warmup_steps
+        if step is None or step >= warmup:
+            return self.config.beta
+        return self.config.beta * (step / warmup)
+
+    def forward(
+        self, x: Tensor, labels: Labels = None, *, step: int | None = None, generator: AnyGenerator = None
+    ) -> VAEOutput:
+        """Loss and everything on the way to it.
+
+        loss = mean over the batch of -log p(x | z) + kl_weight(step) * KL(q(z | x) || p(z)). With free
+        bits f > 0 the KL term is the sum over dimensions of max(f, mean KL of the dimension) instead.
+
+        Args:
+            x: (B, *input_shape) floats; in [0, 1] for "bernoulli", whose values are taken as they are, as
+                probabilities of a pixel being on.
+            labels: (B,) ints for a conditional model, else None.
+            step: training step, for the KL warm-up.
+            generator: source of the noise; see `fastgen.functional.reparameterize`.
+
+        Raises:
+            TypeError, ValueError: for an argument that does not fit, naming it. The range of `x` and of
+                `labels` is looked at on the CPU only, elsewhere it would stall the device.
+        """
+        x = self._check_input("x", x)
+        condition = self._condition(labels, len(x))
+        mu, logvar = self._encode(x, condition)
+        if self.config.free_bits > 0:
+            z = reparameterize(mu, logvar, generator=generator)
+            elementwise = _elementwise_kl(mu, logvar)
+            kl = elementwise.sum(-1)
+            kl_term = elementwise.mean(0).clamp_min(self.config.free_bits).sum()
+        else:
+            z, kl = reparameterize_kl(mu, logvar, generator=generator)
+            kl_term = kl.mean()
+        decoded = self._decode(z, condition)
+        reconstruction_loss = self._reconstruction_loss(x, decoded)
+        loss = reconstruction_loss.mean() + self.kl_weight(step) * kl_term
+        return VAEOutput(loss, reconstruction_loss, kl, mu, logvar, z, decoded, self.config.likelihood)
+
+    def encode(self, x: Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
+        """(mu, logvar) of q(z | x), each (B, latent_dim); x and labels as for `forward`."""
+        x = self._check_input("x", x)
+        return self._encode(x, self._condition(labels, len(x)))
+
+    def decode(self, z: Tensor, labels: Labels = None) -> Tensor:
+        """(B, *input_shape): the means of p(x | z) for z (B, latent_dim)."""
+        if z.dim() != 2 or z.shape[1] != self.config.latent_dim:
+            raise ValueError(f"z: expected shape (B, {self.config.latent_dim}), got {tuple(z.shape)}")
+        return _means(self._decode(z, self._condition(labels, len(z))), self.config.likelihood)
+
+    def reconstruct(self, x: Tensor, labels: Labels = None) -> Tensor:
+        """(B, *input_shape): x through the mean of its posterior and back; evaluation mode, no gradients."""
+        with self.inference():
+            mu, _ = self.encode(x, labels)
+            return self.decode(mu, labels)
+
+    def interpolate(
+        self, a: Tensor, b: Tensor, steps: int = 8, labels: Labels = None, labels_b: Labels = None
+    ) -> Tensor:
+        """(B, steps, *input_shape): pictures on the way from the reconstruction of a to that of b.
+
+        The way is the straight line between the posterior means: unlike prior samples these do not lie on
+        a sphere, and the line stays where the decoder was trained. A conditional model moves from `labels`
+        to `labels_b` (default: the same) in the same proportion. Evaluation mode, no gradients.
+
+        Args:
+            a, b: (B, *input_shape) each.
+            steps: pictures a row, both ends included, at least 2.
+        """
+        _validate.integer("steps", steps, 2)
+        if a.shape != b.shape:
+            raise ValueError(f"b: expected the shape of a, {tuple(a.shape)}, got {tuple(b.shape)}")
+        with self.inference():
+            a, b = self._check_input("a", a), self._check_input("b", b)
+            condition_a = self._condition(labels, len(a))
+            condition_b = condition_a if labels_b is None else self._condition(labels_b, len(b))
+            start, end = self._encode(a, condition_a)[0], self._encode(b, condition_b)[0]
+            weight = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device).view(1, steps, 1)
+            z = torch.lerp(start.unsqueeze(1), end.unsqueeze(1), weight).flatten(0, 1)
+            if condition_a is not None and condition_b is not None:
+                blend = weight.to(condition_a.dtype)
+                condition_a = torch.lerp(condition_a.unsqueeze(1), condition_b.unsqueeze(1), blend).flatten(0, 1)
+            means = _means(self._decode(z, condition_a), self.config.likelihood)
+            return means.view(len(a), steps, *self.config.input_shape)
+
+    def generate(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        labels: Labels = None,
+        generator: AnyGenerator = None,
+        temperature: float = 1.0,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """(n, *input_shape): means of p(x | z) for z drawn from the prior; evaluation mode, no gradients.
+
+        The latents of a seed have the same bits on every device, in every dtype of the model and for every
+        `batch_size`, and those of a smaller n are the first of a larger one; pictures agree up to the
+        rounding of the network.
+
+        Args:
+            n: how many, at least 1.
+            seed: shorthand for `generator=fastgen.random.Generator(seed)`.
+            labels: the class of each (one int for all, or n of them); default for a conditional model:
+                0, 1, ..., num_classes - 1, 0, 1, ...
+            generator: source of the latents; default torch's default generator.
+            temperature: standard deviation of the latents, at least 0. Under 1: more typical, less varied.
+            batch_size: pictures decoded at once.
+        """
+        _validate.integer("n", n, 1)
+        _validate.integer("batch_size", batch_size, 1)
+        _validate.number("temperature", temperature, minimum=0)
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("seed: expected None where a generator is given, got both")
+            generator = Generator(seed)
+        if labels is None and self.config.num_classes:
+            labels = torch.arange(n, device=self.device) % self.config.num_classes
+        elif isinstance(labels, int):
+            labels = torch.full((n,), labels, device=self.device)
+        with self.inference():
+            condition = self._condition(labels, n)
+            # float32 whatever the model's dtype: float64 draws come from another stream.
+            size = (n, self.config.latent_dim)
+            z = normal(size, std=temperature, generator=generator, dtype=torch.float32, device=self.device)
+            batches = [
+                self._decode(z[rows], None if condition is None else condition[rows])
+                for rows in (slice(start, start + batch_size) for start in range(0, n, batch_size))
+            ]
+            return _means(torch.cat(batches), self.config.likelihood)
+
+    def importance_weighted_bound(
+        self,
+        x: Tensor,
+        labels: Labels = None,
+        *,
+        num_samples: int = 100,
+        generator: AnyGenerator = None,
+        chunk_size: int = 1024,
+    ) -> Tensor:
+        """(B,): lower bound of log p(x) in nats (Burda et al., "Importance weighted autoencoders", 2016, eq. 8).
+
+        log of the mean over K samples z_k of q(z | x) of p(x, z_k) / q(z_k | x). K = 1 is the ELBO; the
+        bound rises with K, towards log p(x). Evaluation mode, no gradients. Noise is taken example by
+        example, so the result depends neither on `chunk_size` nor on how a data set is split into batches.
+
+        Args:
+            x, labels: as for `forward`.
+            num_samples: K, at least 1.
+            generator: source of the noise, num_samples * noise_per_sample elements an example.
+            chunk_size: (example, sample) pairs decoded at once, which bounds the memory.
+        """
+        _validate.integer("num_samples", num_samples, 1)
+        _validate.integer("chunk_size", chunk_size, 1)
+        with self.inference():
+            x = self._check_input("x", x)
+            condition = self._condition(labels, len(x))
+            mu, logvar = self._encode(x, condition)
+            if not isinstance(generator, Generator):  # one draw from torch's for all chunks
+                state = seed_offset_for(generator, 0, x.device)
+                generator = Generator(0, device=x.device).set_state(state)
+            pairs = torch.arange(len(x), device=x.device).repeat_interleave(num_samples)
+            chunks = []
+            for rows in torch.split(pairs, chunk_size):
+                z = reparameterize(mu[rows], logvar[rows], generator=generator)
+                decoded = self._decode(z, None if condition is None else condition[rows])
+                log_likelihood = -self._reconstruction_loss(x[rows], decoded)
+                chunks.append(log_likelihood + _log_prior_ratio(z, mu[rows], logvar[rows]))
+            log_weights = torch.cat(chunks).view(len(x), num_samples)
+            return torch.logsumexp(log_weights, dim=1) - math.log(num_samples)
+
+    def _encode(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        mu, logvar = _at_least_float32(self.encoder(x, condition)).chunk(2, dim=-1)
+        return mu, logvar
+
+    def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        decoded: Tensor = self.decoder(z.to(self.dtype), condition)
+        return decoded
+
+    def _reconstruction_loss(self, x: Tensor, decoded: Tensor) -> Tensor:
+        """(B,): -log p(x | z)."""
+        x, decoded = _at_least_float32(x.flatten(1)), _at_least_float32(decoded.flatten(1))
+        if self.config.likelihood == "bernoulli":
+            return F.binary_cross_entropy_with_logits(decoded, x, reduction="none").sum(-1)
+        log_variance = _at_least_float32(self.log_variance)
+        squares = (x - decoded).square().sum(-1)
+        return 0.5 * (squares * torch.exp(-log_variance) + x.shape[1] * (_LOG_2PI + log_variance))
+
+    def _check_input(self, name: str, x: Tensor) -> Tensor:
+        """x in the dtype of the weights."""
+        if x.shape[1:] != self.config.input_shape or x.dim() == 0:
+            expected = ", ".join(str(extent) for extent in ("B", *self.config.input_shape))
+            raise ValueError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected floating-point values, got {str(x.dtype).removeprefix('torch.')}")
+        if self.config.likelihood == "bernoulli" and _may_look_at(x) and x.numel():
+            low, high = (float(value) for value in torch.aminmax(x))
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"{name}: expected values in [0, 1] for 'bernoulli', got {low:g} to {high:g}")
+        return x.to(self.dtype)
+
+    def _condition(self, labels: Labels, batch: int) -> Tensor | None:
+        """(B, num_classes): the labels, one-hot; None for an unconditional model.
+
+        What a dense layer makes of a one-hot input is an embedding of the label, learned with the layer.
+        """
+        classes = self.config.num_classes
+        if classes == 0:
+            if labels is not None:
+                raise ValueError("labels: expected None, the model is unconditional (num_classes is 0)")
+            return None
+        if labels is None:
+            raise ValueError(f"labels: expected {batch} labels for a conditional model, got None")
+        labels = torch.as_tensor(labels, device=self.device)
+        if labels.dtype.is_floating_point or labels.dtype in (torch.bool, torch.complex64):
+            raise TypeError(f"labels: expected ints, got {str(labels.dtype).removeprefix('torch.')}")
+        if labels.shape != (batch,):
+            raise ValueError(f"labels: expected shape ({batch},), got {tuple(labels.shape)}")
+        if _may_look_at(labels) and batch:
+            low, high = (int(value) for value in torch.aminmax(labels))
+            if low < 0 or high >= classes:
+                raise ValueError(f"labels: expected 0 to {classes - 1}, got {low if low < 0 else high}")
+        return F.one_hot(labels.long(), classes).to(self.dtype)
+
+
+class _Encoder(nn.Module):
+    """(B, *input_shape) -> (B, 2 * latent_dim): mu and logvar side by side."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        shapes = _pyramid(config)
+        self.features = nn.Sequential()
+        for before, after in itertools.pairwise(shapes):
+            self.features.append(nn.Conv2d(before[0], after[0], kernel_size=4, stride=2, padding=1))
+            self.features.append(ACTIVATIONS[config.activation]())
+        sizes = (math.prod(shapes[-1]) + config.num_classes, *(config.hidden_sizes or ()), 2 * config.latent_dim)
+        self.head = _dense(sizes, config)
+
+    def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        statistics: Tensor = self.head(_join(self.features(x).flatten(1), condition))
+        return statistics
+
+
+class _Decoder(nn.Module):
+    """(B, latent_dim) -> (B, *input_shape): the encoder's layers mirrored."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        shapes = _pyramid(config)[::-1]
+        sizes = (config.latent_dim + config.num_classes, *reversed(config.hidden_sizes or ()), math.prod(shapes[0]))
+        self.head = _dense(sizes, config)
+        self.features = nn.Sequential(nn.Unflatten(1, shapes[0]))
+        for before, after in itertools.pairwise(shapes):
+            self.features.append(ACTIVATIONS[config.activation]())
+            odd = (after[1] % 2, after[2] % 2)  # gives back the row or column that the halving dropped
+            self.features.append(
+                nn.ConvTranspose2d(before[0], after[0], kernel_size=4, stride=2, padding=1, output_padding=odd)
+            )
+
+    def forward(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        decoded: Tensor = self.features(self.head(_join(z, condition)))
+        return decoded
+
+
+def _pyramid(config: VAEConfig) -> list[tuple[int, ...]]:
+    """Shapes of an example before the first convolution and after each; only the first for "mlp".
+
+    Kernels of 4 with stride 2 and padding 1 halve a side, rounding down. A kernel that the stride divides
+    touches every pixel equally often, so the transposed one draws no checkerboard (Odena et al.,
+    "Deconvolution and checkerboard artifacts", 2016).
+    """
+    shapes = [config.input_shape]
+    for width in config.channels or ():
+        shapes.append((width, *(side // 2 for side in shapes[-1][1:])))
+    return shapes
+
+
+def _dense(sizes: Sequence[int], config: VAEConfig) -> nn.Sequential:
+    """Linear layers with activation and dropout between them."""
+    layers = nn.Sequential()
+    for size, following in itertools.pairwise(sizes):
+        if layers:
+            layers.append(ACTIVATIONS[config.activation]())
+            if config.dropout:
+                layers.append(nn.Dropout(config.dropout))
+        layers.append(nn.Linear(size, following))
+    return layers
+
+
+def _join(x: Tensor, condition: Tensor | None) -> Tensor:
+    return x if condition is None else torch.cat((x, condition), dim=-1)
+
+
+def _means(decoded: Tensor, likelihood: str) -> Tensor:
+    return torch.sigmoid(decoded) if likelihood == "bernoulli" else decoded
+
+
+def _elementwise_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of each element (Kingma & Welling, 2014, appendix B)."""
+    return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar))
+
+
+def _log_prior_ratio(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """(B,): log p(z) - log q(z | x)."""
+    noise_square = (z - mu).square() * torch.exp(-logvar)
+    return 0.5 * (noise_square + logvar - z.square()).sum(-1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _may_look_at(x: Tensor) -> bool:
+    """Whether the values are at hand: not on a device that would have to be waited for, nor being traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
