@@ -44,12 +44,13 @@ class PretrainedConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The configuration of a `to_dict` or of plain fields; fields left out keep their defaults.
+        """The configuration of a `to_dict`, of a `config.json` or of plain fields; the rest keep their defaults.
 
         Raises:
             ValueError: for another model_type, a key that is no field, or a value out of range.
         """
         fields = dict(fields)
+        version = fields.pop("fastgen_version", __version__)
         model_type = fields.pop("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f"model_type: expected {cls.model_type!r} for {cls.__name__}, got {model_type!r}")
@@ -58,7 +59,8 @@ class PretrainedConfig:
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
-                raise ValueError(f"{cls.__name__}: no field {key!r}; {hint}")
+                origin = "" if version == __version__ else f" (written by fastgen {version}, this is {__version__})"
+                raise ValueError(f"{cls.__name__}: no field {key!r}; {hint}{origin}")
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -162,7 +164,7 @@ def from_pretrained(directory: Folder, device: Device = None, dtype: torch.dtype
     """The model of a folder, of whatever family its `config.json` names; see `PretrainedModel.from_pretrained`."""
     folder = Path(directory)
     model_type = _read_config(folder).get("model_type")
-    if model_type not in _model_classes:
+    if not isinstance(model_type, str) or model_type not in _model_classes:
         known = ", ".join(sorted(_model_classes))
         raise ValueError(f"{folder / CONFIG_FILE}: model_type: expected one of {known}, got {model_type!r}")
     return _model_classes[model_type].from_pretrained(folder, device, dtype)
@@ -201,9 +203,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not valid JSON (not UTF-8 text)") from None
-    fields = _parse_json(text, path)
-    fields.pop("fastgen_version", None)
-    return fields
+    return _parse_json(text, path)
 
 
 def _read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 __all__ = ["boolean", "choice", "integer", "integers", "number"]
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    """An int from an int or what stands for one, such as a NumPy integer."""
+    if not _is_integer(value) or value < minimum:
         raise ValueError(f"{name}: expected an int of at least {minimum}, got {value!r}")
-    return value
+    return operator.index(value)
 
 
 def integers(name: str, value: Any, minimum: int, *, allow_empty: bool = False) -> tuple[int, ...]:
@@ -21,11 +25,11 @@ def integers(name: str, value: Any, minimum: int, *, allow_empty: bool = False) 
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise ValueError(f"{what}, got {value!r}")
     items = tuple(value)
-    if any(isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in items):
+    if not all(_is_integer(item) and item >= minimum for item in items):
         raise ValueError(f"{what}, got {items!r}")
     if not items and not allow_empty:
         raise ValueError(f"{what}, got an empty one")
-    return items
+    return tuple(operator.index(item) for item in items)
 
 
 def number(
@@ -52,3 +56,7 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     if value not in names:
         raise ValueError(f"{name}: expected one of {', '.join(names)}, got {value!r}")
     return str(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))

@@ -38,6 +38,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LOG_2PI = math.log(2 * math.pi)
 
 Labels = Tensor | Sequence[int] | int | None
@@ -217,7 +218,7 @@ class VAE(PretrainedModel):
         Args:
             x: (B, *input_shape) floats; in [0, 1] for "bernoulli", whose values are taken as they are, as
                 probabilities of a pixel being on.
-            labels: (B,) ints for a conditional model, else None.
+            labels: (B,) ints, or one int for all, for a conditional model; else None.
             step: training step, for the KL warm-up.
             generator: source of the noise; see `fastgen.functional.reparameterize`.
 
@@ -225,7 +226,7 @@ class VAE(PretrainedModel):
             TypeError, ValueError: for an argument that does not fit, naming it. The range of `x` and of
                 `labels` is looked at on the CPU only, elsewhere it would stall the device.
         """
-        x = self._check_input("x", x)
+        self._check_input("x", x)
         condition = self._condition(labels, len(x))
         mu, logvar = self._encode(x, condition)
         if self.config.free_bits > 0:
@@ -243,11 +244,12 @@ class VAE(PretrainedModel):
 
     def encode(self, x: Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
         """(mu, logvar) of q(z | x), each (B, latent_dim); x and labels as for `forward`."""
-        x = self._check_input("x", x)
+        self._check_input("x", x)
         return self._encode(x, self._condition(labels, len(x)))
 
     def decode(self, z: Tensor, labels: Labels = None) -> Tensor:
         """(B, *input_shape): the means of p(x | z) for z (B, latent_dim)."""
+        _check_tensor("z", z)
         if z.dim() != 2 or z.shape[1] != self.config.latent_dim:
             raise ValueError(f"z: expected shape (B, {self.config.latent_dim}), got {tuple(z.shape)}")
         return _means(self._decode(z, self._condition(labels, len(z))), self.config.likelihood)
@@ -272,10 +274,11 @@ class VAE(PretrainedModel):
             steps: pictures a row, both ends included, at least 2.
         """
         _validate.integer("steps", steps, 2)
-        if a.shape != b.shape:
-            raise ValueError(f"b: expected the shape of a, {tuple(a.shape)}, got {tuple(b.shape)}")
+        self._check_input("a", a)
+        self._check_input("b", b)
+        if len(a) != len(b):
+            raise ValueError(f"b: expected as many examples as a, {len(a)}, got {len(b)}")
         with self.inference():
-            a, b = self._check_input("a", a), self._check_input("b", b)
             condition_a = self._condition(labels, len(a))
             condition_b = condition_a if labels_b is None else self._condition(labels_b, len(b))
             start, end = self._encode(a, condition_a)[0], self._encode(b, condition_b)[0]
@@ -306,7 +309,7 @@ class VAE(PretrainedModel):
         Args:
             n: how many, at least 1.
             seed: shorthand for `generator=fastgen.random.Generator(seed)`.
-            labels: the class of each (one int for all, or n of them); default for a conditional model:
+            labels: the class of each: one int for all, or n ints; default for a conditional model:
                 0, 1, ..., num_classes - 1, 0, 1, ...
             generator: source of the latents; default torch's default generator.
             temperature: standard deviation of the latents, at least 0. Under 1: more typical, less varied.
@@ -321,8 +324,6 @@ class VAE(PretrainedModel):
             generator = Generator(seed)
         if labels is None and self.config.num_classes:
             labels = torch.arange(n, device=self.device) % self.config.num_classes
-        elif isinstance(labels, int):
-            labels = torch.full((n,), labels, device=self.device)
         with self.inference():
             condition = self._condition(labels, n)
             # float32 whatever the model's dtype: float64 draws come from another stream.
@@ -357,8 +358,8 @@ class VAE(PretrainedModel):
         """
         _validate.integer("num_samples", num_samples, 1)
         _validate.integer("chunk_size", chunk_size, 1)
+        self._check_input("x", x)
         with self.inference():
-            x = self._check_input("x", x)
             condition = self._condition(labels, len(x))
             mu, logvar = self._encode(x, condition)
             if not isinstance(generator, Generator):  # one draw from torch's for all chunks
@@ -375,7 +376,7 @@ class VAE(PretrainedModel):
             return torch.logsumexp(log_weights, dim=1) - math.log(num_samples)
 
     def _encode(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        mu, logvar = _at_least_float32(self.encoder(x, condition)).chunk(2, dim=-1)
+        mu, logvar = _at_least_float32(self.encoder(x.to(self.dtype), condition)).chunk(2, dim=-1)
         return mu, logvar
 
     def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
@@ -384,15 +385,16 @@ class VAE(PretrainedModel):
 
     def _reconstruction_loss(self, x: Tensor, decoded: Tensor) -> Tensor:
         """(B,): -log p(x | z)."""
-        x, decoded = _at_least_float32(x.flatten(1)), _at_least_float32(decoded.flatten(1))
+        decoded = _at_least_float32(decoded.flatten(1))
+        x = x.flatten(1).to(decoded.dtype)
         if self.config.likelihood == "bernoulli":
             return F.binary_cross_entropy_with_logits(decoded, x, reduction="none").sum(-1)
         log_variance = _at_least_float32(self.log_variance)
         squares = (x - decoded).square().sum(-1)
         return 0.5 * (squares * torch.exp(-log_variance) + x.shape[1] * (_LOG_2PI + log_variance))
 
-    def _check_input(self, name: str, x: Tensor) -> Tensor:
-        """x in the dtype of the weights."""
+    def _check_input(self, name: str, x: Tensor) -> None:
+        _check_tensor(name, x)
         if x.shape[1:] != self.config.input_shape or x.dim() == 0:
             expected = ", ".join(str(extent) for extent in ("B", *self.config.input_shape))
             raise ValueError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
@@ -402,7 +404,6 @@ class VAE(PretrainedModel):
             low, high = (float(value) for value in torch.aminmax(x))
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"{name}: expected values in [0, 1] for 'bernoulli', got {low:g} to {high:g}")
-        return x.to(self.dtype)
 
     def _condition(self, labels: Labels, batch: int) -> Tensor | None:
         """(B, num_classes): the labels, one-hot; None for an unconditional model.
@@ -416,8 +417,13 @@ class VAE(PretrainedModel):
             return None
         if labels is None:
             raise ValueError(f"labels: expected {batch} labels for a conditional model, got None")
-        labels = torch.as_tensor(labels, device=self.device)
-        if labels.dtype.is_floating_point or labels.dtype in (torch.bool, torch.complex64):
+        if isinstance(labels, int):
+            labels = [labels] * batch
+        try:
+            labels = torch.as_tensor(labels, device=self.device)
+        except (TypeError, ValueError):
+            raise TypeError(f"labels: expected ints, got {labels!r}") from None
+        if labels.dtype not in _INTEGERS:
             raise TypeError(f"labels: expected ints, got {str(labels.dtype).removeprefix('torch.')}")
         if labels.shape != (batch,):
             raise ValueError(f"labels: expected shape ({batch},), got {tuple(labels.shape)}")
@@ -513,6 +519,11 @@ def _log_prior_ratio(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def _may_look_at(x: Tensor) -> bool:
