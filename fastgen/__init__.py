@@ -1,6 +1,7 @@
 """fastgen: generative models in PyTorch on hand-built CPU and CUDA kernels."""
 
 from fastgen import functional, random
+from fastgen._load import build_info
 from fastgen._version import __version__
 
-__all__ = ["__version__", "functional", "random"]
+__all__ = ["__version__", "build_info", "functional", "random"]

@@ -1,0 +1,215 @@
+// Elementary functions with the same bits on every CPU and GPU: single IEEE operations in a fixed order,
+// no fused multiply-add (compile with contraction off). `fastgen/reference.py` states the same algebra in
+// PyTorch; `scripts/fit_polynomials.py` makes the coefficients.
+//
+// F is a float (double) or a vector of them, U the unsigned integers of the same width and lane count.
+// Needed of them: + - * / on F, + - ^ & | << >> on U, and the free functions
+//   negative(U) -> mask of lanes whose top bit is set    less(F, F) -> mask    select(mask, yes, no)
+//   bits(F) -> U    real(U) -> F (same bits)    signed_to_real(U) -> F    shift_right_signed<n>(U)
+//   root(F)    absolute(F)    smaller(F, F), larger(F, F): the second argument if either is NaN
+#pragma once
+
+#include "platform.h"
+
+namespace fastgen {
+
+template <class F, int N, class T>
+FASTGEN_FN F horner(F x, const T (&c)[N]) {
+  F value(c[N - 1]);
+#pragma GCC unroll 16
+  for (int i = N - 2; i >= 0; --i) value = value * x + F(c[i]);
+  return value;
+}
+
+// What differs between the precisions; T is float or double.
+template <class T>
+struct Constants;
+
+template <>
+struct Constants<float> {
+  using Bits = uint32_t;
+  static constexpr int kBits = 32, kMantissa = 23;
+  static constexpr Bits kSqrtHalf = 0x3F3504F3u;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kScale = 0x1p-32f, kHalfStep = 0x1p-33f;
+  static constexpr float kHalfPiScaled = float(1.5707963267948966 * 0x1p-32);
+  // exp: the clamps lie where the result is surely infinite or zero; 1.5 * 2^23 rounds to an integer.
+  static constexpr float kExpLow = -110.0f, kExpHigh = 100.0f, kLog2E = 1.4426950408889634f, kRound = 12582912.0f;
+  static constexpr float kExpTailRange = 0.34f;
+};
+
+template <>
+struct Constants<double> {
+  using Bits = uint64_t;
+  static constexpr int kBits = 64, kMantissa = 52;
+  static constexpr Bits kSqrtHalf = 0x3FE6A09E667F3BCDull;
+  static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kScale = 0x1p-64, kHalfStep = 0x1p-65;
+  static constexpr double kHalfPiScaled = 1.5707963267948966 * 0x1p-64;
+  static constexpr double kExpLow = -760.0, kExpHigh = 720.0, kLog2E = 1.4426950408889634,
+                          kRound = 6755399441055744.0;
+  static constexpr double kExpTailRange = 0.34;
+};
+
+// (log1p(f) - f + f^2/2) / f^3
+template <class F>
+FASTGEN_FN F log_tail(F f, float) {
+  constexpr float c[] = {0.333333313f,  -0.24999997f, 0.200007156f,  -0.166678026f, 0.142490581f,
+                         -0.124256872f, 0.116854198f, -0.114797339f, 0.0697161183f};
+  return horner(f, c);
+}
+
+// (2 atanh(s) / s - 2) / z, z = s^2
+template <class F>
+FASTGEN_FN F atanh_tail(F z, double) {
+  constexpr double c[] = {0.6666666666666666,  0.4000000000000088,  0.28571428570803614, 0.22222222391713917,
+                          0.18181795640132906, 0.15386239702814658, 0.13268773138656886, 0.13086626147840102};
+  return horner(z, c);
+}
+
+// (sin(r) / r - 1) / y, y = r^2
+template <class F>
+FASTGEN_FN F sin_tail(F y, float) {
+  constexpr float c[] = {-0.166666642f, 0.00833274797f, -0.000195878907f};
+  return horner(y, c);
+}
+template <class F>
+FASTGEN_FN F sin_tail(F y, double) {
+  constexpr double c[] = {-0.16666666666666666,  0.008333333333330948,    -0.00019841269836758574,
+                          2.755731610255244e-06, -2.5051131845003624e-08, 1.5918129294866608e-10};
+  return horner(y, c);
+}
+
+// (cos(r) - 1 + y/2) / y^2
+template <class F>
+FASTGEN_FN F cos_tail(F y, float) {
+  constexpr float c[] = {0.0416666642f, -0.00138883025f, 2.45479423e-05f};
+  return horner(y, c);
+}
+template <class F>
+FASTGEN_FN F cos_tail(F y, double) {
+  constexpr double c[] = {0.041666666666666664,    -0.0013888888888887398, 2.480158729876569e-05,
+                          -2.7557317271729793e-07, 2.08761462684032e-09,   -1.1382632425521717e-11};
+  return horner(y, c);
+}
+
+// (exp(r) - 1 - r) / r^2
+template <class F>
+FASTGEN_FN F exp_tail(F r, float) {
+  constexpr float c[] = {0.5f, 0.166665778f, 0.0416665561f, 0.00836317334f, 0.00139261759f};
+  return horner(r, c);
+}
+template <class F>
+FASTGEN_FN F exp_tail(F r, double) {
+  constexpr double c[] = {0.5,
+                          0.1666666666666667,
+                          0.04166666666666667,
+                          0.008333333333326141,
+                          0.0013888888888883752,
+                          0.00019841269874800493,
+                          2.4801587325533363e-05,
+                          2.7557255425746435e-06,
+                          2.7557273661348637e-07,
+                          2.510520637395701e-08,
+                          2.0914679376583935e-09};
+  return horner(r, c);
+}
+
+// k ln 2 - log1p(f)
+template <class F>
+FASTGEN_FN F minus_log(F k, F f, float) {
+  using C = Constants<float>;
+  const F square = f * f;
+  const F y = log_tail(f, 0.0f) * f * square - k * F(C::kLn2Low);
+  return k * F(C::kLn2High) - (f + (y - F(0.5f) * square));
+}
+template <class F>
+FASTGEN_FN F minus_log(F k, F f, double) {
+  using C = Constants<double>;
+  const F s = f / (F(2.0) + f);
+  const F z = s * s;
+  const F half_square = F(0.5) * (f * f);
+  const F y = s * (half_square + z * atanh_tail(z, 0.0)) - k * F(C::kLn2Low);
+  return k * F(C::kLn2High) - (f - (half_square - y));
+}
+
+// -log(1 - U), U = (x + 1/2) / 2^bits, accurate in both tails (see fastgen/reference.py).
+template <class T, class F, class U>
+FASTGEN_FN F standard_exponential(U x) {
+  using C = Constants<T>;
+  using Bits = typename C::Bits;
+  const auto large = negative(x);
+  const U w = select(large, x ^ U(~Bits(0)), x);
+  const F v = signed_to_real(w) * F(C::kScale) + F(C::kHalfStep);
+
+  const U shifted = bits(v) - U(C::kSqrtHalf);
+  const F m = real((shifted & U((Bits(1) << C::kMantissa) - 1)) + U(C::kSqrtHalf));
+  const auto near = less(v, F(T(0.29289323)));
+  const F f = select(large, m - F(T(1)), select(near, F(T(0)) - v, F(T(1)) - F(T(2)) * v));
+  const F exponent = signed_to_real(shift_right_signed<C::kMantissa>(shifted));
+  const F k = select(large, F(T(0)) - exponent, select(near, F(T(0)), F(T(1))));
+  return minus_log(k, f, T(0));
+}
+
+// cos and sin of 2 pi x / 2^bits.
+template <class T, class F, class U>
+FASTGEN_FN void cos_sin_turn(U x, F& cosine, F& sine) {
+  using C = Constants<T>;
+  using Bits = typename C::Bits;
+  constexpr int kTop = C::kBits - 1;
+  const U quadrant = (x + U(Bits(1) << (C::kBits - 3))) >> (C::kBits - 2);
+  const F r = signed_to_real(x << 2) * F(C::kHalfPiScaled);
+  const F y = r * r;
+  const F s = r + r * y * sin_tail(y, T(0));
+  const F c = (F(T(1)) - F(T(0.5)) * y) + y * y * cos_tail(y, T(0));
+  const auto swap = negative(quadrant << kTop);
+  // The sign bit: set in quadrants 1, 2 for the cosine and 2, 3 for the sine.
+  const U sign(Bits(1) << kTop);
+  cosine = real(bits(select(swap, s, c)) ^ (((quadrant + U(Bits(1))) << (kTop - 1)) & sign));
+  sine = real(bits(select(swap, c, s)) ^ ((quadrant << (kTop - 1)) & sign));
+}
+
+// Box-Muller: two standard normals of two words.
+template <class T, class F, class U>
+FASTGEN_FN void normal_pair(U radius_word, U angle_word, F& even, F& odd) {
+  const F e = standard_exponential<T, F>(radius_word);
+  const F radius = root(e + e);
+  F c, s;
+  cos_sin_turn<T>(angle_word, c, s);
+  even = radius * c;
+  odd = radius * s;
+}
+
+// exp(x): x = n ln 2 + r; 2^n is applied in two halves, so that subnormal results round once.
+template <class T, class U, class F>
+FASTGEN_FN F exponential_function(F x) {
+  using C = Constants<T>;
+  using Bits = typename C::Bits;
+  x = smaller(F(C::kExpHigh), larger(F(C::kExpLow), x));  // a NaN in the second argument passes
+  const F shifted = x * F(C::kLog2E) + F(C::kRound);
+  const F n = shifted - F(C::kRound);
+  const F r = (x - n * F(C::kLn2High)) - n * F(C::kLn2Low);
+  const F p = F(T(1)) + (r + r * r * exp_tail(r, T(0)));
+  const U exponent = bits(shifted) - bits(F(C::kRound));
+  const U half = shift_right_signed<1>(exponent);
+  const U bias(Bits((Bits(1) << (C::kBits - C::kMantissa - 2)) - 1));
+  const F first = real((half + bias) << C::kMantissa);
+  const F second = real((exponent - half + bias) << C::kMantissa);
+  return p * first * second;
+}
+
+// exp(x) - 1 - x, given s = exp(x/2); accurate near 0, where the terms cancel.
+template <class T, class F>
+FASTGEN_FN F exp_minus_1_minus(F x, F s) {
+  const auto near = less(absolute(x), F(Constants<T>::kExpTailRange));
+  return select(near, x * x * exp_tail(x, T(0)), (s * s - F(T(1))) - x);
+}
+
+// exp(x) - 1, given s = exp(x/2).
+template <class T, class F>
+FASTGEN_FN F exp_minus_1(F x, F s) {
+  const auto near = less(absolute(x), F(Constants<T>::kExpTailRange));
+  return select(near, x + x * x * exp_tail(x, T(0)), s * s - F(T(1)));
+}
+
+}  // namespace fastgen

@@ -1,0 +1,16 @@
+// Macros that let one source serve the CPU kernels of every instruction set and nvcc.
+//
+// FASTGEN_FN functions have internal linkage: the same header is compiled with different -m flags, and
+// the linker must never merge an AVX-512 body into the baseline build.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FASTGEN_FN static __host__ __device__ __forceinline__
+#define FASTGEN_MEMBER __host__ __device__ __forceinline__
+#else
+#define FASTGEN_FN static inline __attribute__((always_inline))
+#define FASTGEN_MEMBER inline __attribute__((always_inline))
+#endif

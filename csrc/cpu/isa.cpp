@@ -1,0 +1,86 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+
+#if defined(FASTGEN_X86)
+#include <cpuid.h>
+#endif
+
+namespace fastgen {
+namespace {
+
+bool has_avx2 = false, has_avx512 = false;
+
+#if defined(FASTGEN_X86)
+// Register state the operating system saves on a context switch (XCR0).
+uint64_t saved_state() {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return uint64_t(high) << 32 | low;
+}
+
+void detect() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+  const bool osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
+  if (!osxsave || !avx) return;
+  const uint64_t state = saved_state();
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+  const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
+  has_avx2 = ymm && f16c && (b >> 5 & 1);
+  const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
+  has_avx512 = has_avx2 && zmm && f && dq && bw && vl;
+}
+
+const KernelTable* const kTables[] = {&kAvx512Kernels, &kAvx2Kernels, &kGenericKernels};
+#else
+void detect() {}
+const KernelTable* const kTables[] = {&kGenericKernels};
+#endif
+
+bool usable(const KernelTable* table) {
+  if (strcmp(table->isa, "avx512") == 0) return has_avx512;
+  if (strcmp(table->isa, "avx2") == 0) return has_avx2;
+  return true;
+}
+
+const KernelTable* best() {
+  detect();
+  for (const KernelTable* table : kTables) {
+    if (usable(table)) return table;
+  }
+  return &kGenericKernels;
+}
+
+std::atomic<const KernelTable*>& active() {
+  static std::atomic<const KernelTable*> table{best()};
+  return table;
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *active().load(std::memory_order_relaxed); }
+
+const char* isa_name(int i) {
+  constexpr int kCount = int(sizeof(kTables) / sizeof(kTables[0]));
+  return i >= 0 && i < kCount ? kTables[i]->isa : nullptr;
+}
+
+bool isa_usable(const char* name) {
+  kernels();
+  for (const KernelTable* table : kTables) {
+    if (strcmp(table->isa, name) == 0) return usable(table);
+  }
+  return false;
+}
+
+bool select_isa(const char* name) {
+  if (!isa_usable(name)) return false;
+  for (const KernelTable* table : kTables) {
+    if (strcmp(table->isa, name) == 0) active().store(table, std::memory_order_relaxed);
+  }
+  return true;
+}
+
+}  // namespace fastgen

@@ -1,0 +1,23 @@
+// The CPU kernels of one instruction set. Every function works on the half-open range [begin, end) of its
+// units and may run on any thread; the binding splits the work.
+#pragma once
+
+#include "../common/params.h"
+
+namespace fastgen {
+
+struct KernelTable {
+  const char* isa;
+  void (*random)(const RandomParams&, int64_t begin, int64_t end);                                  // elements
+  void (*reparameterize)(const ReparameterizeParams&, int64_t begin, int64_t end);                  // pieces
+  void (*reparameterize_add_pieces)(const ReparameterizeParams&, int64_t begin, int64_t end);       // rows
+  void (*reparameterize_backward)(const ReparameterizeBackwardParams&, int64_t begin, int64_t end);  // pieces
+};
+
+extern const KernelTable kGenericKernels;
+#if defined(FASTGEN_X86)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+}  // namespace fastgen

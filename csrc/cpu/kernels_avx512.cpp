@@ -1,0 +1,12 @@
+// The kernels for AVX-512; compiled with its own -m flags, and only called where isa.cpp finds the CPU able.
+#include "kernel_table.h"
+#include "vec_avx512.h"
+// After vec_avx512.h, which defines Isa:
+#include "random.inl"
+#include "reparameterize.inl"
+
+namespace fastgen {
+
+const KernelTable kAvx512Kernels = {"avx512", random, reparameterize, reparameterize_add_pieces, reparameterize_backward};
+
+}  // namespace fastgen

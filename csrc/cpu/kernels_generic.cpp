@@ -1,0 +1,12 @@
+// The kernels for any CPU; compiled with the baseline flags.
+#include "kernel_table.h"
+#include "vec_generic.h"
+// After vec_generic.h, which defines Isa:
+#include "random.inl"
+#include "reparameterize.inl"
+
+namespace fastgen {
+
+const KernelTable kGenericKernels = {"generic", random, reparameterize, reparameterize_add_pieces, reparameterize_backward};
+
+}  // namespace fastgen

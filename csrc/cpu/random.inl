@@ -1,0 +1,244 @@
+// Filling memory from the random stream, written once over Isa.
+#include "../common/math.h"
+#include "../common/params.h"
+#include "../common/philox.h"
+
+namespace fastgen {
+namespace {
+
+// The vectors that a stream of T = float or double is made of.
+template <class T>
+struct Work;
+template <>
+struct Work<float> {
+  using F = Isa::F32;
+  using U = Isa::U32;
+  static constexpr int kPerBlock = 4;  // elements a Philox block gives
+};
+template <>
+struct Work<double> {
+  using F = Isa::F64;
+  using U = Isa::U64;
+  static constexpr int kPerBlock = 2;
+};
+template <class T>
+constexpr int kLanes = int(sizeof(typename Work<T>::F) / sizeof(T));
+// One step: kBlocks blocks, two vectors, the even elements and the odd ones.
+template <class T>
+constexpr int kStep = 2 * kLanes<T>;
+
+FASTGEN_FN void words(uint64_t block, const PhiloxKey& key, Isa::U32& even, Isa::U32& odd, float) {
+  Isa::U64 c0 = count_from(block) & Isa::U64(~0ull >> 2), c1 = c0 >> 32, c2(0ull), c3(kWidth32);
+  philox4x32_10(c0, c1, c2, c3, key);
+  even = join32(c0, c2);
+  odd = join32(c1, c3);
+}
+FASTGEN_FN void words(uint64_t block, const PhiloxKey& key, Isa::U64& even, Isa::U64& odd, double) {
+  Isa::U64 c0 = count_from(block) & Isa::U64(~0ull >> 1), c1 = c0 >> 32, c2(0ull), c3(kWidth64);
+  philox4x32_10(c0, c1, c2, c3, key);
+  even = join(c0, c1);
+  odd = join(c2, c3);
+}
+
+// Distributions: a vector of even words and one of odd words become values.
+
+template <class T>
+struct Bits {
+  using F = typename Work<T>::F;
+  using U = typename Work<T>::U;
+  FASTGEN_MEMBER void operator()(U even, U odd, F& y, F& y_odd) const {
+    y = real(even);
+    y_odd = real(odd);
+  }
+};
+
+template <class T>
+struct StandardNormal {
+  using F = typename Work<T>::F;
+  using U = typename Work<T>::U;
+  FASTGEN_MEMBER void operator()(U even, U odd, F& y, F& y_odd) const { normal_pair<T>(even, odd, y, y_odd); }
+};
+
+template <class T>
+struct Exponential {
+  using F = typename Work<T>::F;
+  using U = typename Work<T>::U;
+  F mean;
+  FASTGEN_MEMBER explicit Exponential(const RandomParams& p) : mean(T(1.0 / p.a)) {}
+  FASTGEN_MEMBER void operator()(U even, U odd, F& y, F& y_odd) const {
+    y = standard_exponential<T, F>(even) * mean;
+    y_odd = standard_exponential<T, F>(odd) * mean;
+  }
+};
+
+// The leading bits of the word: as many as the significand of the stored type holds.
+template <class T>
+struct Uniform {
+  using F = typename Work<T>::F;
+  using U = typename Work<T>::U;
+  static constexpr int kKept = sizeof(T) == 4 ? 24 : 53;
+  U kept;
+  F low, width;
+  FASTGEN_MEMBER Uniform(const RandomParams& p, int significand)
+      : kept(typename Constants<T>::Bits(~0ull << (kKept - significand))), low(T(p.a)), width(T(p.b)) {}
+  FASTGEN_MEMBER F one(U word) const {
+    const U leading = (word >> (8 * int(sizeof(T)) - kKept)) & kept;
+    return low + signed_to_real(leading) * F(T(1) / T(1ull << kKept)) * width;
+  }
+  FASTGEN_MEMBER void operator()(U even, U odd, F& y, F& y_odd) const {
+    y = one(even);
+    y_odd = one(odd);
+  }
+};
+
+struct Bernoulli {
+  Isa::U32 last;  // the largest word that counts as true
+  Isa::F32 yes;
+  FASTGEN_MEMBER explicit Bernoulli(const RandomParams& p)
+      : last(uint32_t(uint64_t(p.a) - 1)), yes(p.a > 0 ? 1.0f : 0.0f) {}
+  FASTGEN_MEMBER void operator()(Isa::U32 even, Isa::U32 odd, Isa::F32& y, Isa::F32& y_odd) const {
+    y = select(less(last, even), Isa::F32(0.0f), yes);
+    y_odd = select(less(last, odd), Isa::F32(0.0f), yes);
+  }
+};
+
+// out[0 .. count) = elements element .. element + count of the stream.
+template <class T, class Distribution>
+__attribute__((noinline)) void fill(T* out, uint64_t element, int64_t count, const PhiloxKey& key,
+                                    const Distribution& distribution) {
+  using F = typename Work<T>::F;
+  using U = typename Work<T>::U;
+  constexpr int kPerBlock = Work<T>::kPerBlock;
+  U even, odd;
+  F y, y_odd, first, second;
+  uint64_t block = element / kPerBlock;
+  int lead = int(element % kPerBlock);
+  while (count > 0) {
+    words(block, key, even, odd, T(0));
+    distribution(even, odd, y, y_odd);
+    interleave(y, y_odd, first, second);
+    if (lead == 0 && count >= kStep<T>) {
+      store(out, first);
+      store(out + kLanes<T>, second);
+      out += kStep<T>;
+      count -= kStep<T>;
+    } else {  // the head, where the first element stands inside a block, and the tail
+      T step[kStep<T>];
+      store(step, first);
+      store(step + kLanes<T>, second);
+      const int wanted = count < kStep<T> - lead ? int(count) : kStep<T> - lead;
+      memcpy(out, step + lead, sizeof(T) * size_t(wanted));
+      out += wanted;
+      count -= wanted;
+      lead = 0;
+    }
+    block += Isa::kBlocks;
+  }
+}
+
+// out[i] = storage(from[i]), i < count, written in whole vectors while they last.
+template <class T, class Storage>
+FASTGEN_FN void narrow_all(const T* from, int64_t count, Storage* out) {
+  typename Work<T>::F value;
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    load(from + i, value);
+    store(out + i, value);
+  }
+  for (; i < count; ++i) narrow(from[i], out + i);
+}
+
+// Elements [begin, end) of the output, a tile at a time: draw, finish(tile, count) in place, store.
+template <class T, class Storage, class Distribution, class Finish>
+FASTGEN_FN void fill_tiles(const RandomParams& p, int64_t begin, int64_t end, const Distribution& distribution,
+                           const Finish& finish) {
+  const PhiloxKey key(p.seed);
+  Storage* out = static_cast<Storage*>(p.out);
+  alignas(64) T tile[kPiece];
+  for (int64_t i = begin; i < end; i += kPiece) {
+    const int64_t count = end - i < kPiece ? end - i : kPiece;
+    fill<T>(tile, p.offset + uint64_t(i), count, key, distribution);
+    finish(tile, count);
+    narrow_all(tile, count, out + i);
+  }
+}
+
+template <class T>
+struct Nothing {
+  FASTGEN_MEMBER void operator()(T*, int64_t) const {}
+};
+template <class T>
+struct ScaleShift {
+  T mean, std;
+  FASTGEN_MEMBER void operator()(T* tile, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) tile[i] = mean + std * tile[i];
+  }
+};
+
+// As fill_tiles, straight into memory where no rounding is needed.
+template <class T, class Storage, class Distribution>
+FASTGEN_FN void fill_range(const RandomParams& p, int64_t begin, int64_t end, const Distribution& distribution) {
+  if constexpr (sizeof(T) == sizeof(Storage)) {
+    fill<T>(static_cast<T*>(p.out) + begin, p.offset + uint64_t(begin), end - begin, PhiloxKey(p.seed), distribution);
+  } else {
+    fill_tiles<T, Storage>(p, begin, end, distribution, Nothing<T>());
+  }
+}
+
+template <class T, class Storage>
+FASTGEN_FN void fill_uniform(const RandomParams& p, int64_t begin, int64_t end, int significand) {
+  fill_range<T, Storage>(p, begin, end, Uniform<T>(p, significand));
+  if (p.a == 0.0 && p.b == 1.0) return;
+  // Rounding to the stored type can reach the upper end: bring such values back under it.
+  Storage below;
+  narrow(T(p.c), &below);
+  Storage* out = static_cast<Storage*>(p.out);
+  for (int64_t i = begin; i < end; ++i) {
+    if (widen(out[i]) > T(p.c)) out[i] = below;
+  }
+}
+
+template <class T, class Storage>
+FASTGEN_FN void fill_real(const RandomParams& p, int64_t begin, int64_t end) {
+  if (p.distribution == Distribution::kExponential) {
+    fill_range<T, Storage>(p, begin, end, Exponential<T>(p));
+  } else if (p.a == 0.0 && p.b == 1.0) {
+    fill_range<T, Storage>(p, begin, end, StandardNormal<T>());
+  } else {
+    fill_tiles<T, Storage>(p, begin, end, StandardNormal<T>(), ScaleShift<T>{T(p.a), T(p.b)});
+  }
+}
+
+void random(const RandomParams& p, int64_t begin, int64_t end) {
+  switch (p.distribution) {
+    case Distribution::kBits:
+      if (p.dtype == DType::kInt32) return fill_range<float, float>(p, begin, end, Bits<float>());
+      return fill_range<double, double>(p, begin, end, Bits<double>());
+    case Distribution::kBernoulli:
+      switch (p.dtype) {
+        case DType::kBool: return fill_range<float, bool>(p, begin, end, Bernoulli(p));
+        case DType::kBFloat16: return fill_range<float, BFloat16>(p, begin, end, Bernoulli(p));
+        case DType::kFloat16: return fill_range<float, Float16>(p, begin, end, Bernoulli(p));
+        case DType::kFloat64: return fill_range<float, double>(p, begin, end, Bernoulli(p));
+        default: return fill_range<float, float>(p, begin, end, Bernoulli(p));
+      }
+    case Distribution::kUniform:
+      switch (p.dtype) {
+        case DType::kBFloat16: return fill_uniform<float, BFloat16>(p, begin, end, 8);
+        case DType::kFloat16: return fill_uniform<float, Float16>(p, begin, end, 11);
+        case DType::kFloat64: return fill_uniform<double, double>(p, begin, end, 53);
+        default: return fill_uniform<float, float>(p, begin, end, 24);
+      }
+    case Distribution::kNormal:
+    case Distribution::kExponential:
+      switch (p.dtype) {
+        case DType::kBFloat16: return fill_real<float, BFloat16>(p, begin, end);
+        case DType::kFloat16: return fill_real<float, Float16>(p, begin, end);
+        case DType::kFloat64: return fill_real<double, double>(p, begin, end);
+        default: return fill_real<float, float>(p, begin, end);
+      }
+  }
+}
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,141 @@
+"""Loads the op libraries and tells which path each op takes.
+
+Without a library, or on a device that has no kernels, the ops run as `reference.py` states them: equal
+results, only slower. `build_info()` says so, and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen import _ops
+from fastgen._version import __version__
+
+_FOLDER = Path(__file__).parent
+_ISA_NAMES = ("generic", "avx2", "avx512")
+
+
+class _Library:
+    """One shared library of ops: loaded, or the reason why not."""
+
+    def __init__(self, name: str, skip: str | None = None) -> None:
+        self.handle: ctypes.CDLL | None = None
+        self.error = skip
+        path = _FOLDER / name
+        if skip is not None:
+            return
+        if not path.exists():
+            self.error = "not built"
+            return
+        try:
+            torch.ops.load_library(str(path))
+            self.handle = ctypes.CDLL(str(path))
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            self.error = f"built for torch {_facts().get('torch_built', '?')}, does not load: {reason}"
+            warnings.warn(
+                f"fastgen: {path.name} does not load with torch {torch.__version__} ({reason}); the slower "
+                "reference path is used. Reinstall fastgen, or run `fastgen doctor`.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def __bool__(self) -> bool:
+        return self.handle is not None
+
+
+def _facts() -> dict[str, Any]:
+    path = _FOLDER / "build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+_cpu = _Library("_C.so")
+_cuda = _Library("_C_cuda.so", None if torch.version.cuda else "this torch has no CUDA")
+
+if _cpu.handle is not None:
+    for _name in ("fastgen_isa_active", "fastgen_isa_name", "fastgen_torch_built"):
+        getattr(_cpu.handle, _name).restype = ctypes.c_char_p
+
+
+def _isa_compiled() -> list[str]:
+    names: list[str] = []
+    while _cpu.handle is not None and (name := _cpu.handle.fastgen_isa_name(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def cpu_isa() -> str | None:
+    """The instruction set of the active CPU kernels; None without the library."""
+    return _cpu.handle.fastgen_isa_active().decode() if _cpu.handle is not None else None
+
+
+def set_cpu_isa(name: str) -> None:
+    """Choose the CPU kernels: "generic", "avx2" or "avx512". The numbers are the same with each.
+
+    Raises:
+        RuntimeError: if this build or this CPU does not have it.
+    """
+    if name not in _ISA_NAMES:
+        raise RuntimeError(f"FASTGEN_CPU_ISA: expected one of {', '.join(_ISA_NAMES)}, got {name!r}")
+    if _cpu.handle is None:
+        raise RuntimeError(f"FASTGEN_CPU_ISA={name}: the CPU kernels are not loaded ({_cpu.error})")
+    if not _cpu.handle.fastgen_isa_select(name.encode()):
+        reason = "this CPU cannot run it" if name in _isa_compiled() else "it is not compiled in"
+        raise RuntimeError(f"FASTGEN_CPU_ISA={name}: {reason}; available here: {', '.join(cpu_isas())}")
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that are compiled in and that this CPU can run, best first."""
+    handle = _cpu.handle
+    return [n for n in _isa_compiled() if handle is not None and handle.fastgen_isa_usable(n.encode())]
+
+
+@contextlib.contextmanager
+def use_cpu_isa(name: str) -> Iterator[None]:
+    """`set_cpu_isa` for a block."""
+    before = cpu_isa()
+    set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        assert before is not None
+        set_cpu_isa(before)
+
+
+if os.environ.get("FASTGEN_CPU_ISA"):
+    set_cpu_isa(os.environ["FASTGEN_CPU_ISA"])
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation holds and uses.
+
+    Returns a dict: version; native (the CPU library is loaded); native_error (why not, else None);
+    isa_compiled, isa_active; cuda (the CUDA library is loaded); cuda_error; cuda_archs (built, such as
+    "9.0"); torch_built and compiler (what the libraries were built with); ops, which maps each op to the
+    path it takes on "cpu" and "cuda": an instruction set, "cuda", or "reference (reason)".
+    """
+    facts = _facts()
+    cpu_path = cpu_isa() or f"reference ({_cpu.error})"
+    cuda_path = "cuda" if _cuda else f"reference ({_cuda.error})"
+    return {
+        "version": __version__,
+        "native": bool(_cpu),
+        "native_error": _cpu.error,
+        "isa_compiled": _isa_compiled(),
+        "isa_active": cpu_isa(),
+        "cuda": bool(_cuda),
+        "cuda_error": _cuda.error,
+        "cuda_archs": facts.get("cuda_archs", []),
+        "torch_built": facts.get("torch_built"),
+        "compiler": facts.get("compiler"),
+        "ops": {name: {"cpu": cpu_path, "cuda": cuda_path} for name in _ops.SCHEMAS},
+    }
