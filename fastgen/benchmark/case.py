@@ -1,0 +1,142 @@
+"""What is timed: a `Case` is one workload with the rivals that can do it and the check of their answers."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "COMPILED",
+    "EAGER",
+    "OURS",
+    "Case",
+    "Traffic",
+    "WrongResult",
+    "compiled",
+    "require_close",
+    "require_moments",
+]
+
+OURS, EAGER, COMPILED = "fastgen", "eager", "torch.compile"
+
+_DTYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class WrongResult(ArithmeticError):
+    """A rival gave numbers that it should not have given; it is not timed."""
+
+
+class Traffic(NamedTuple):
+    """Arrays of the case's shape and dtype that have to be read from memory and written to it."""
+
+    reads: int
+    writes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(ABC):
+    """One workload.
+
+    Attributes:
+        shape, dtype: of the tensors.
+        threads: of PyTorch's pool; None for as many as the run is given.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    threads: int | None = None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> str:
+        """The shape in words: 4M, 64K, 64x20."""
+        if len(self.shape) > 1:
+            return "x".join(map(str, self.shape))
+        count = self.elements
+        for unit, letter in ((1 << 20, "M"), (1 << 10, "K")):
+            if count >= unit and count % unit == 0:
+                return f"{count // unit}{letter}"
+        return str(count)
+
+    @property
+    def bytes(self) -> int:
+        """That have to move between memory and cores in one call."""
+        return sum(self.traffic) * self.elements * self.dtype.itemsize
+
+    @property
+    def name(self) -> str:
+        """Such as `reparameterize/fwd/fp32/4M`; rivals of one name are comparable."""
+        parts = [self.workload, _DTYPE_NAMES[self.dtype], self.size]
+        return "/".join(parts if self.threads is None else [*parts, f"{self.threads}-thread"])
+
+    @property
+    @abstractmethod
+    def workload(self) -> str:
+        """The op and the pass, such as `reparameterize/fwd`."""
+
+    @property
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """The least memory traffic that the workload allows."""
+
+    @abstractmethod
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Fresh arguments of the rivals, the same at every call."""
+
+    @abstractmethod
+    def rivals(self) -> dict[str, Callable[..., Any]]:
+        """What does the workload, by name, `OURS` first; each takes `inputs()`."""
+
+    @abstractmethod
+    def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
+        """Raise `WrongResult` unless `function(*inputs)` gives what the workload asks for."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` at its best for one shape: static, no graph break, for the threads in use now."""
+    # Inductor writes the thread count into its kernels; naming it keeps its disk cache from mixing them up.
+    options: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}
+    compiled_function: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    return compiled_function
+
+
+def require_close(what: str, actual: Tensor, expected: Tensor, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """Raise `WrongResult` unless |actual - expected| <= atol + rtol |expected| everywhere."""
+    if actual.shape != expected.shape:
+        raise WrongResult(f"{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
+    actual, expected = actual.detach().double(), expected.double()
+    excess = (actual - expected).abs() - (atol + rtol * expected.abs())
+    if not bool((excess <= 0).all()):  # also where a NaN compares
+        worst = int(excess.nan_to_num(torch.inf).argmax())
+        raise WrongResult(
+            f"{what}: {float(actual.flatten()[worst]):.9g} instead of {float(expected.flatten()[worst]):.9g}"
+        )
+
+
+def require_moments(what: str, values: Tensor, mean: float, variance: float, kurtosis: float) -> None:
+    """Raise `WrongResult` unless mean and variance lie within six standard errors of what they should be.
+
+    kurtosis: the fourth standardised moment, which tells how much a sample variance scatters. What the
+    resolution of the dtype does to the moments is allowed on top.
+    """
+    sample = values.detach().double()
+    count = sample.numel()
+    resolution = torch.finfo(values.dtype).eps
+    mean_error = math.sqrt(variance / count)
+    variance_error = variance * math.sqrt((kurtosis - 1) / count)
+    # Written so that a NaN fails.
+    for name, got, wanted, error in (
+        ("mean", float(sample.mean()), mean, mean_error),
+        ("variance", float(sample.var()), variance, variance_error),
+    ):
+        if not abs(got - wanted) <= 6 * error + resolution:
+            raise WrongResult(f"{what}: {name} {got:.6g} instead of {wanted:.6g}, standard error {error:.1g}")

@@ -1,0 +1,97 @@
+"""From a case to its figures: check every rival, then time those that are right, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from fastgen.benchmark import machine
+from fastgen.benchmark.bounds import bounds_of
+from fastgen.benchmark.case import COMPILED, OURS, Case, WrongResult
+from fastgen.benchmark.timing import Spread, interleave, ratio, use_threads
+
+__all__ = ["Result", "measure"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of one case.
+
+    Attributes:
+        case: its name.
+        threads: in use while it ran.
+        elements, bytes: of one call; bytes read and written at least.
+        residence: where the bytes stay between calls (`L1`, `L2`, `L3`, `memory`).
+        rounds: samples that stand behind each figure.
+        seconds: of one call, by rival and bound.
+        speedups: how many times longer a rival (or a bound) takes than ours, by name: above 1, we win. Of a
+            bound it is the share of it that we reach.
+        failures: rivals that were not timed, and why in one line.
+    """
+
+    case: str
+    threads: int
+    elements: int
+    bytes: int
+    residence: str
+    rounds: int = 0
+    seconds: dict[str, Spread] = field(default_factory=dict)
+    speedups: dict[str, Spread] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def measure(case: Case, *, threads: int, budget: float = 1.0, min_rounds: int = 7, compile: bool = True) -> Result:
+    """Check and time one case.
+
+    Args:
+        case: with its own `threads`, if it has any.
+        threads: of PyTorch's pool, for a case that leaves it open.
+        budget: seconds for the rounds, without the checks, the compilation and the warm-up.
+        min_rounds: rounds that are run even past the budget.
+        compile: whether `torch.compile` takes part.
+
+    A rival that gives wrong numbers, and a compiler that fails, end up in `Result.failures`.
+    """
+    threads = case.threads or threads
+    functions: dict[str, Callable[[], object]] = {}
+    failures: dict[str, str] = {}
+    with use_threads(threads):
+        inputs = case.inputs()
+        for name, function in case.rivals().items():
+            if name == COMPILED and not compile:
+                continue
+            try:
+                case.check(name, function, inputs)
+            except WrongResult as error:
+                failures[name] = f"wrong result: {error}"
+            except Exception as error:
+                if name != COMPILED:
+                    raise
+                failures[name] = _first_line(error)  # most often: no C++ compiler
+            else:
+                functions[name] = partial(function, *inputs)
+        samples: dict[str, list[float]] = {}
+        if OURS in functions:
+            functions |= bounds_of(case, threads)
+            samples = interleave(functions, budget=budget, min_rounds=min_rounds)
+        # Each case compiles for its own shape: what earlier ones left would count against the recompile limit.
+        torch.compiler.reset()
+    return Result(
+        case=case.name,
+        threads=threads,
+        elements=case.elements,
+        bytes=case.bytes,
+        residence=machine.residence(case.bytes, threads),
+        rounds=len(samples.get(OURS, ())),
+        seconds={name: Spread.of(values) for name, values in samples.items()},
+        speedups={name: ratio(values, samples[OURS]) for name, values in samples.items() if name != OURS},
+        failures=failures,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,350 @@
+"""`fastgen doctor`: what is installed, which path every op takes and why, and whether the answers are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+__all__ = ["EXTRAS", "Check", "diagnose", "doctor", "runs_on", "self_test"]
+
+# What each extra that a user asks for brings; pyproject.toml is the source.
+EXTRAS = {
+    "models": ("safetensors",),
+    "train": ("accelerate", "matplotlib", "pillow", "rich", "tensorboard", "typer"),
+    "demo": ("mlxtend",),
+}
+
+Status = Literal["PASS", "WARN", "FAIL"]
+_STYLES: dict[Status, str] = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, and what was found."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
+    """Show what is installed, which path every op takes and why, and test that the answers are right.
+
+    WARN is worth reading and costs speed at most; FAIL means that something is broken, and the exit code is 1.
+
+    Examples:
+
+        fastgen doctor
+
+        fastgen doctor --json | jq .build.ops
+    """
+    from rich.console import Console
+
+    diagnosis = diagnose()
+    if as_json:
+        typer.echo(json.dumps(diagnosis, indent=2, default=str))
+    else:
+        _print(diagnosis, Console())
+    if not diagnosis["ok"]:
+        raise typer.Exit(1)
+
+
+def diagnose() -> dict[str, Any]:
+    """All that `fastgen doctor --json` prints; `ok` is False if a check failed."""
+    import torch
+
+    import fastgen
+    from fastgen.benchmark import machine
+
+    build = fastgen.build_info()
+    devices = _cuda_devices()
+    system = machine.describe() | {
+        "threads": torch.get_num_threads(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        "openmp": machine.openmp_runtimes(),
+    }
+    checks = [*_check_build(build), *_check_threads(system), *_check_cuda(build, devices), *self_test("cpu")]
+    if build["cuda"] and devices:
+        checks += self_test("cuda")
+    return {
+        "ok": all(check.status != "FAIL" for check in checks),
+        "build": build,
+        "system": system,
+        "cuda_devices": devices,
+        "extras": _extras(),
+        "checks": [dataclasses.asdict(check) for check in checks],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is there
+
+
+def _cuda_devices() -> list[dict[str, str]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [{"name": device.name, "arch": f"{device.major}.{device.minor}"} for device in devices]
+
+
+def _extras() -> dict[str, dict[str, str | None]]:
+    """The version of each package of each extra, None where it is missing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {extra: {package: installed(package) for package in packages} for extra, packages in EXTRAS.items()}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Whether it fits together
+
+
+def _check_build(build: dict[str, Any]) -> Iterator[Check]:
+    if build["native"]:
+        yield Check("kernels", "PASS", f"built for {', '.join(build['isa_compiled'])}; {build['isa_active']} runs")
+        without = [op for op, path in build["ops"].items() if path["cpu"].startswith("reference")]
+        if without:
+            yield Check("ops", "WARN", f"no kernel, much slower: {', '.join(without)}")
+    else:
+        why = build["native_error"]
+        yield Check(
+            "kernels", _missing(why), f"none, every op runs in plain PyTorch: same numbers, much slower ({why})"
+        )
+
+
+def _missing(why: str) -> Status:
+    """A library that was left out is a choice; one that is there and does not load is broken."""
+    return "WARN" if why == "not built" else "FAIL"
+
+
+def _check_threads(system: dict[str, Any]) -> Iterator[Check]:
+    threads, cores, runtimes = system["threads"], system["cores"], system["openmp"]
+    if threads > cores:
+        yield Check("threads", "WARN", f"{threads} threads on {cores} cores: set OMP_NUM_THREADS={cores}")
+    else:
+        yield Check("threads", "PASS", f"{threads} on {cores} cores")
+    if len(runtimes) > 1:
+        yield Check("OpenMP", "WARN", f"{len(runtimes)} runtimes in one process compete: {', '.join(runtimes)}")
+    else:
+        yield Check("OpenMP", "PASS", runtimes[0] if runtimes else "no separate runtime")
+
+
+def _check_cuda(build: dict[str, Any], devices: Sequence[dict[str, str]]) -> Iterator[Check]:
+    archs = build["cuda_archs"]
+    for index, device in enumerate(devices):
+        name, where = f"cuda:{index}", f"{device['name']} ({device['arch']})"
+        if not build["cuda"]:
+            why = build["cuda_error"]
+            yield Check(name, _missing(why), f"{where}: no CUDA kernels, its ops run in plain PyTorch ({why})")
+        elif not any(runs_on(built, device["arch"]) for built in archs):
+            yield Check(
+                name,
+                "FAIL",
+                f"{where}: kernels were built for {', '.join(archs)}; "
+                f"build again with TORCH_CUDA_ARCH_LIST={device['arch']}",
+            )
+        else:
+            yield Check(name, "PASS", where)
+
+
+def runs_on(built: str, device: str) -> bool:
+    """Whether code built for one arch runs on a device of another.
+
+    built: as nvcc or PyTorch write it (`8.0`, `9.0+PTX`, `sm_90`, `sm_90a`, `compute_90`). device: `8.6`.
+    Machine code runs on its own major version from its own minor version on; PTX on all that came later;
+    the `a` variants on their own arch alone.
+    """
+    match = re.fullmatch(r"(sm_|compute_)?(\d+)\.?(\d)(a?)(\+PTX)?", built)
+    if match is None:
+        raise ValueError(f"built: expected an arch such as 8.0, 9.0+PTX or sm_90, got {built!r}")
+    prefix, major, minor, exact, ptx = match.groups()
+    have, want = (int(major), int(minor)), tuple(map(int, device.split(".")))
+    if exact:
+        return have == want
+    return have <= want and (have[0] == want[0] or bool(ptx) or prefix == "compute_")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Whether the answers are right
+
+_COUNT = 1027  # no multiple of any vector width
+_STATE = (2014, 7)  # seed, and an offset inside a block
+
+# Words 0 to 3 of seed 0: the first known answer of the authors of Philox4x32-10 (Random123, kat_vectors).
+_KNOWN_WORDS = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+# The bits of the first normals of `_STATE`. They are a promise: a stream never changes.
+_KNOWN_NORMALS_32 = (1047748304, -1079627701, -1084643732, -1088892306)
+_KNOWN_NORMALS_64 = (4607851905596793576, 4598752973079119171, 4581605122950767110, -4624261972791060549)
+
+_RANDOM_PARAMETERS: dict[str, tuple[float, ...]] = {
+    "random_bits": (),
+    "uniform": (-1.0, 2.0),
+    "normal": (0.5, 2.0),
+    "exponential": (3.0,),
+    "bernoulli": (0.3,),
+}
+# How many leading tensors each op takes before the noise, and which of them have one number a row.
+_REPARAMETERIZE_TENSORS: dict[str, tuple[str, ...]] = {
+    "reparameterize": ("mu", "logvar"),
+    "reparameterize_backward": ("grad_z", "logvar"),
+    "reparameterize_kl": ("mu", "logvar"),
+    "reparameterize_kl_backward": ("grad_z", "grad_kl", "mu", "logvar"),
+}
+
+
+def self_test(device: str) -> Iterator[Check]:
+    """One check for the known answers of the stream and one for each op, in the path that it takes on `device`."""
+    yield _verdict(f"{device}: known answers", _known_answers(device), "the published words, and normals to the bit")
+    for op in _RANDOM_PARAMETERS:
+        yield _verdict(f"{device}: {op}", _random_errors(op, device), "equals the reference to the bit")
+    for op in _REPARAMETERIZE_TENSORS:
+        yield _verdict(f"{device}: {op}", _reparameterize_errors(op, device), "fits the formula in fp64")
+
+
+def _verdict(name: str, errors: Iterator[str], good: str) -> Check:
+    try:
+        found = list(errors)
+    except Exception as error:  # an op that raises is what a doctor is there to report
+        found = [f"{type(error).__name__}: {error}"]
+    return Check(name, "FAIL", "; ".join(found)) if found else Check(name, "PASS", good)
+
+
+def _known_answers(device: str) -> Iterator[str]:
+    import torch
+
+    normal, bits = torch.ops.fastgen.normal, torch.ops.fastgen.random_bits
+    zero, state = (torch.tensor(words, device=device) for words in ((0, 0), _STATE))
+    words = [word & 0xFFFFFFFF for word in bits(zero, [4], torch.int32).tolist()]
+    if words != list(_KNOWN_WORDS):
+        yield f"words of seed 0 are {words} instead of {list(_KNOWN_WORDS)}"
+    for dtype, as_int, known in (
+        (torch.float32, torch.int32, _KNOWN_NORMALS_32),
+        (torch.float64, torch.int64, _KNOWN_NORMALS_64),
+    ):
+        got = normal(state, [4], dtype, 0.0, 1.0).view(as_int).tolist()
+        if got != list(known):
+            yield f"normals of seed {_STATE[0]} in {dtype} have the bits {got} instead of {list(known)}"
+
+
+def _random_errors(op: str, device: str) -> Iterator[str]:
+    import torch
+
+    from fastgen import reference
+
+    floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    extra = {"random_bits": (torch.int32, torch.int64), "bernoulli": (torch.bool, *floats)}
+    state = torch.tensor(_STATE)
+    for dtype in extra.get(op, floats):
+        arguments = ([_COUNT], dtype, *_RANDOM_PARAMETERS[op])
+        got = getattr(torch.ops.fastgen, op)(state.to(device), *arguments).cpu()
+        differ = int((got != getattr(reference, op)(state, *arguments)).sum())
+        if differ:
+            yield f"{differ} of {_COUNT} numbers differ in {dtype}"
+
+
+def _reparameterize_errors(op: str, device: str) -> Iterator[str]:
+    import torch
+
+    from fastgen import reference
+
+    rows, width = 13, 37
+    state = torch.tensor(_STATE)
+    draw = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        tensors = [
+            torch.randn((rows,) if name == "grad_kl" else (rows, width), generator=draw).to(dtype)
+            for name in _REPARAMETERIZE_TENSORS[op]
+        ]
+        noise = reference.normal(state, [rows, width], work, 0.0, 1.0).double()
+        got = getattr(torch.ops.fastgen, op)(*(x.to(device) for x in tensors), state.to(device), None)
+        want = getattr(reference, op)(*(x.double() for x in tensors), None, noise)
+        for actual, expected in zip(_tuple(got), _tuple(want), strict=True):
+            # Computed in `work` over a row, rounded once to dtype.
+            scale = float(expected.abs().max())
+            allowed = torch.finfo(dtype).eps * expected.abs() + 16 * torch.finfo(work).eps * scale
+            error = (actual.cpu().double() - expected).abs()
+            if not bool((error <= allowed).all()):
+                yield f"off by up to {float(error.max()):.3g} in {dtype}, numbers up to {scale:.3g}"
+
+
+def _tuple(value: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+# ---------------------------------------------------------------------------------------------------
+# For people
+
+
+def _print(diagnosis: dict[str, Any], console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    def grid(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
+        table = Table(
+            *header, title=title, title_justify="left", title_style="bold", box=None, show_header=bool(header)
+        )
+        if not header:
+            table.add_column(style="cyan", no_wrap=True)
+            table.add_column(overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+
+    build, system = diagnosis["build"], diagnosis["system"]
+    devices = [f"{device['name']} ({device['arch']})" for device in diagnosis["cuda_devices"]]
+    grid(
+        "Installation",
+        [
+            ("fastgen", f"{build['version']}, built with torch {build['torch_built'] or '(not built)'}"),
+            ("torch", system["torch"]),
+            ("Python", f"{system['python']}, {system['system']}"),
+            ("CPU", f"{system['cpu']}: {' '.join(system['flags'])}"),
+            ("threads", f"{system['threads']} (OMP_NUM_THREADS {system['OMP_NUM_THREADS'] or 'not set'})"),
+            ("CUDA", f"{', '.join(devices) or 'no device'}; kernels for {', '.join(build['cuda_archs']) or 'none'}"),
+        ],
+    )
+    grid("Ops", [(op, path["cpu"], path["cuda"]) for op, path in build["ops"].items()], ("op", "on the CPU", "on CUDA"))
+    rows = []
+    for extra, packages in diagnosis["extras"].items():
+        missing = [package for package, version in packages.items() if version is None]
+        detail = ", ".join(f"{package} {version}" for package, version in packages.items() if version is not None)
+        if missing:
+            line = escape(f"pip install 'fastgen-torch[{extra}]'")
+            detail = f"[yellow]missing: {', '.join(missing)}[/]  {line}"
+        rows.append((extra, detail))
+    grid("Extras", rows)
+    grid(
+        "Checks",
+        [
+            (f"[{_STYLES[check['status']]}]{check['status']}[/]", f"{check['name']}: {escape(check['detail'])}")
+            for check in diagnosis["checks"]
+        ],
+    )
+    failed = sum(check["status"] == "FAIL" for check in diagnosis["checks"])
+    warned = sum(check["status"] == "WARN" for check in diagnosis["checks"])
+    if failed:
+        console.print(f"[bold red]{failed} of {len(diagnosis['checks'])} checks failed.[/]")
+    else:
+        console.print(f"[green]All is well[/]{f', {warned} to read above' if warned else ''}.")
