@@ -111,8 +111,8 @@ class RandomCase(Case):
 
 def cases(*, full: bool) -> list[RandomCase]:
     """The cases of `fastgen bench`: a few that tell most, or all of them."""
-    # 16M numbers are so many that the allocator maps new pages for them at each call, which takes longer than the
-    # copy of as many bytes; 4M find their memory again.
+    # 16M numbers are so many that the allocator maps new pages for them at each call, which takes longer than
+    # filling them; 4M find their memory again.
     large, medium, small = (1 << 24,), (1 << 22,), (1 << 16,)
     chosen = [RandomCase(distribution=name, shape=large) for name in DISTRIBUTIONS]
     for name in DISTRIBUTIONS if full else ("normal",):
