@@ -1,0 +1,64 @@
+"""The command line, `fastgen`: it needs the extra `train`, but this module imports without it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_TRACEBACK = "FASTGEN_TRACEBACK"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Bad input is one line on stderr and exit code 2, Ctrl-C is 130. With FASTGEN_TRACEBACK=1 in the environment every
+    error shows where it came from.
+
+    Args:
+        arguments: default those of the process.
+    """
+    try:
+        from fastgen.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        return _fail(f"{error.name} is not installed: pip install 'fastgen-torch[train]'")
+    try:
+        code = app(
+            args=None if arguments is None else list(arguments),
+            prog_name="fastgen",
+            standalone_mode=False,
+        )
+    except Exception as error:
+        message = _one_line(error)
+        if message is None or os.environ.get(_TRACEBACK, "0") not in ("", "0"):
+            raise
+        return _fail(message)
+    return code if isinstance(code, int) else 0
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user, or None for an error that is a bug rather than bad input."""
+    import torch
+    import typer
+
+    if isinstance(error, typer.Abort):
+        return "aborted"
+    if hasattr(error, "format_message"):  # typer's own; their class moved between its versions
+        text = error.format_message()
+    elif isinstance(error, torch.OutOfMemoryError):
+        text = f"the device is out of memory; try a smaller --batch-size ({error})"
+    elif isinstance(error, (ValueError, OSError, ImportError, MemoryError, ArithmeticError)):
+        text = str(error) or type(error).__name__
+    else:
+        return None
+    return " ".join(text.split())
+
+
+def _fail(message: str) -> int:
+    if message:  # typer has none where it printed the help instead
+        print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,220 @@
+"""Where a run tells of itself: metrics.csv, TensorBoard, and the terminal."""
+
+from __future__ import annotations
+
+import abc
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from fastgen._files import write_text
+from fastgen.train._extras import extra
+
+__all__ = ["EventLog", "MetricsFile", "Progress", "ProgressMode", "make_progress", "read_metrics"]
+
+Number = int | float
+ProgressMode = Literal["auto", "bar", "lines", "quiet"]
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; a last line cut short by a kill is left out."""
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(io.StringIO(whole)))
+
+
+class MetricsFile:
+    """metrics.csv: one row for each log point and each evaluation.
+
+    Args:
+        path: the file. Rows of an earlier process after `step`, and final ones, are dropped, because the
+            run is about to write them again.
+        columns: the header.
+        step: where the run starts.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], step: int) -> None:
+        self.path = path
+        self._columns = tuple(columns)
+        kept = []
+        if path.exists():
+            kept = [row for row in read_metrics(path) if int(row["step"]) <= step and row["split"] != "final"]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_text(path, text.getvalue())
+        self._file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (closed by close)
+        self._writer = csv.DictWriter(self._file, self._columns, restval="", lineterminator="\n")
+
+    def write(self, row: Mapping[str, str | Number]) -> None:
+        self._writer.writerow(row)
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Bring the rows to the disk: to be done before the checkpoint that builds on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EventLog:
+    """TensorBoard events in `folder`, from `step` on; later ones of an earlier process are hidden."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        with extra("train"):
+            import tensorboard  # noqa: F401 (torch's own message would not name the extra)
+            from torch.utils.tensorboard import SummaryWriter
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, split: str, step: int, metrics: Mapping[str, Number]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Progress(abc.ABC):
+    """What a user sees while a run goes on. Everything goes to stderr."""
+
+    @abc.abstractmethod
+    def start(self, step: int, total: int) -> None: ...
+
+    @abc.abstractmethod
+    def advance(self, step: int) -> None:
+        """Called after every step, so it must cost next to nothing."""
+
+    @abc.abstractmethod
+    def report(self, split: str, epoch: int, step: int, metrics: Mapping[str, Number], rate: float | None) -> None:
+        """New figures: `rate` in examples a second."""
+
+    @abc.abstractmethod
+    def message(self, text: str) -> None: ...
+
+    @abc.abstractmethod
+    def stop(self) -> None: ...
+
+
+class Quiet(Progress):
+    """Nothing at all."""
+
+    def start(self, step: int, total: int) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def report(self, split: str, epoch: int, step: int, metrics: Mapping[str, Number], rate: float | None) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class Lines(Progress):
+    """A line for each evaluation, for logs and notebooks."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._train = ""
+        self._started = 0.0
+        self._first = self._total = 0
+
+    def start(self, step: int, total: int) -> None:
+        self._first, self._total, self._started = step, total, self._clock()
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def report(self, split: str, epoch: int, step: int, metrics: Mapping[str, Number], rate: float | None) -> None:
+        if split == "train":
+            speed = "" if rate is None else f"  {rate:,.0f} examples/s"
+            name, value = next(iter(metrics.items()))
+            self._train = f"train {name} {value:.2f}{speed}"
+            return
+        left = ""
+        if step > self._first and split == "test":
+            seconds = (self._clock() - self._started) / (step - self._first) * (self._total - step)
+            left = f"  {_duration(seconds)} left"
+        train = f"{self._train}  " if self._train and split == "test" else ""
+        self.message(f"step {step}/{self._total}  epoch {epoch}  {train}{split} {_figures(metrics)}{left}")
+
+    def message(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def stop(self) -> None:
+        pass
+
+
+class Bar(Progress):
+    """A live bar for terminals, with the evaluations as lines above it."""
+
+    def __init__(self) -> None:
+        with extra("train"):
+            from rich import progress
+            from rich.console import Console
+        self._console = Console(stderr=True, highlight=False)
+        self._lines = Lines()
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[figures]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task("train", total=None, figures="")
+
+    def start(self, step: int, total: int) -> None:
+        self._progress.update(self._task, total=total, completed=step)
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def report(self, split: str, epoch: int, step: int, metrics: Mapping[str, Number], rate: float | None) -> None:
+        if split == "train":
+            name, value = next(iter(metrics.items()))
+            speed = "" if rate is None else f"  {rate:,.0f}/s"
+            self._progress.update(self._task, description=f"epoch {epoch}", figures=f"{name} {value:.2f}{speed}")
+        else:
+            self.message(f"step {step}  epoch {epoch}  {split} {_figures(metrics)}")
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def make_progress(mode: ProgressMode) -> Progress:
+    """ "auto": a bar where stderr is a terminal, else lines."""
+    if mode == "auto":
+        mode = "bar" if sys.stderr.isatty() else "lines"
+    modes: dict[str, Callable[[], Progress]] = {"bar": Bar, "lines": Lines, "quiet": Quiet}
+    if mode not in modes:
+        raise ValueError(f"progress: expected 'auto', 'bar', 'lines' or 'quiet', got {mode!r}")
+    return modes[mode]()
+
+
+def _figures(metrics: Mapping[str, Number]) -> str:
+    return "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

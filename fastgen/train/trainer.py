@@ -1,0 +1,704 @@
+"""The trainer: one loop for every model family."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastgen._files import write_text
+from fastgen._version import __version__
+from fastgen.models import _validate
+from fastgen.random import Generator, permutation
+from fastgen.train._extras import extra, require
+from fastgen.train.checkpoint import Checkpoint, CheckpointFolder, all_finite, load_optimizer, optimizer_state
+from fastgen.train.logging import EventLog, MetricsFile, ProgressMode, make_progress, read_metrics
+from fastgen.train.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = [
+    "CHANGEABLE",
+    "Interrupted",
+    "NonFiniteLossError",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingResult",
+    "check_new_folder",
+    "read_run",
+]
+
+SCHEDULES = ("cosine", "constant")
+DEVICES = ("auto", "cpu", "cuda")
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
+# Fields that may differ when a run is resumed.
+CHANGEABLE = ("epochs", "max_steps", "max_seconds", "device", "save_every", "keep_checkpoints", "tensorboard")
+
+
+class _Stream(IntEnum):
+    """What the streams forked from the seed of a run are for."""
+
+    ORDER = 0
+    NOISE = 1
+    TORCH = 2
+    EVALUATION = 3
+
+
+class _Stop(IntEnum):
+    """Why to leave the loop before its end; the greater one wins among processes."""
+
+    NO = 0
+    TIME_IS_UP = 1
+    SIGNAL = 2
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Training produced an infinity or NaN."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a run after its checkpoint was saved.
+
+    Attributes:
+        out: the run folder.
+        step: steps done.
+        signal: the signal's number.
+    """
+
+    def __init__(self, message: str, out: Path, step: int, number: int) -> None:
+        super().__init__(message)
+        self.out, self.step, self.signal = out, step, number
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train, whatever the model.
+
+    Args:
+        epochs: passes over the training data.
+        max_steps: stop after so many steps, if that comes first.
+        max_seconds: stop after so much training time, over all continuations of a run. The outcome then
+            depends on the speed of the machine: such a run cannot be repeated exactly.
+        batch_size: examples a step, of all processes together, so that a run is the same on any number of
+            them. What is left at the end of an epoch is skipped; the next one has another order.
+        learning_rate: of Adam, at its highest.
+        schedule: "cosine" falls to 0 along half a cosine (Loshchilov & Hutter, "SGDR", 2017); "constant".
+        warmup_steps: steps over which the rate rises linearly to `learning_rate`.
+        weight_decay: decoupled (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019), of
+            matrices and kernels, not of biases and other vectors.
+        max_grad_norm: gradients are scaled down to this Euclidean norm; None: never.
+        seed: decides the initial weights, the order of the data and all noise, 0 <= seed < 2**64.
+        device: "auto" (CUDA if there is any), "cpu" or "cuda".
+        mixed_precision: "no", "bf16" or "fp16", the dtype of autocast.
+        log_every: steps between two rows of training metrics, counted anew in every epoch, which ends with one.
+        evaluate_every: epochs between two evaluations, each followed by a sample picture and a checkpoint.
+        save_every: steps between additional checkpoints; None: only after evaluations.
+        keep_checkpoints: how many of the latest stay, besides the best.
+        tensorboard: whether to write TensorBoard events.
+
+    Raises:
+        ValueError: for a field out of range, naming it.
+    """
+
+    epochs: int = 30
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    mixed_precision: str = "no"
+    log_every: int = 50
+    evaluate_every: int = 1
+    save_every: int | None = None
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "warmup_steps": _validate.integer("warmup_steps", self.warmup_steps, 0),
+            "learning_rate": _validate.number("learning_rate", self.learning_rate, above=0),
+            "weight_decay": _validate.number("weight_decay", self.weight_decay, minimum=0),
+            "schedule": _validate.choice("schedule", self.schedule, SCHEDULES),
+            "device": _validate.choice("device", self.device, DEVICES),
+            "mixed_precision": _validate.choice("mixed_precision", self.mixed_precision, MIXED_PRECISIONS),
+            "seed": Generator(self.seed).seed,
+            "tensorboard": _validate.boolean("tensorboard", self.tensorboard),
+        }
+        for name in ("epochs", "batch_size", "log_every", "evaluate_every", "keep_checkpoints"):
+            checked[name] = _validate.integer(name, getattr(self, name), 1)
+        for name in ("max_steps", "save_every"):
+            value = getattr(self, name)
+            checked[name] = None if value is None else _validate.integer(name, value, 1)
+        for name in ("max_seconds", "max_grad_norm"):
+            value = getattr(self, name)
+            checked[name] = None if value is None else _validate.number(name, value, above=0)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def learning_rate_factor(self, step: int, total: int) -> float:
+        """What the learning rate of step `step` of `total` is multiplied by, from 0 to 1."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, total - self.warmup_steps)))
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run left.
+
+    Attributes:
+        out: the run folder.
+        step: steps done.
+        best_step: the step whose checkpoint is the best, and whose weights the model now has.
+        metrics: final evaluation of these weights.
+        files: what a reader may want to open.
+    """
+
+    out: Path
+    step: int
+    best_step: int
+    metrics: dict[str, float]
+    files: tuple[Path, ...]
+
+
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a run folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or not that of a run.
+        ValueError: config.json is damaged.
+    """
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such run folder")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder}: not a run folder, it has no config.json") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+    if not isinstance(record, dict) or "training" not in record:
+        raise ValueError(f"{folder}: not a run folder, its config.json is that of a model")
+    return record
+
+
+class Trainer:
+    """Trains the model of a recipe and keeps a run folder.
+
+    The folder holds config.json, metrics.csv, checkpoints/, samples/ (pictures during training), events/
+    (TensorBoard), model/ (the best weights so far, for `from_pretrained`) and, at the end, the recipe's pictures.
+
+    Under `torchrun` or `accelerate launch` the processes share each batch, gradients are averaged, and
+    rank 0 alone writes.
+
+    A run is a function of (recipe, data, config): the order of an epoch, the noise of a step and the state
+    of torch's own generators at a step depend on the seed and the step alone. So a checkpoint needs no
+    random state but the step, and on the CPU a run that was killed at any moment and resumed ends with the
+    same bits as one that was not. Torch's generators are put back at the end.
+
+    Args:
+        recipe: what to train.
+        config: how.
+        out: run folder, default `runs/<model>-<name>-<time>`. An existing one is never overwritten.
+        resume: continue the run in `out` from its latest checkpoint. Model, data and config must be those
+            it was started with, but epochs, max_steps, max_seconds and device may change.
+        name: what the default folder is called after, usually the data.
+        record: more entries for config.json, such as where the data came from.
+        progress: "auto" (a bar in a terminal, else lines), "bar", "lines" or "quiet".
+
+    Raises:
+        ValueError: for settings that do not fit the data or the processes.
+        FileExistsError: `out` is not empty.
+        ImportError: a package of the extra `train` is missing.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: TrainingConfig | None = None,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        name: str = "data",
+        record: Mapping[str, Any] | None = None,
+        progress: ProgressMode = "auto",
+    ) -> None:
+        self.recipe = recipe
+        self.config = config = config or TrainingConfig()
+        if resume and out is None:
+            raise ValueError("out: expected the folder of the run to resume, got None")
+        require("train", "accelerate", "matplotlib", "PIL", "rich", "safetensors", "tensorboard")
+        self.accelerator = _accelerator(config)
+        self._main = self.accelerator.is_main_process
+        self._progress = make_progress(progress if self._main else "quiet")
+
+        self.batch_size = _divisible_batch(config.batch_size, recipe.num_examples, self.accelerator.num_processes)
+        self.steps_per_epoch = recipe.num_examples // self.batch_size
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+
+        self._modules = recipe.modules()
+        optimizers = recipe.optimizers(config)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]  # torch's name for the rate before any schedule
+        prepared = [self.accelerator.prepare(item) for item in (*self._modules.values(), *optimizers.values())]
+        self._wrapped: dict[str, nn.Module] = dict(zip(self._modules, prepared, strict=False))
+        self._optimizers: dict[str, Optimizer] = dict(zip(optimizers, prepared[len(self._modules) :], strict=True))
+
+        root = Generator(config.seed)
+        self._order_stream = root.fork(_Stream.ORDER)
+        self._noise_stream = root.fork(_Stream.NOISE)
+        self._evaluation_stream = root.fork(_Stream.EVALUATION)
+        self._torch_seed = root.fork(_Stream.TORCH).seed
+
+        self._step = 0
+        self._best: _Best | None = None
+        self._names: list[str] = []
+        self._window: list[Tensor] = []  # of each step since the last row of metrics.csv, the metrics _names
+        self._seconds_before = 0.0  # spent by earlier processes of this run
+        self._signal = 0
+        self.out = self._open_folder(out, resume, name, record or {})
+        self._checkpoints = CheckpointFolder(self.out / "checkpoints", config.keep_checkpoints)
+        if resume:
+            self._load_latest()
+
+    def fit(self) -> TrainingResult:
+        """Train to the end, evaluate the best checkpoint, draw the pictures.
+
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM, when the checkpoint is saved. A second Ctrl-C does not wait.
+            NonFiniteLossError: the loss or a weight became infinite or NaN; earlier checkpoints stay.
+            OSError: a file could not be written; earlier checkpoints stay.
+        """
+        with self._torch_generators(), self._plain_forward_afterwards(), self._logs():
+            with self._signals():
+                self._train()
+            try:
+                return self._finish()
+            except KeyboardInterrupt:
+                raise self._interrupted(signal.SIGINT) from None
+
+    # ------------------------------------------------------------------------------------------------
+    # The loop
+
+    def _train(self) -> None:
+        config = self.config
+        for module in self._wrapped.values():
+            module.train()
+        self._started = time.monotonic()
+        self._restart_clock()
+        self._progress.start(self._step, self.total_steps)
+        over = config.max_seconds is not None and self._seconds_before >= config.max_seconds
+        order, order_epoch = torch.empty(0), -1
+        while self._step < self.total_steps and not over:
+            epoch, batch = divmod(self._step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = self._order(epoch), epoch
+            self._train_step(order[batch * self.batch_size :][: self.batch_size])
+            self._progress.advance(self._step)
+
+            stop = self._stop()
+            over = stop is _Stop.TIME_IS_UP or self._step == self.total_steps
+            epochs, steps = divmod(self._step, self.steps_per_epoch)
+            if over or steps % config.log_every == 0:  # also where an epoch ends: steps is 0
+                self._log()
+            if over or (steps == 0 and epochs % config.evaluate_every == 0):
+                self._evaluate()
+                self._save()
+                self._draw()
+            elif stop is _Stop.SIGNAL or (config.save_every and self._step % config.save_every == 0):
+                self._save()
+            if stop is _Stop.SIGNAL:
+                raise self._interrupted(self._signal)
+
+    def _order(self, epoch: int) -> Tensor:
+        """(num_examples,): the order of an epoch, the same on all processes."""
+        return permutation(self.recipe.num_examples, generator=self._order_stream.fork(epoch))
+
+    def _train_step(self, batch: Tensor) -> None:
+        """One step on the examples `batch` of all processes together."""
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        # Dropout and whatever else a model draws from torch's generators depends on the step alone.
+        self._seed_torch(self._step * processes + process)
+        factor = self.config.learning_rate_factor(self._step, self.total_steps)
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        share = self.batch_size // processes
+        metrics = self.recipe.train_step(
+            Step(
+                index=self._step,
+                rows=batch[process * share :][:share],
+                first_row=process * share,
+                batch_size=self.batch_size,
+                modules=self._wrapped,
+                noise_seed=self._noise_stream.seed,
+                update=self._update,
+            )
+        )
+        self._names = list(metrics)
+        self._window.append(torch.stack(list(metrics.values())))
+        self._step += 1
+
+    def _update(self, name: str, loss: Tensor) -> None:
+        optimizer = self._optimizers[name]
+        optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        if self.config.max_grad_norm is not None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        optimizer.step()
+
+    def _stop(self) -> _Stop:
+        """Whether to leave the loop, the same answer on all processes."""
+        stop = _Stop.NO
+        if self.config.max_seconds is not None and self._seconds() >= self.config.max_seconds:
+            stop = _Stop.TIME_IS_UP
+        if self._signal:
+            stop = _Stop.SIGNAL
+        if self.accelerator.num_processes == 1:
+            return stop
+        if self._step % self.steps_per_epoch % self.config.log_every:  # asking the others costs a wait
+            return _Stop.NO
+        asked = self.accelerator.gather(torch.tensor([int(stop)], device=self.accelerator.device))
+        return _Stop(int(asked.max()))
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _restart_clock(self) -> None:
+        self._clock, self._clock_step = time.monotonic(), self._step
+
+    # ------------------------------------------------------------------------------------------------
+    # Metrics, pictures, checkpoints
+
+    def _log(self) -> None:
+        """Write the mean of the metrics since the last time; the device is waited for only here."""
+        window = self._averaged_window()
+        self._window = []
+        rate = (self._step - self._clock_step) * self.batch_size / max(time.monotonic() - self._clock, 1e-9)
+        metrics = dict(zip(self._names, window.double().mean(0).tolist(), strict=True))
+        learning_rate = next(iter(self._optimizers.values())).param_groups[0]["lr"]
+        self._write("train", metrics, {"learning_rate": learning_rate, "examples_per_second": round(rate, 1)})
+        self._progress.report("train", self._epoch(), self._step, metrics, rate)
+        self._restart_clock()
+
+    def _averaged_window(self) -> Tensor:
+        """(steps, metrics) since the last row of metrics.csv, averaged over the processes; checked."""
+        window: Tensor = self.accelerator.reduce(torch.stack(self._window), "mean").cpu()
+        bad = (~torch.isfinite(window)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            step = self._step - len(window) + row + 1
+            raise self._not_finite(f"{self._names[column]} became {float(window[row, column])} at step {step}")
+        return window
+
+    def _evaluate(self) -> None:
+        metrics = self.recipe.evaluate(self.accelerator, self._evaluation_stream.clone())
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise self._not_finite(f"{name} on the test data is {value} after step {self._step}")
+        self._write("test", metrics)
+        self._progress.report("test", self._epoch(), self._step, metrics, None)
+        value = metrics[self.recipe.criterion]
+        if self._best is None or value < self._best["value"]:
+            self._best = {"step": self._step, "value": value}
+        for module in self._wrapped.values():
+            module.train()
+        self._restart_clock()
+
+    def _write(self, split: str, metrics: Mapping[str, float], more: Mapping[str, float] | None = None) -> None:
+        if not self._main:
+            return
+        step = self._best["step"] if split == "final" and self._best else self._step
+        values = {**metrics, **(more or {})}
+        place: dict[str, str | int] = {"split": split, "epoch": self._epoch(step), "step": step}
+        self._metrics.write({**place, **values, "seconds": round(self._seconds(), 3)})
+        if self._events is not None:
+            self._events.write(split, step, values)
+
+    def _epoch(self, step: int | None = None) -> int:
+        """The epoch of a step just taken, from 1."""
+        return ((self._step if step is None else step) + self.steps_per_epoch - 1) // self.steps_per_epoch
+
+    def _save(self) -> None:
+        """Save a checkpoint, or raise if the weights are no good, so that the last good one stays."""
+        tensors = {
+            f"{prefix}.{name}": tensor
+            for prefix, module in self._modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+        if not all_finite(tensors.values()):
+            raise self._not_finite(f"a weight became infinite or NaN by step {self._step}")
+        if self._window:
+            self._window = list(self._averaged_window())
+            tensors["metrics.window"] = torch.stack(self._window)
+        if not self._main:
+            return
+        state: dict[str, Any] = {
+            "step": self._step,
+            "best": self._best,
+            "seconds": self._seconds(),
+            "window": self._names,
+            "optimizers": {},
+        }
+        for name, optimizer in self._optimizers.items():
+            more, state["optimizers"][name] = optimizer_state(name, optimizer)
+            tensors.update(more)
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        # A row that a checkpoint counts as written must outlive it.
+        self._metrics.sync()
+        self._checkpoints.save(self._step, Checkpoint(tensors, state), self._best and self._best["step"])
+        if self._best and self._best["step"] == self._step:
+            self.recipe.save_pretrained(self.out / "model")
+        self._restart_clock()
+
+    def _draw(self) -> None:
+        if self._main:
+            self.recipe.save_sample(self.out / "samples" / f"step-{self._step:08d}.png")
+        self._restart_clock()
+
+    def _load_latest(self) -> None:
+        if self._main:
+            self._checkpoints.clean()
+        path = self._checkpoints.latest()
+        if path is None:  # killed before the first one: the seed gives the beginning again
+            return
+        checkpoint = Checkpoint.load(path)
+        self._load_modules(path, checkpoint)
+        for name, optimizer in self._optimizers.items():
+            load_optimizer(name, optimizer, checkpoint)
+        if self.accelerator.scaler is not None and "scaler" in checkpoint.state:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        state = checkpoint.state
+        self._step, self._best, self._names = state["step"], state["best"], state["window"]
+        self._seconds_before = state["seconds"]
+        if "metrics.window" in checkpoint.tensors:
+            self._window = list(checkpoint.tensors["metrics.window"].to(self.accelerator.device))
+        self._progress.message(f"resumed {self.out} at step {self._step} of {self.total_steps}")
+
+    def _load_modules(self, path: Path, checkpoint: Checkpoint) -> None:
+        for prefix, module in self._modules.items():
+            try:
+                module.load_state_dict(checkpoint.part(prefix))
+            except RuntimeError as error:
+                raise ValueError(f"{path}: its weights are not those of this model ({error})") from None
+
+    # ------------------------------------------------------------------------------------------------
+    # Beginning and end
+
+    def _open_folder(
+        self, out: str | os.PathLike[str] | None, resume: bool, name: str, record: Mapping[str, Any]
+    ) -> Path:
+        """The run folder, with its config.json; the same on all processes."""
+        with extra("train"):
+            from accelerate.utils import broadcast_object_list
+        folder = None
+        if self._main:
+            description = {
+                "model_type": self.recipe.model_type,
+                **self.recipe.describe(),
+                "training": dataclasses.asdict(self.config),
+                "processes": self.accelerator.num_processes,
+                "versions": {"fastgen": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+                **record,
+            }
+            # As a reader of the file will see it: tuples are lists.
+            description = json.loads(json.dumps(description))
+            if resume:
+                assert out is not None
+                folder = Path(out)
+                before = read_run(folder)
+                _check_same_run(folder, before, description)
+                description = {**before, "training": description["training"]}
+            else:
+                folder = _new_folder(out, f"{self.recipe.model_type}-{name}")
+                description["created"] = datetime.now().astimezone().isoformat(timespec="seconds")
+            write_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
+        shared = [folder]
+        broadcast_object_list(shared)
+        assert shared[0] is not None
+        return shared[0]
+
+    def _finish(self) -> TrainingResult:
+        assert self._best is not None  # the loop ends with an evaluation
+        path = self._checkpoints.path(self._best["step"])
+        self._load_modules(path, Checkpoint.load(path))
+        metrics = self.recipe.evaluate(self.accelerator, self._evaluation_stream.clone(), final=True)
+        self._write("final", metrics)
+        self._progress.report("final", self._epoch(self._best["step"]), self._best["step"], metrics, None)
+        files: list[Path] = []
+        if self._main:
+            self._metrics.sync()
+            self.recipe.save_pretrained(self.out / "model")
+            files = [*self.recipe.save_report(self.out, read_metrics(self._metrics.path)), self._metrics.path]
+            files.append(self.out / "model")
+        self.accelerator.wait_for_everyone()
+        return TrainingResult(self.out, self._step, self._best["step"], metrics, tuple(files))
+
+    @contextlib.contextmanager
+    def _logs(self) -> Iterator[None]:
+        self._events: EventLog | None = None
+        if not self._main:
+            yield
+            return
+        columns = ("split", "epoch", "step", *self.recipe.metrics, "learning_rate", "examples_per_second", "seconds")
+        self._metrics = MetricsFile(self.out / "metrics.csv", columns, self._step)
+        if self.config.tensorboard:
+            self._events = EventLog(self.out / "events", self._step)
+        try:
+            yield
+        finally:
+            self._progress.stop()
+            self._metrics.close()
+            if self._events is not None:
+                self._events.close()
+
+    @contextlib.contextmanager
+    def _plain_forward_afterwards(self) -> Iterator[None]:
+        """Take away the autocast that Accelerate hangs on forward: after training the user has the model."""
+        try:
+            yield
+        finally:
+            for module in self._modules.values():
+                if hasattr(module, "_original_forward"):
+                    del module.forward, module._original_forward
+
+    @contextlib.contextmanager
+    def _torch_generators(self) -> Iterator[None]:
+        """Put torch's generators back afterwards: training seeds them, a notebook goes on using them."""
+        cuda = self.accelerator.device.type == "cuda"
+        with torch.random.fork_rng([torch.cuda.current_device()] if cuda else []):
+            yield
+
+    def _seed_torch(self, key: int) -> None:
+        # Not torch.manual_seed, which looks through all device types: 70 us a step.
+        seed = (self._torch_seed + key) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note Ctrl-C and SIGTERM for the end of the step; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python allows handlers in the main thread only
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self._signal:
+                raise KeyboardInterrupt
+            self._signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _interrupted(self, number: int) -> Interrupted:
+        message = f"stopped after step {self._step} of {self.total_steps}, the checkpoint is in {self.out}"
+        return Interrupted(message, self.out, self._step, number or signal.SIGINT)
+
+    def _not_finite(self, what: str) -> NonFiniteLossError:
+        latest = self._checkpoints.latest()
+        kept = f"the last good checkpoint is {latest}" if latest else "no checkpoint had been saved"
+        return NonFiniteLossError(
+            f"{what}; {kept}; try a lower learning_rate ({self.config.learning_rate:g} now), max_grad_norm, "
+            f"or mixed_precision 'no'"
+        )
+
+
+class _Best(TypedDict):
+    step: int
+    value: float
+
+
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    with extra("train"):
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected 'auto' or 'cpu', as PyTorch finds no CUDA device, got 'cuda'")
+    # Accelerate keeps the settings of its first use for the whole process; each run has its own.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=cpu, mixed_precision=config.mixed_precision)
+
+
+def _divisible_batch(batch_size: int, examples: int, processes: int) -> int:
+    """The batch size in use: not more than there are examples, the same number on each process."""
+    if batch_size % processes:
+        raise ValueError(f"batch_size: expected a multiple of the {processes} processes, got {batch_size}")
+    if examples < processes:
+        raise ValueError(f"data: expected at least an example for each of {processes} processes, got {examples}")
+    return min(batch_size, examples // processes * processes)
+
+
+def _new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
+    if out is None:
+        folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder.mkdir(parents=True)  # two runs of one second: the second one fails here
+        return folder
+    check_new_folder(out)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_new_folder(out: str | os.PathLike[str]) -> None:
+    """Raise OSError where a run cannot begin in `out`: it is a file, or holds something."""
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder for the run, got a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if (folder / "config.json").exists():
+            raise FileExistsError(
+                f"{folder}: holds a run already; continue it with --resume {folder} (resume=True in Python), "
+                f"or choose another folder"
+            )
+        raise FileExistsError(f"{folder}: not empty; choose a new folder for the run")
+
+
+def _check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError where a run would go on with other data, another model or other settings."""
+    for section in ("model_type", "model", "data", "training"):
+        old, new = before.get(section), now.get(section)
+        if old == new:
+            continue
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            raise ValueError(f"{section}: expected {old!r}, as {folder} was started with, got {new!r}")
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and not (section == "training" and key in CHANGEABLE):
+                raise ValueError(
+                    f"{key}: expected {old.get(key)!r}, as {folder} was started with, got {new.get(key)!r}"
+                )

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen.data import ImageSet
+from fastgen.random import Generator, normal, uniform
+from fastgen.train import Recipe, Step, TrainingConfig
+
+
+class Regression(Recipe):
+    """A network with dropout on noisy inputs, two optimisers that take turns: what a recipe may do."""
+
+    model_type = "regression"
+    metrics = ("loss", "penalty")
+    criterion = "loss"
+
+    def __init__(self, examples: int = 37, seed: int = 0) -> None:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            self.body = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.2))
+            self.head = nn.Linear(8, 1)
+        self.x = normal(examples, 3, generator=Generator(seed))
+        self.y = self.x.sum(-1, keepdim=True)
+        self.steps: list[tuple[int, list[int]]] = []
+        self.poison: int | None = None  # the step whose loss is not a number
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.x)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"body": self.body, "head": self.head}
+
+    def optimizers(self, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "body": torch.optim.AdamW(self.body.parameters(), lr=config.learning_rate, betas=(0.8, 0.99)),
+            "head": torch.optim.SGD(self.head.parameters(), lr=config.learning_rate, momentum=0.9),
+        }
+
+    def train_step(self, step: Step) -> dict[str, Tensor]:
+        self.steps.append((step.index, step.rows.tolist()))
+        x = self.x[step.rows]
+        x = x + 0.1 * normal(x.shape, generator=step.generator(3))
+        body, head = step.modules["body"], step.modules["head"]
+        loss = (head(body(x)) - self.y[step.rows]).square().mean()
+        if step.index == self.poison:
+            loss = loss * torch.nan
+        step.update("body", loss)
+        penalty = (head(body(x).detach()) - self.y[step.rows]).abs().mean()
+        step.update("head", penalty)
+        return {"loss": loss.detach(), "penalty": penalty.detach()}
+
+    def evaluate(self, accelerator: Any, generator: Generator, *, final: bool = False) -> dict[str, float]:
+        body = copy.deepcopy(self.body).eval()
+        with torch.no_grad():
+            return {"loss": float((self.head(body(self.x)) - self.y).square().mean())}
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": {"hidden": 8}, "data": {"examples": len(self.x)}}
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "weight.txt").write_text(repr(self.head.weight.tolist()))
+
+    def save_sample(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("sample")
+
+    def save_report(self, folder: Path, rows: list[dict[str, str]]) -> list[Path]:
+        path = folder / "report.txt"
+        path.write_text(str(len(rows)))
+        return [path]
+
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for module in self.modules().values() for p in module.parameters()]
+
+
+def images(count: int = 60, shape: tuple[int, int, int] = (1, 8, 8), classes: int = 3, seed: int = 0) -> ImageSet:
+    """Blobs in one of three places, which a small model learns."""
+    channels, height, width = shape
+    labels = torch.arange(count) % classes
+    centre = 0.2 + 0.6 * labels / max(classes - 1, 1)
+    rows = torch.linspace(0, 1, height).view(1, 1, height, 1)
+    columns = torch.linspace(0, 1, width).view(1, 1, 1, width)
+    distance = (rows - centre.view(-1, 1, 1, 1)).square() + (columns - centre.view(-1, 1, 1, 1)).square()
+    noise = uniform(count, channels, height, width, generator=Generator(seed))
+    pixels = (torch.exp(-20 * distance) * 220 + 30 * noise).to(torch.uint8)
+    return ImageSet(pixels, labels, tuple(f"class {i}" for i in range(classes)), "blobs")
+
+
+@pytest.fixture
+def blobs() -> ImageSet:
+    return images()
+
+
+@pytest.fixture
+def regression() -> Regression:
+    return Regression()

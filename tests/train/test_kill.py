@@ -1,0 +1,124 @@
+"""Runs killed with SIGKILL at any moment end with the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import images
+
+from fastgen.train import read_metrics
+from fastgen.train.checkpoint import Checkpoint
+
+KILLED = signal.SIGKILL
+
+
+class Zygote:
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, *arguments: str, kill_after: float | None = None, die: int | None = None) -> int:
+        """The child's exit code, or minus the signal that ended it."""
+        assert self.process.stdin is not None
+        request = {"arguments": [*arguments, "--quiet"], "kill_after": kill_after, "die": die}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return os.waitstatus_to_exitcode(int(self.answer()))
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    zygote = Zygote()
+    assert zygote.answer() == "ready\n"
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, float]:
+    """Arguments of a run, its folder when nothing disturbs it, and how long it takes."""
+    folder = tmp_path_factory.mktemp("kill")
+    np.savez(folder / "blobs.npz", images=images(120).images.numpy(), labels=images(120).labels.numpy())
+    options = "--architecture mlp --hidden-sizes 16 --latent-dim 3 --dropout 0.2 --conditional --kl-warmup 30"
+    options += " --epochs 5 --batch-size 10 --save-every 4 --log-every 3 --importance-samples 5 --no-tensorboard"
+    arguments = ["train", "vae", "--data", str(folder / "blobs.npz"), *options.split()]
+    start = time.monotonic()
+    assert zygote.run(*arguments, "--out", str(folder / "whole")) == 0
+    return arguments, folder / "whole", time.monotonic() - start
+
+
+def check_same(out: Path, whole: Path) -> None:
+    for name in ("model/model.safetensors", "model/config.json", "samples.png", "interpolation.png"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    last = "checkpoints/step-00000050.safetensors"
+    ours, theirs = Checkpoint.load(out / last), Checkpoint.load(whole / last)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all(ours.tensors[name].equal(theirs.tensors[name]) for name in ours.tensors)
+    tables = [read_metrics(folder / "metrics.csv") for folder in (out, whole)]
+    for row in (*tables[0], *tables[1]):
+        del row["seconds"], row["examples_per_second"]
+    assert tables[0] == tables[1]
+    leftovers = [path for path in out.rglob("*.safetensors") if path.name.startswith(".")]
+    assert leftovers == []
+
+
+@pytest.mark.parametrize("share", [0.15, 0.35, 0.6, 0.85])
+def test_killed_again_and_again(share: float, zygote: Zygote, whole: tuple[list[str], Path, float]) -> None:
+    arguments, reference, seconds = whole
+    out = reference.with_name(f"killed-{share}")
+    code = zygote.run(*arguments, "--out", str(out), kill_after=share * seconds)
+    assert code in (-KILLED, 0)
+    patience = share * seconds
+    for _ in range(30):
+        if code == 0:
+            break
+        if (out / "config.json").exists():
+            code = zygote.run("train", "vae", "--resume", str(out), kill_after=patience)
+        else:  # killed before the run began
+            code = zygote.run(*arguments, "--out", str(out), kill_after=patience)
+        patience *= 1.3  # enough in the end to come from one checkpoint to the next
+    assert code == 0
+    check_same(out, reference)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_killed_while_writing_a_checkpoint(number: int, zygote: Zygote, whole: tuple[list[str], Path, float]) -> None:
+    arguments, reference, _ = whole
+    out = reference.with_name(f"writing-{number}")
+    assert zygote.run(*arguments, "--out", str(out), die=number) == -KILLED
+    (leftover,) = (out / "checkpoints").glob(".step-*")
+    with pytest.raises(ValueError, match="damaged"):
+        Checkpoint.load(leftover)
+    assert zygote.run("train", "vae", "--resume", str(out)) == 0
+    check_same(out, reference)
+
+
+def test_a_line_cut_short_is_written_again(zygote: Zygote, whole: tuple[list[str], Path, float]) -> None:
+    arguments, reference, _ = whole
+    out = reference.with_name("cut")
+    assert zygote.run(*arguments, "--out", str(out), die=9) == -KILLED
+    with open(out / "metrics.csv", "a") as file:
+        file.write("train,3,27,12.5,1")
+    assert zygote.run("train", "vae", "--resume", str(out)) == 0
+    check_same(out, reference)
