@@ -6,7 +6,7 @@
 // Needed of them: + - * / on F, + - ^ & | << >> on U, and the free functions
 //   negative(U) -> mask of lanes whose top bit is set    less(F, F) -> mask    select(mask, yes, no)
 //   bits(F) -> U    real(U) -> F (same bits)    signed_to_real(U) -> F    shift_right_signed<n>(U)
-//   root(F)    absolute(F)    smaller(F, F), larger(F, F): the second argument if either is NaN
+//   times_power_of_2<T>(F x, F n, U n) -> x 2^n    root(F)    absolute(F)    smaller(F, F), larger(F, F): the second argument if either is NaN
 #pragma once
 
 #include "platform.h"
@@ -139,7 +139,7 @@ FASTGEN_FN F standard_exponential(U x) {
   using C = Constants<T>;
   using Bits = typename C::Bits;
   const auto large = negative(x);
-  const U w = select(large, x ^ U(~Bits(0)), x);
+  const U w = x ^ shift_right_signed<C::kBits - 1>(x);  // min(x, ~x)
   const F v = signed_to_real(w) * F(C::kScale) + F(C::kHalfStep);
 
   const U shifted = bits(v) - U(C::kSqrtHalf);
@@ -180,36 +180,39 @@ FASTGEN_FN void normal_pair(U radius_word, U angle_word, F& even, F& odd) {
   odd = radius * s;
 }
 
-// exp(x): x = n ln 2 + r; 2^n is applied in two halves, so that subnormal results round once.
+// x 2^n for an integer n, as a real and as a signed integer, with one rounding: in two factors, so that
+// neither overflows and only the second product can be subnormal.
+template <class T, class F, class U>
+FASTGEN_FN F times_power_of_2_by_halves(F x, U n) {
+  using C = Constants<T>;
+  using Bits = typename C::Bits;
+  const U half = shift_right_signed<1>(n);
+  const U bias(Bits((Bits(1) << (C::kBits - C::kMantissa - 2)) - 1));
+  return x * real((half + bias) << C::kMantissa) * real((n - half + bias) << C::kMantissa);
+}
+
+// exp(x): x = n ln 2 + r.
 template <class T, class U, class F>
 FASTGEN_FN F exponential_function(F x) {
   using C = Constants<T>;
-  using Bits = typename C::Bits;
   x = smaller(F(C::kExpHigh), larger(F(C::kExpLow), x));  // a NaN in the second argument passes
   const F shifted = x * F(C::kLog2E) + F(C::kRound);
   const F n = shifted - F(C::kRound);
   const F r = (x - n * F(C::kLn2High)) - n * F(C::kLn2Low);
   const F p = F(T(1)) + (r + r * r * exp_tail(r, T(0)));
-  const U exponent = bits(shifted) - bits(F(C::kRound));
-  const U half = shift_right_signed<1>(exponent);
-  const U bias(Bits((Bits(1) << (C::kBits - C::kMantissa - 2)) - 1));
-  const F first = real((half + bias) << C::kMantissa);
-  const F second = real((exponent - half + bias) << C::kMantissa);
-  return p * first * second;
+  return times_power_of_2<T>(p, n, bits(shifted) - bits(F(C::kRound)));
 }
 
-// exp(x) - 1 - x, given s = exp(x/2); accurate near 0, where the terms cancel.
-template <class T, class F>
-FASTGEN_FN F exp_minus_1_minus(F x, F s) {
+// exp(x) - 1 - x and exp(x) - 1, accurate near 0, where the terms cancel.
+template <class T, class U, class F>
+FASTGEN_FN F exp_minus_1_minus(F x) {
   const auto near = less(absolute(x), F(Constants<T>::kExpTailRange));
-  return select(near, x * x * exp_tail(x, T(0)), (s * s - F(T(1))) - x);
+  return select(near, x * x * exp_tail(x, T(0)), (exponential_function<T, U>(x) - F(T(1))) - x);
 }
-
-// exp(x) - 1, given s = exp(x/2).
-template <class T, class F>
-FASTGEN_FN F exp_minus_1(F x, F s) {
+template <class T, class U, class F>
+FASTGEN_FN F exp_minus_1(F x) {
   const auto near = less(absolute(x), F(Constants<T>::kExpTailRange));
-  return select(near, x + x * x * exp_tail(x, T(0)), s * s - F(T(1)));
+  return select(near, x + x * x * exp_tail(x, T(0)), exponential_function<T, U>(x) - F(T(1)));
 }
 
 }  // namespace fastgen

@@ -103,36 +103,44 @@ struct Bernoulli {
 };
 
 // out[0 .. count) = elements element .. element + count of the stream.
+//
+// Words first, then values, a batch of steps at a time: each of the two loops is short enough for the
+// processor to overlap several of its turns, which hides the latency of the ten rounds and of the
+// polynomials. In one loop they are three times as long as its window.
 template <class T, class Distribution>
 __attribute__((noinline)) void fill(T* out, uint64_t element, int64_t count, const PhiloxKey& key,
                                     const Distribution& distribution) {
   using F = typename Work<T>::F;
   using U = typename Work<T>::U;
-  constexpr int kPerBlock = Work<T>::kPerBlock;
-  U even, odd;
+  constexpr int kPerBlock = Work<T>::kPerBlock, kBatch = 16;
+  U even[kBatch], odd[kBatch];
   F y, y_odd, first, second;
   uint64_t block = element / kPerBlock;
   int lead = int(element % kPerBlock);
   while (count > 0) {
-    words(block, key, even, odd, T(0));
-    distribution(even, odd, y, y_odd);
-    interleave(y, y_odd, first, second);
-    if (lead == 0 && count >= kStep<T>) {
-      store(out, first);
-      store(out + kLanes<T>, second);
-      out += kStep<T>;
-      count -= kStep<T>;
-    } else {  // the head, where the first element stands inside a block, and the tail
-      T step[kStep<T>];
-      store(step, first);
-      store(step + kLanes<T>, second);
-      const int wanted = count < kStep<T> - lead ? int(count) : kStep<T> - lead;
-      memcpy(out, step + lead, sizeof(T) * size_t(wanted));
-      out += wanted;
-      count -= wanted;
-      lead = 0;
+    const int64_t needed = (lead + count + kStep<T> - 1) / kStep<T>;
+    const int steps = needed < kBatch ? int(needed) : kBatch;
+    for (int i = 0; i < steps; ++i) words(block + uint64_t(i) * Isa::kBlocks, key, even[i], odd[i], T(0));
+    block += uint64_t(steps) * Isa::kBlocks;
+    for (int i = 0; i < steps; ++i) {
+      distribution(even[i], odd[i], y, y_odd);
+      interleave(y, y_odd, first, second);
+      if (lead == 0 && count >= kStep<T>) {
+        store(out, first);
+        store(out + kLanes<T>, second);
+        out += kStep<T>;
+        count -= kStep<T>;
+      } else {  // the head, where the first element stands inside a block, and the tail
+        T step[kStep<T>];
+        store(step, first);
+        store(step + kLanes<T>, second);
+        const int wanted = count < kStep<T> - lead ? int(count) : kStep<T> - lead;
+        memcpy(out, step + lead, sizeof(T) * size_t(wanted));
+        out += wanted;
+        count -= wanted;
+        lead = 0;
+      }
     }
-    block += Isa::kBlocks;
   }
 }
 

@@ -47,11 +47,15 @@ struct Row {
 
   FASTGEN_MEMBER F get(int64_t i, int count) const {
     F out;
-    if (stride == 0) return same;
-    if (stride == 1 && count == kWidth) {
-      load(p + i, out);
+    if (stride == 1) {
+      if (count == kWidth) {
+        load(p + i, out);
+      } else {
+        load_first(p + i, count, out);
+      }
       return out;
     }
+    if (stride == 0) return same;
     Storage lanes[kWidth] = {};
     for (int k = 0; k < count; ++k) lanes[k] = p[(i + k) * stride];
     load(lanes, out);
@@ -61,21 +65,8 @@ struct Row {
 
 template <class Storage, class F>
 FASTGEN_FN void put(Storage* out, F value, int count) {
-  constexpr int kWidth = kLanes<typename WorkType<Storage>::T>;
-  if (count == kWidth) return store(out, value);
-  Storage lanes[kWidth];
-  store(lanes, value);
-  memcpy(out, lanes, sizeof(Storage) * size_t(count));
-}
-
-// The first `count` lanes of a vector, zero in the rest.
-template <class T, class F>
-FASTGEN_FN F first_lanes(F value, int count) {
-  T lane[kLanes<T>];
-  store(lane, value);
-  for (int i = count; i < kLanes<T>; ++i) lane[i] = T(0);
-  load(lane, value);
-  return value;
+  if (count == kLanes<typename WorkType<Storage>::T>) return store(out, value);
+  store_first(out, count, value);
 }
 
 // Sums are kept in 64 bytes of lanes whatever the vector width, and added up in one order: the same bits
@@ -94,12 +85,12 @@ struct RowSum {
     to = to + value;
   }
   FASTGEN_MEMBER T total() const {
-    T lane[kTotal];
-    for (int i = 0; i < kParts; ++i) store(lane + i * kLanes<T>, part[i]);
-    for (int width = kTotal / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) lane[i] = lane[i] + lane[i + width];
+    F left[kParts];
+    for (int i = 0; i < kParts; ++i) left[i] = part[i];
+    for (int width = kParts / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) left[i] = left[i] + left[i + width];
     }
-    return lane[0];
+    return sum(left[0]);
   }
 };
 
@@ -151,9 +142,9 @@ struct Forward {
       const F s = exponential_function<T, U>(F(T(0.5)) * v);
       put(z + i, m + s * noise_at<F>(noise, eps, i, count), count);
       if (kWithKl) {
-        F term = m * m + exp_minus_1_minus<T>(v, s);
+        F term = m * m + exp_minus_1_minus<T, U>(v);
         // A broadcast operand does not read as zero past the end.
-        if (count < kLanes<T>) term = first_lanes<T>(term, count);
+        if (count < kLanes<T>) term = keep_first(term, count);
         sum.add(i, term);
       }
     }
@@ -183,16 +174,16 @@ struct Backward {
     for (int64_t i = 0; i < length; i += kLanes<T>) {
       const int count = length - i < kLanes<T> ? int(length - i) : kLanes<T>;
       const F v = logvar.get(i, count);
-      const F s = exponential_function<T, U>(F(T(0.5)) * v);
       F to_mu(T(0)), to_logvar(T(0));
       if (kWithZ) {
+        const F s = exponential_function<T, U>(F(T(0.5)) * v);
         const F gz = grad_z.get(i, count);
         to_mu = gz;
         to_logvar = gz * (s * noise_at<F>(noise, eps, i, count));
       }
       if (kWithKl) {
         const F gk = grad_kl.get(i, count);
-        const F kl_mu = gk * mu.get(i, count), kl_logvar = gk * exp_minus_1<T>(v, s);
+        const F kl_mu = gk * mu.get(i, count), kl_logvar = gk * exp_minus_1<T, U>(v);
         to_mu = kWithZ ? to_mu + kl_mu : kl_mu;
         to_logvar = kWithZ ? to_logvar + kl_logvar : kl_logvar;
       }

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "../common/dtype.h"
+#include "../common/math.h"
 
 namespace fastgen {
 namespace {
@@ -105,6 +106,15 @@ FASTGEN_FN F64 signed_to_real(U64 a) {
   return (high - F64(0x1.00000801p84)) + low;  // 2^84 + 2^63 + 2^52
 }
 
+template <class T>
+FASTGEN_FN F32 times_power_of_2(F32 x, F32, U32 n) {
+  return times_power_of_2_by_halves<T>(x, n);
+}
+template <class T>
+FASTGEN_FN F64 times_power_of_2(F64 x, F64, U64 n) {
+  return times_power_of_2_by_halves<T>(x, n);
+}
+
 FASTGEN_FN U64 mul32(U64 a, U64 b) { return _mm256_mul_epu32(a.v, b.v); }
 FASTGEN_FN U64 xor3(U64 a, U64 b, U64 c) { return a ^ b ^ c; }
 FASTGEN_FN U64 join(U64 a, U64 b) { return _mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xAA); }
@@ -154,6 +164,49 @@ FASTGEN_FN void store(double* p, F32 a) {
 FASTGEN_FN void store(bool* p, F32 a) {  // 0 or 1
   const __m128i words = pack16(_mm256_cvtps_epi32(a.v));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
+// The first `count` lanes, zero in the rest; and their store.
+FASTGEN_FN __m256i first_mask32(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTGEN_FN __m256i first_mask64(int count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+FASTGEN_FN void load_first(const float* p, int count, F32& out) { out.v = _mm256_maskload_ps(p, first_mask32(count)); }
+FASTGEN_FN void load_first(const double* p, int count, F64& out) {
+  out.v = _mm256_maskload_pd(p, first_mask64(count));
+}
+template <class Half>
+FASTGEN_FN void load_first(const Half* p, int count, F32& out) {
+  Half lanes[8] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  load(lanes, out);
+}
+FASTGEN_FN void store_first(float* p, int count, F32 a) { _mm256_maskstore_ps(p, first_mask32(count), a.v); }
+FASTGEN_FN void store_first(double* p, int count, F64 a) { _mm256_maskstore_pd(p, first_mask64(count), a.v); }
+template <class Half>
+FASTGEN_FN void store_first(Half* p, int count, F32 a) {
+  Half lanes[8];
+  store(lanes, a);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+}
+FASTGEN_FN F32 keep_first(F32 a, int count) {
+  return _mm256_and_ps(a.v, _mm256_castsi256_ps(first_mask32(count)));
+}
+FASTGEN_FN F64 keep_first(F64 a, int count) {
+  return _mm256_and_pd(a.v, _mm256_castsi256_pd(first_mask64(count)));
+}
+
+// Halves added until one lane is left: the order of every instruction set.
+FASTGEN_FN float sum(F32 a) {
+  const __m128 by4 = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 by2 = _mm_add_ps(by4, _mm_movehl_ps(by4, by4));
+  return _mm_cvtss_f32(_mm_add_ss(by2, _mm_movehdup_ps(by2)));
+}
+FASTGEN_FN double sum(F64 a) {
+  const __m128d by2 = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(by2, _mm_unpackhi_pd(by2, by2)));
 }
 
 struct Isa {

@@ -93,6 +93,15 @@ FASTGEN_FN F64 real(U64 a) { return _mm512_castsi512_pd(a.v); }
 FASTGEN_FN F32 signed_to_real(U32 a) { return _mm512_cvtepi32_ps(a.v); }
 FASTGEN_FN F64 signed_to_real(U64 a) { return _mm512_cvtepi64_pd(a.v); }
 
+template <class T>
+FASTGEN_FN F32 times_power_of_2(F32 x, F32 n, U32) {
+  return _mm512_scalef_ps(x.v, n.v);
+}
+template <class T>
+FASTGEN_FN F64 times_power_of_2(F64 x, F64 n, U64) {
+  return _mm512_scalef_pd(x.v, n.v);
+}
+
 FASTGEN_FN U64 mul32(U64 a, U64 b) { return _mm512_mul_epu32(a.v, b.v); }
 FASTGEN_FN U64 xor3(U64 a, U64 b, U64 c) { return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96); }
 FASTGEN_FN U64 join(U64 a, U64 b) { return _mm512_mask_shuffle_epi32(a.v, 0xAAAA, b.v, _MM_PERM_CCAA); }
@@ -143,6 +152,45 @@ FASTGEN_FN void store(double* p, F32 a) {
 }
 FASTGEN_FN void store(bool* p, F32 a) {  // 0 or 1
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+// The first `count` lanes, zero in the rest; and their store.
+FASTGEN_FN __mmask16 first_mask(int count) { return __mmask16((1u << count) - 1u); }
+FASTGEN_FN void load_first(const float* p, int count, F32& out) { out.v = _mm512_maskz_loadu_ps(first_mask(count), p); }
+FASTGEN_FN void load_first(const double* p, int count, F64& out) {
+  out.v = _mm512_maskz_loadu_pd(__mmask8(first_mask(count)), p);
+}
+FASTGEN_FN void load_first(const BFloat16* p, int count, F32& out) {
+  const __m256i half = _mm256_maskz_loadu_epi16(first_mask(count), p);
+  out.v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+FASTGEN_FN void load_first(const Float16* p, int count, F32& out) {
+  out.v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_mask(count), p));
+}
+FASTGEN_FN void store_first(float* p, int count, F32 a) { _mm512_mask_storeu_ps(p, first_mask(count), a.v); }
+FASTGEN_FN void store_first(double* p, int count, F64 a) {
+  _mm512_mask_storeu_pd(p, __mmask8(first_mask(count)), a.v);
+}
+template <class Half>
+FASTGEN_FN void store_first(Half* p, int count, F32 a) {
+  alignas(32) Half lanes[16];
+  store(lanes, a);
+  _mm256_mask_storeu_epi16(p, first_mask(count), _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
+FASTGEN_FN F32 keep_first(F32 a, int count) { return _mm512_maskz_mov_ps(first_mask(count), a.v); }
+FASTGEN_FN F64 keep_first(F64 a, int count) { return _mm512_maskz_mov_pd(__mmask8(first_mask(count)), a.v); }
+
+// Halves added until one lane is left: the order of every instruction set.
+FASTGEN_FN float sum(F32 a) {
+  const __m256 by8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 by4 = _mm_add_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps(by8, 1));
+  const __m128 by2 = _mm_add_ps(by4, _mm_movehl_ps(by4, by4));
+  return _mm_cvtss_f32(_mm_add_ss(by2, _mm_movehdup_ps(by2)));
+}
+FASTGEN_FN double sum(F64 a) {
+  const __m256d by4 = _mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1));
+  const __m128d by2 = _mm_add_pd(_mm256_castpd256_pd128(by4), _mm256_extractf128_pd(by4, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(by2, _mm_unpackhi_pd(by2, by2)));
 }
 
 struct Isa {

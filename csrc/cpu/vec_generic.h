@@ -6,9 +6,10 @@
 #include <cmath>
 
 #include "../common/dtype.h"
+#include "../common/math.h"
 
 #ifndef FASTGEN_GENERIC_BLOCKS
-#define FASTGEN_GENERIC_BLOCKS 4
+#define FASTGEN_GENERIC_BLOCKS 2
 #endif
 
 namespace fastgen {
@@ -143,6 +144,11 @@ FASTGEN_FN Lanes<double, N> absolute(Lanes<double, N> a) {
   return real(bits(a) & Lanes<uint64_t, N>(0x7fffffffffffffffull));
 }
 
+template <class T, class Real, class Bits, int N>
+FASTGEN_FN Lanes<Real, N> times_power_of_2(Lanes<Real, N> x, Lanes<Real, N>, Lanes<Bits, N> n) {
+  return times_power_of_2_by_halves<T>(x, n);
+}
+
 // Philox: widening product of the low halves, and a three-way exclusive or.
 template <int N>
 FASTGEN_FN Lanes<uint64_t, N> mul32(Lanes<uint64_t, N> a, Lanes<uint64_t, N> b) {
@@ -181,7 +187,7 @@ FASTGEN_FN void interleave(Lanes<T, N> even, Lanes<T, N> odd, Lanes<T, N>& first
   memcpy(second.v, all + N, sizeof second.v);
 }
 
-// Sum of the lanes, in one order for every instruction set: halves added until one lane is left.
+// Halves added until one lane is left: the order of every instruction set.
 template <class T, int N>
 FASTGEN_FN T sum(Lanes<T, N> a) {
   for (int width = N / 2; width > 0; width /= 2) {
@@ -197,6 +203,21 @@ FASTGEN_FN void load(const Storage* p, Lanes<T, N>& out) {
 template <class Storage, class T, int N>
 FASTGEN_FN void store(Storage* p, Lanes<T, N> a) {
   for (int i = 0; i < N; ++i) narrow(a.v[i], p + i);
+}
+
+// The first `count` lanes, zero in the rest; and their store.
+template <class Storage, class T, int N>
+FASTGEN_FN void load_first(const Storage* p, int count, Lanes<T, N>& out) {
+  for (int i = 0; i < N; ++i) out.v[i] = i < count ? widen(p[i]) : T(0);
+}
+template <class Storage, class T, int N>
+FASTGEN_FN void store_first(Storage* p, int count, Lanes<T, N> a) {
+  for (int i = 0; i < count; ++i) narrow(a.v[i], p + i);
+}
+template <class T, int N>
+FASTGEN_FN Lanes<T, N> keep_first(Lanes<T, N> a, int count) {
+  for (int i = 0; i < N; ++i) a.v[i] = i < count ? a.v[i] : T(0);
+  return a;
 }
 
 struct Isa {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "memory.h"
 #include "tensor.h"
 
 namespace fastgen {
@@ -27,6 +28,7 @@ Tensor draw(const Tensor& seed_offset, const std::vector<int64_t>& size, ScalarT
   const int64_t next_word = seed_offset.stride(seed_offset.dim() - 1);
   const int64_t next_stream = several ? seed_offset.stride(0) : 0;
   char* data = static_cast<char*>(out.mutable_data_ptr());
+  prefer_huge_pages(data, size_t(out.numel()) * out.element_size());
   const auto fill = kernels().random;
   for (int64_t s = 0; s < streams; ++s) {
     p.seed = uint64_t(words[s * next_stream]);

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "../cpu/isa.h"
+#include "memory.h"
 #include "tensor.h"
 
 namespace fastgen {
@@ -13,6 +14,13 @@ constexpr int64_t kGrain = 16384;  // elements below which a second thread does 
 void check_noise(const std::optional<Tensor>& seed_offset, const std::optional<Tensor>& eps, const Tensor& mu) {
   STD_TORCH_CHECK(seed_offset.has_value() != eps.has_value(), "seed_offset, eps: expected exactly one of them");
   if (eps) check_like("eps", *eps, mu);
+}
+
+// A contiguous tensor of the shape and dtype of `like`, about to be written.
+Tensor new_like(const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, like.sizes());
+  prefer_huge_pages(out.mutable_data_ptr(), size_t(out.numel()) * out.element_size());
+  return out;
 }
 
 template <class Body>
@@ -27,7 +35,7 @@ std::tuple<Tensor, std::optional<Tensor>> forward(const Tensor& mu, const Tensor
   check_like("logvar", logvar, mu);
   check_noise(seed_offset, eps, mu);
   const auto sizes = mu.sizes();
-  Tensor z = torch::stable::new_empty(mu, sizes);
+  Tensor z = new_like(mu);
   std::optional<Tensor> kl;
   if (with_kl) {
     STD_TORCH_CHECK(mu.dim() > 0, "mu: expected at least one dimension");
@@ -89,9 +97,9 @@ std::tuple<std::optional<Tensor>, Tensor> backward(const std::optional<Tensor>& 
                                                           "dimension");
     }
   }
-  Tensor grad_logvar = torch::stable::new_empty(logvar, logvar.sizes());
+  Tensor grad_logvar = new_like(logvar);
   std::optional<Tensor> grad_mu;
-  if (want_grad_mu) grad_mu = torch::stable::new_empty(logvar, logvar.sizes());
+  if (want_grad_mu) grad_mu = new_like(logvar);
   if (logvar.numel() == 0) return {grad_mu, grad_logvar};
 
   ReparameterizeBackwardParams p{};
