@@ -5,7 +5,7 @@
     >>> images, labels = train.batch([0, 1, 2])  # float32 in [0, 1], (3, 1, 28, 28)
 
 Whatever the source, the pixels are kept as one uint8 tensor (N, C, H, W) and become float32 a batch at a
-time: a quarter of the memory, and a batch is a gather and a multiplication.
+time: a quarter of the memory, and a batch is a gather and a division.
 """
 
 from __future__ import annotations

@@ -60,21 +60,18 @@ def test_split_depends_on_the_seed_alone():
 
 
 def test_split_is_fair_and_shuffled():
-    """Every image is held out equally often, and every place of a part sees every class equally often."""
-    labels = [0] * 40 + [1] * 40
-    whole, runs = image_set(labels), 400
-    held_out = torch.zeros(80)
-    places = torch.zeros(20)
-    train_head = 0
+    """Every image is held out equally often, and a rare class stands at every place equally often."""
+    whole, runs = image_set([0] * 10 + [1] * 70), 1000
+    held_out, places, head = torch.zeros(80), torch.zeros(8), 0
     for seed in range(runs):
-        train, test = whole.split(20, seed)
+        train, test = whole.split(8, seed)
         held_out[numbers(test)] += 1
-        places += test.labels
-        train_head += int(train.labels[:5].sum())
-    # Binomial spreads: 5 standard deviations of 400 draws with p = 1/4, 1/2, and of 2000 with p = 1/2.
-    assert (held_out - runs / 4).abs().max() < 5 * (runs * 3 / 16) ** 0.5
-    assert (places - runs / 2).abs().max() < 5 * (runs / 4) ** 0.5
-    assert abs(train_head - 5 * runs / 2) < 5 * (5 * runs / 4) ** 0.5
+        places += test.labels == 0
+        head += int((train.labels[:9] == 0).sum())
+    # Within 5 standard deviations of the binomial counts.
+    assert (held_out - runs / 10).abs().max() < 5 * (runs * 0.1 * 0.9) ** 0.5
+    assert (places - runs / 8).abs().max() < 5 * (runs * 7 / 64) ** 0.5
+    assert abs(head - 9 * runs / 8) < 5 * (9 * runs * 7 / 64) ** 0.5
 
 
 def test_split_takes_the_split_of_the_source_unless_asked_otherwise():

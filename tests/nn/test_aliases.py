@@ -153,6 +153,24 @@ print("the same")
     assert python(lines + code) == "the same\n"
 
 
+def test_submodules_that_torch_loads_later(tmp_path):
+    """A package like torch.nn.parallel, where a function hides its module, that nothing has imported yet."""
+    package = tmp_path / "planted"
+    package.mkdir()
+    (package / "__init__.py").write_text("from torch.nn.planted.job import job\n")
+    (package / "job.py").write_text("def job(): pass\n")
+    code = """
+import sys, fastgen.nn, torch
+torch.nn.__path__.append(sys.argv[1])
+import fastgen.nn.planted.job
+from fastgen.nn.planted.job import job
+assert fastgen.nn.planted is torch.nn.planted and torch.nn.planted.job is job
+assert sys.modules["fastgen.nn.planted.job"] is sys.modules["torch.nn.planted.job"]
+print("a function")
+"""
+    assert python(code, str(tmp_path)) == "a function\n"
+
+
 PROGRAM = """
 import torch
 import torch.nn as nn
