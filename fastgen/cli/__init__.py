@@ -14,13 +14,15 @@ _TRACEBACK = "FASTGEN_TRACEBACK"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    Bad input is one line on stderr and exit code 2, Ctrl-C is 130. With FASTGEN_TRACEBACK=1 in the environment every
-    error shows where it came from.
+    Bad input is one line on stderr and exit code 2, Ctrl-C is 130. With FASTGEN_TRACEBACK=1 in the environment
+    every error shows where it came from.
 
     Args:
         arguments: default those of the process.
     """
     try:
+        import rich  # noqa: F401 (typer does without, the commands do not)
+
         from fastgen.cli.app import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):

@@ -550,6 +550,7 @@ class Trainer:
 
     def _finish(self) -> TrainingResult:
         assert self._best is not None  # the loop ends with an evaluation
+        self.accelerator.wait_for_everyone()  # rank 0 may still be writing the last one
         path = self._checkpoints.path(self._best["step"])
         self._load_modules(path, Checkpoint.load(path))
         metrics = self.recipe.evaluate(self.accelerator, self._evaluation_stream.clone(), final=True)

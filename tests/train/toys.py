@@ -1,10 +1,11 @@
+"""A recipe and images that train in a moment."""
+
 from __future__ import annotations
 
 import copy
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -92,13 +93,3 @@ def images(count: int = 60, shape: tuple[int, int, int] = (1, 8, 8), classes: in
     noise = uniform(count, channels, height, width, generator=Generator(seed))
     pixels = (torch.exp(-20 * distance) * 220 + 30 * noise).to(torch.uint8)
     return ImageSet(pixels, labels, tuple(f"class {i}" for i in range(classes)), "blobs")
-
-
-@pytest.fixture
-def blobs() -> ImageSet:
-    return images()
-
-
-@pytest.fixture
-def regression() -> Regression:
-    return Regression()

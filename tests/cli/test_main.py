@@ -1,0 +1,179 @@
+"""The command line as a user meets it: help, version, errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastgen import __version__
+from fastgen.cli import main
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a command with bad input prints."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == ""
+    assert lines[-1].startswith("error: ")
+    assert sum(line.startswith("error") for line in lines) == 1
+    assert "Traceback" not in captured.err
+    return lines[-1].removeprefix("error: ")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastgen {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["train"]])
+def test_without_a_command_there_is_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert "Usage: fastgen" in captured.out
+    assert captured.err == ""
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("train", "generate", "bench", "doctor"):
+        assert command in text
+
+
+@pytest.mark.parametrize("command", ["train vae", "generate", "bench", "doctor"])
+def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Examples:" in text
+    assert f"fastgen {command}" in text.split("Examples:")[1]
+
+
+def test_help_has_the_defaults_of_the_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import inspect
+
+    from fastgen.models import VAEConfig
+    from fastgen.train import TrainingConfig, VAERecipe
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    assert main(["train", "vae", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    samples = inspect.signature(VAERecipe).parameters["num_importance_samples"].default
+    for option, default in (
+        ("--latent-dim", VAEConfig().latent_dim),
+        ("--architecture", VAEConfig().architecture),
+        ("--epochs", TrainingConfig().epochs),
+        ("--batch-size", TrainingConfig().batch_size),
+        ("--lr", TrainingConfig().learning_rate),
+        ("--importance-samples", samples),
+    ):
+        (line,) = [line for line in lines if f"{option} " in line and "torchrun" not in line and "fastgen" not in line]
+        assert f"[default: {default}]" in line
+
+
+def test_unknown_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No such command 'trian'" in error(capsys, "trian")
+    assert "--epocs" in error(capsys, "train", "vae", "--epocs", "3")
+    assert "--epochs" in error(capsys, "train", "vae", "--epochs", "many")
+
+
+def test_train_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("images.npy", np.zeros((20, 8, 8), np.uint8))
+    Path("damaged.npy").write_bytes(Path("images.npy").read_bytes()[:100])
+    Path("occupied").mkdir()
+    Path("occupied/thesis.tex").touch()
+    vae = ("train", "vae", "--data", "images.npy")
+    assert error(capsys, "train", "vae").startswith("--data: expected a folder, a file, mnist or digits")
+    assert "absent" in error(capsys, "train", "vae", "--data", "absent")
+    assert "damaged.npy" in error(capsys, "train", "vae", "--data", "damaged.npy")
+    assert "occupied: not empty" in error(capsys, *vae, "--out", "occupied")
+    assert "thesis.tex" in error(capsys, *vae, "--out", "occupied/thesis.tex")
+    assert error(capsys, *vae, "--epochs", "0") == "epochs: expected an int of at least 1, got 0"
+    assert error(capsys, *vae, "--latent-dim", "0").startswith("latent_dim: expected an int of at least 1")
+    assert (
+        error(capsys, *vae, "--hidden-sizes", "5,x")
+        == "--hidden-sizes: expected ints with commas between them, got '5,x'"
+    )
+    assert error(capsys, *vae, "--test-size", "some") == "--test-size: expected a count or a fraction, got 'some'"
+    assert "test_size" in error(capsys, *vae, "--test-size", "20")
+    assert error(capsys, *vae, "--conditional").startswith("--conditional: expected data with labels")
+    assert "num_importance_samples" in error(capsys, *vae, "--importance-samples", "0")
+    assert "no such run folder" in error(capsys, "train", "vae", "--resume", "absent")
+    assert "not a run folder" in error(capsys, "train", "vae", "--resume", "occupied")
+    given = error(capsys, "train", "vae", "--resume", "occupied", "--lr", "0.1")
+    assert given == "--resume: goes on with the run as it was started, but --lr was given too"
+    assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((20, 8, 8), np.uint8))
+    (tmp_path / "locked").mkdir(mode=0o500)
+    message = error(
+        capsys, "train", "vae", "--data", str(tmp_path / "images.npy"), "--out", str(tmp_path / "locked" / "run")
+    )
+    assert "Permission denied" in message
+
+
+def test_an_out_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((20, 8, 8), np.uint8))
+    out = str(tmp_path / "images.npy" / "run")
+    assert "images.npy" in error(capsys, "train", "vae", "--data", str(tmp_path / "images.npy"), "--out", out)
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("fastgen.cli.train.load_images", broken)
+    with pytest.raises(KeyError):
+        main(["train", "vae", "--data", "digits"])
+
+
+def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTGEN_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["train", "vae", "--data", "absent"])
+
+
+def test_without_typer_or_rich_the_extra_is_named() -> None:
+    # As if they had never been installed: the finder of files does not find them.
+    program = """
+import importlib.machinery, sys
+from fastgen.cli import main
+find = importlib.machinery.PathFinder.find_spec
+for hidden in ("typer", "rich"):
+    for name in [name for name in sys.modules if name.partition(".")[0] == hidden]:
+        del sys.modules[name]
+    importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name == hidden else find(name, *rest)
+    print(main(["--version"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout.splitlines() == ["2", "2"]
+    assert ended.stderr.splitlines() == [
+        "error: typer is not installed: pip install 'fastgen-torch[train]'",
+        "error: rich is not installed: pip install 'fastgen-torch[train]'",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["accelerate", "matplotlib", "PIL", "safetensors", "tensorboard"])
+def test_a_missing_extra_is_named_before_anything_is_written(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+    monkeypatch.chdir(tmp_path)
+    np.save("images.npy", np.zeros((20, 8, 8), np.uint8))
+    message = error(capsys, "train", "vae", "--data", "images.npy")
+    assert message == f"{missing} is not installed: pip install 'fastgen-torch[train]'"
+    assert not Path("runs").exists()

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toys import images
+
+from fastgen.cli import main
+from fastgen.train import read_metrics
+from fastgen.train.checkpoint import Checkpoint
+
+ARGUMENTS = [
+    *("--architecture", "mlp", "--hidden-sizes", "16", "--latent-dim", "3", "--free-bits", "0", "--seed", "5"),
+    *("--batch-size", "20", "--log-every", "2", "--epochs", "4", "--importance-samples", "5", "--device", "cpu"),
+    "--quiet",
+]
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path: Path) -> None:
+    data = images(110)
+    np.savez(tmp_path / "blobs.npz", images=data.images.numpy())
+    one, two = tmp_path / "one", tmp_path / "two"
+    train = ["train", "vae", "--data", str(tmp_path / "blobs.npz"), *ARGUMENTS]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "fastgen.cli", *train, "--out", str(two)]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    assert main([*train, "--out", str(one)]) == 0
+
+    tables = [read_metrics(folder / "metrics.csv") for folder in (one, two)]
+    assert len(tables[0]) == len(tables[1]) == 4 * 2 + 4 + 1  # one writer, no row twice
+    for ours, theirs in zip(*tables, strict=True):
+        assert (ours["split"], ours["step"]) == (theirs["split"], theirs["step"])
+        for name in ("loss", "negative_elbo", "reconstruction_loss", "kl", "negative_iwae", "learning_rate"):
+            assert bool(ours[name]) == bool(theirs[name])
+            if ours[name]:
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=2e-6, abs=1e-6), (name, ours["step"])
+    last = "checkpoints/step-00000016.safetensors"
+    ours, theirs = Checkpoint.load(one / last), Checkpoint.load(two / last)
+    for name, tensor in ours.part("model").items():
+        torch.testing.assert_close(theirs.part("model")[name], tensor, rtol=1e-4, atol=1e-6)
+    assert len(list((two / "events").iterdir())) == 1
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+
+    # One process can take over what two began, from the state at the same step.
+    taken = tmp_path / "taken"
+    shutil.copytree(two, taken)
+    for path in (taken / "checkpoints").glob("step-00000016*"):
+        path.unlink()
+    assert main(["train", "vae", "--resume", str(taken), "--quiet"]) == 0
+    assert len(read_metrics(taken / "metrics.csv")) == len(tables[0])
+
+
+def test_a_batch_that_cannot_be_shared() -> None:
+    from fastgen.train.trainer import _divisible_batch
+
+    assert _divisible_batch(20, 110, 2) == 20
+    assert _divisible_batch(20, 7, 2) == 6
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 2 processes, got 5"):
+        _divisible_batch(5, 110, 2)
+    with pytest.raises(ValueError, match="data: expected at least an example for each of 4 processes, got 3"):
+        _divisible_batch(4, 3, 4)
