@@ -353,6 +353,7 @@ def test_folder_of_classes(tmp_path):
     plant(folder / "circle" / ".hidden.png", b"no picture")
     plant(folder / ".cache" / "thumb.png", b"no picture")
     plant(folder / "notes.txt", b"about the shapes")
+    plant(folder / "drawing.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # pillow would want Ghostscript
     (folder / "empty").mkdir()
     loaded = load_images(folder)
     assert loaded.images.shape == (6, 1, 3, 4)
@@ -360,8 +361,8 @@ def test_folder_of_classes(tmp_path):
     assert loaded.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert loaded.classes == ("circle", "square")
     assert loaded.name == "shapes.v2"
-    assert loaded.skipped == 2
-    assert repr(loaded).endswith("2 other files skipped")
+    assert loaded.skipped == 3
+    assert repr(loaded).endswith("3 other files skipped")
 
 
 def test_folder_flat_of_many_formats(tmp_path):
@@ -383,6 +384,12 @@ def test_folder_with_train_and_test(tmp_path):
     assert loaded.labels.tolist() == loaded.test.labels.tolist() == [0, 1]
     assert loaded.images.unique().tolist() == [5]
     assert loaded.test.images.unique().tolist() == [3]
+    plant(tmp_path / "val" / "b" / "1.png", Image.new("RGB", (3, 3)))
+    for split in ("train", "val"):
+        plant(tmp_path / split / "list.csv", b"")
+    loaded = load_images(tmp_path)
+    assert loaded.shape == loaded.test.shape == (3, 3, 3)
+    assert loaded.skipped == 2
     plant(tmp_path / "test" / "a" / "0.png", Image.new("L", (3, 3)))
     assert "expected train and one of test, val, valid, validation, got test, train, val" in error_of(tmp_path)
 
