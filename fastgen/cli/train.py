@@ -14,16 +14,9 @@ import typer
 
 from fastgen.data import ImageSet, load_images
 from fastgen.models import VAEConfig
-from fastgen.train import (
-    CHANGEABLE,
-    Interrupted,
-    Trainer,
-    TrainingConfig,
-    TrainingResult,
-    VAERecipe,
-    check_new_folder,
-    read_run,
-)
+from fastgen.train import Interrupted, Trainer, TrainingConfig, TrainingResult, VAERecipe, read_run
+from fastgen.train.config import CHANGEABLE
+from fastgen.train.run_folder import check_new_folder
 
 __all__ = ["train"]
 
@@ -147,8 +140,11 @@ def vae(
     log_every: Annotated[
         int | None, _option("Steps between rows of metrics.", default=_TRAINING.log_every, panel="Run")
     ] = None,
+    evaluate_every: Annotated[
+        int | None, _option("Epochs between evaluations.", default=_TRAINING.evaluate_every, panel="Run")
+    ] = None,
     save_every: Annotated[
-        int | None, _option("Steps between checkpoints.", default="one an epoch", panel="Run")
+        int | None, _option("Steps between checkpoints.", default="after evaluations", panel="Run")
     ] = None,
     keep_checkpoints: Annotated[
         int | None, _option("Latest checkpoints to keep.", default=_TRAINING.keep_checkpoints, panel="Run")
@@ -209,6 +205,7 @@ def vae(
         device=device,
         mixed_precision=mixed_precision,
         log_every=log_every,
+        evaluate_every=evaluate_every,
         save_every=save_every,
         keep_checkpoints=keep_checkpoints,
         tensorboard=tensorboard,

@@ -20,22 +20,14 @@ from typing import Any
 
 from fastgen.data import ImageSet
 from fastgen.models import VAE, VAEConfig
+from fastgen.train.config import TrainingConfig
 from fastgen.train.logging import ProgressMode, read_metrics
 from fastgen.train.recipe import Recipe, Step
-from fastgen.train.trainer import (
-    CHANGEABLE,
-    Interrupted,
-    NonFiniteLossError,
-    Trainer,
-    TrainingConfig,
-    TrainingResult,
-    check_new_folder,
-    read_run,
-)
+from fastgen.train.run_folder import read_run
+from fastgen.train.trainer import Interrupted, NonFiniteLossError, Trainer, TrainingResult
 from fastgen.train.vae import VAERecipe
 
 __all__ = [
-    "CHANGEABLE",
     "Interrupted",
     "NonFiniteLossError",
     "Recipe",
@@ -44,7 +36,6 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "VAERecipe",
-    "check_new_folder",
     "fit",
     "read_metrics",
     "read_run",

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from fastgen._files import atomic_path
 from fastgen.train._extras import extra
 
-__all__ = ["Checkpoint", "CheckpointFolder", "load_optimizer", "optimizer_state"]
+__all__ = ["Checkpoint", "CheckpointFolder", "all_finite", "load_optimizer", "optimizer_state"]
 
 _FORMAT = "fastgen-checkpoint-1"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -147,11 +147,6 @@ class CheckpointFolder:
     def _drop(self, steps: Iterable[int]) -> None:
         for step in steps:
             self.path(step).unlink(missing_ok=True)
-
-    def clean(self) -> None:
-        """Remove what a process left that was killed while it wrote."""
-        for leftover in self.folder.glob(".step-*.safetensors"):
-            leftover.unlink(missing_ok=True)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from fastgen.random import Generator
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastgen.train.trainer import TrainingConfig
+    from fastgen.train.config import TrainingConfig
 
 __all__ = ["Recipe", "Step"]
 

@@ -25,32 +25,18 @@ from torch.optim import Optimizer
 
 from fastgen._files import write_text
 from fastgen._version import __version__
-from fastgen.models import _validate
 from fastgen.random import Generator, permutation
 from fastgen.train._extras import extra, require
 from fastgen.train.checkpoint import Checkpoint, CheckpointFolder, all_finite, load_optimizer, optimizer_state
+from fastgen.train.config import TrainingConfig
 from fastgen.train.logging import EventLog, MetricsFile, ProgressMode, make_progress, read_metrics
 from fastgen.train.recipe import Recipe, Step
+from fastgen.train.run_folder import check_same_run, new_folder, read_run, remove_leftovers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = [
-    "CHANGEABLE",
-    "Interrupted",
-    "NonFiniteLossError",
-    "Trainer",
-    "TrainingConfig",
-    "TrainingResult",
-    "check_new_folder",
-    "read_run",
-]
-
-SCHEDULES = ("cosine", "constant")
-DEVICES = ("auto", "cpu", "cuda")
-MIXED_PRECISIONS = ("no", "bf16", "fp16")
-# Fields that may differ when a run is resumed.
-CHANGEABLE = ("epochs", "max_steps", "max_seconds", "device", "save_every", "keep_checkpoints", "tensorboard")
+__all__ = ["Interrupted", "NonFiniteLossError", "Trainer", "TrainingResult"]
 
 
 class _Stream(IntEnum):
@@ -88,85 +74,6 @@ class Interrupted(KeyboardInterrupt):
         self.out, self.step, self.signal = out, step, number
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How to train, whatever the model.
-
-    Args:
-        epochs: passes over the training data.
-        max_steps: stop after so many steps, if that comes first.
-        max_seconds: stop after so much training time, over all continuations of a run. The outcome then
-            depends on the speed of the machine: such a run cannot be repeated exactly.
-        batch_size: examples a step, of all processes together, so that a run is the same on any number of
-            them. What is left at the end of an epoch is skipped; the next one has another order.
-        learning_rate: of Adam, at its highest.
-        schedule: "cosine" falls to 0 along half a cosine (Loshchilov & Hutter, "SGDR", 2017); "constant".
-        warmup_steps: steps over which the rate rises linearly to `learning_rate`.
-        weight_decay: decoupled (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019), of
-            matrices and kernels, not of biases and other vectors.
-        max_grad_norm: gradients are scaled down to this Euclidean norm; None: never.
-        seed: decides the initial weights, the order of the data and all noise, 0 <= seed < 2**64.
-        device: "auto" (CUDA if there is any), "cpu" or "cuda".
-        mixed_precision: "no", "bf16" or "fp16", the dtype of autocast.
-        log_every: steps between two rows of training metrics, counted anew in every epoch, which ends with one.
-        evaluate_every: epochs between two evaluations, each followed by a sample picture and a checkpoint.
-        save_every: steps between additional checkpoints; None: only after evaluations.
-        keep_checkpoints: how many of the latest stay, besides the best.
-        tensorboard: whether to write TensorBoard events.
-
-    Raises:
-        ValueError: for a field out of range, naming it.
-    """
-
-    epochs: int = 30
-    max_steps: int | None = None
-    max_seconds: float | None = None
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
-    seed: int = 0
-    device: str = "auto"
-    mixed_precision: str = "no"
-    log_every: int = 50
-    evaluate_every: int = 1
-    save_every: int | None = None
-    keep_checkpoints: int = 2
-    tensorboard: bool = True
-
-    def __post_init__(self) -> None:
-        checked: dict[str, Any] = {
-            "warmup_steps": _validate.integer("warmup_steps", self.warmup_steps, 0),
-            "learning_rate": _validate.number("learning_rate", self.learning_rate, above=0),
-            "weight_decay": _validate.number("weight_decay", self.weight_decay, minimum=0),
-            "schedule": _validate.choice("schedule", self.schedule, SCHEDULES),
-            "device": _validate.choice("device", self.device, DEVICES),
-            "mixed_precision": _validate.choice("mixed_precision", self.mixed_precision, MIXED_PRECISIONS),
-            "seed": Generator(self.seed).seed,
-            "tensorboard": _validate.boolean("tensorboard", self.tensorboard),
-        }
-        for name in ("epochs", "batch_size", "log_every", "evaluate_every", "keep_checkpoints"):
-            checked[name] = _validate.integer(name, getattr(self, name), 1)
-        for name in ("max_steps", "save_every"):
-            value = getattr(self, name)
-            checked[name] = None if value is None else _validate.integer(name, value, 1)
-        for name in ("max_seconds", "max_grad_norm"):
-            value = getattr(self, name)
-            checked[name] = None if value is None else _validate.number(name, value, above=0)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    def learning_rate_factor(self, step: int, total: int) -> float:
-        """What the learning rate of step `step` of `total` is multiplied by, from 0 to 1."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, total - self.warmup_steps)))
-
-
 @dataclass(frozen=True)
 class TrainingResult:
     """What a run left.
@@ -184,27 +91,6 @@ class TrainingResult:
     best_step: int
     metrics: dict[str, float]
     files: tuple[Path, ...]
-
-
-def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config.json of a run folder.
-
-    Raises:
-        FileNotFoundError: no such folder, or not that of a run.
-        ValueError: config.json is damaged.
-    """
-    path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such run folder")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder}: not a run folder, it has no config.json") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
-    if not isinstance(record, dict) or "training" not in record:
-        raise ValueError(f"{folder}: not a run folder, its config.json is that of a model")
-    return record
 
 
 class Trainer:
@@ -252,7 +138,8 @@ class Trainer:
         self.config = config = config or TrainingConfig()
         if resume and out is None:
             raise ValueError("out: expected the folder of the run to resume, got None")
-        require("train", "accelerate", "matplotlib", "PIL", "rich", "safetensors", "tensorboard")
+        packages = ("accelerate", "matplotlib", "PIL", "rich", "safetensors")
+        require("train", *packages, *(("tensorboard",) if config.tensorboard else ()))
         self.accelerator = _accelerator(config)
         self._main = self.accelerator.is_main_process
         self._progress = make_progress(progress if self._main else "quiet")
@@ -268,9 +155,9 @@ class Trainer:
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]  # torch's name for the rate before any schedule
-        prepared = [self.accelerator.prepare(item) for item in (*self._modules.values(), *optimizers.values())]
-        self._wrapped: dict[str, nn.Module] = dict(zip(self._modules, prepared, strict=False))
-        self._optimizers: dict[str, Optimizer] = dict(zip(optimizers, prepared[len(self._modules) :], strict=True))
+        prepare = self.accelerator.prepare
+        self._wrapped: dict[str, nn.Module] = {name: prepare(module) for name, module in self._modules.items()}
+        self._optimizers: dict[str, Optimizer] = {name: prepare(value) for name, value in optimizers.items()}
 
         root = Generator(config.seed)
         self._order_stream = root.fork(_Stream.ORDER)
@@ -405,9 +292,7 @@ class Trainer:
         self._window = []
         rate = (self._step - self._clock_step) * self.batch_size / max(time.monotonic() - self._clock, 1e-9)
         metrics = dict(zip(self._names, window.double().mean(0).tolist(), strict=True))
-        learning_rate = next(iter(self._optimizers.values())).param_groups[0]["lr"]
-        self._write("train", metrics, {"learning_rate": learning_rate, "examples_per_second": round(rate, 1)})
-        self._progress.report("train", self._epoch(), self._step, metrics, rate)
+        self._record("train", self._step, metrics, rate)
         self._restart_clock()
 
     def _averaged_window(self) -> Tensor:
@@ -425,8 +310,7 @@ class Trainer:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise self._not_finite(f"{name} on the test data is {value} after step {self._step}")
-        self._write("test", metrics)
-        self._progress.report("test", self._epoch(), self._step, metrics, None)
+        self._record("test", self._step, metrics)
         value = metrics[self.recipe.criterion]
         if self._best is None or value < self._best["value"]:
             self._best = {"step": self._step, "value": value}
@@ -434,19 +318,20 @@ class Trainer:
             module.train()
         self._restart_clock()
 
-    def _write(self, split: str, metrics: Mapping[str, float], more: Mapping[str, float] | None = None) -> None:
+    def _record(self, split: str, step: int, metrics: Mapping[str, float], rate: float | None = None) -> None:
+        """Figures of the model after `step` steps, for metrics.csv, TensorBoard and the user."""
         if not self._main:
             return
-        step = self._best["step"] if split == "final" and self._best else self._step
-        values = {**metrics, **(more or {})}
-        place: dict[str, str | int] = {"split": split, "epoch": self._epoch(step), "step": step}
-        self._metrics.write({**place, **values, "seconds": round(self._seconds(), 3)})
+        epoch = math.ceil(step / self.steps_per_epoch)  # that of the last step, from 1
+        self._progress.report(split, epoch, step, metrics, rate)
+        values = dict(metrics)
+        if rate is not None:
+            values["learning_rate"] = next(iter(self._optimizers.values())).param_groups[0]["lr"]
+            values["examples_per_second"] = round(rate, 1)
         if self._events is not None:
             self._events.write(split, step, values)
-
-    def _epoch(self, step: int | None = None) -> int:
-        """The epoch of a step just taken, from 1."""
-        return ((self._step if step is None else step) + self.steps_per_epoch - 1) // self.steps_per_epoch
+        place: dict[str, str | int] = {"split": split, "epoch": epoch, "step": step}
+        self._metrics.write({**place, **values, "seconds": round(self._seconds(), 3)})
 
     def _save(self) -> None:
         """Save a checkpoint, or raise if the weights are no good, so that the last good one stays."""
@@ -488,7 +373,7 @@ class Trainer:
 
     def _load_latest(self) -> None:
         if self._main:
-            self._checkpoints.clean()
+            remove_leftovers(self.out)
         path = self._checkpoints.latest()
         if path is None:  # killed before the first one: the seed gives the beginning again
             return
@@ -537,10 +422,10 @@ class Trainer:
                 assert out is not None
                 folder = Path(out)
                 before = read_run(folder)
-                _check_same_run(folder, before, description)
+                check_same_run(folder, before, description)
                 description = {**before, "training": description["training"]}
             else:
-                folder = _new_folder(out, f"{self.recipe.model_type}-{name}")
+                folder = new_folder(out, f"{self.recipe.model_type}-{name}")
                 description["created"] = datetime.now().astimezone().isoformat(timespec="seconds")
             write_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
         shared = [folder]
@@ -554,8 +439,7 @@ class Trainer:
         path = self._checkpoints.path(self._best["step"])
         self._load_modules(path, Checkpoint.load(path))
         metrics = self.recipe.evaluate(self.accelerator, self._evaluation_stream.clone(), final=True)
-        self._write("final", metrics)
-        self._progress.report("final", self._epoch(self._best["step"]), self._best["step"], metrics, None)
+        self._record("final", self._best["step"], metrics)
         files: list[Path] = []
         if self._main:
             self._metrics.sync()
@@ -663,43 +547,3 @@ def _divisible_batch(batch_size: int, examples: int, processes: int) -> int:
     if examples < processes:
         raise ValueError(f"data: expected at least an example for each of {processes} processes, got {examples}")
     return min(batch_size, examples // processes * processes)
-
-
-def _new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
-    if out is None:
-        folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder.mkdir(parents=True)  # two runs of one second: the second one fails here
-        return folder
-    check_new_folder(out)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def check_new_folder(out: str | os.PathLike[str]) -> None:
-    """Raise OSError where a run cannot begin in `out`: it is a file, or holds something."""
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: expected a folder for the run, got a file")
-    if folder.is_dir() and any(folder.iterdir()):
-        if (folder / "config.json").exists():
-            raise FileExistsError(
-                f"{folder}: holds a run already; continue it with --resume {folder} (resume=True in Python), "
-                f"or choose another folder"
-            )
-        raise FileExistsError(f"{folder}: not empty; choose a new folder for the run")
-
-
-def _check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError where a run would go on with other data, another model or other settings."""
-    for section in ("model_type", "model", "data", "training"):
-        old, new = before.get(section), now.get(section)
-        if old == new:
-            continue
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            raise ValueError(f"{section}: expected {old!r}, as {folder} was started with, got {new!r}")
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key) and not (section == "training" and key in CHANGEABLE):
-                raise ValueError(
-                    f"{key}: expected {old.get(key)!r}, as {folder} was started with, got {new.get(key)!r}"
-                )

@@ -20,7 +20,7 @@ from fastgen.train.recipe import Recipe, Step
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastgen.train.trainer import TrainingConfig
+    from fastgen.train.config import TrainingConfig
 
 __all__ = ["VAERecipe"]
 

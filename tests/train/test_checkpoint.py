@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastgen.train.checkpoint import Checkpoint, CheckpointFolder, all_finite, load_optimizer, optimizer_state
+from fastgen.train.run_folder import remove_leftovers
 
 
 def test_tensors_and_state_survive(tmp_path: Path) -> None:
@@ -127,11 +128,14 @@ def test_the_last_few_and_the_best_stay(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_writer_are_neither_seen_nor_kept(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     folder.save(10, Checkpoint({}, {"step": 10}))
-    (tmp_path / ".step-00000020-abc123.safetensors").write_bytes(b"half")
-    (tmp_path / "step-x.safetensors").write_bytes(b"not ours")
+    (tmp_path / ".step-00000020-abc1_3xy.safetensors").write_bytes(b"half")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / ".model-abcdefgh.safetensors").write_bytes(b"half")
+    (tmp_path / ".notes-on-this-run.md").write_text("of the user")
     assert folder.latest() == folder.path(10)
-    folder.clean()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010.safetensors", "step-x.safetensors"]
+    remove_leftovers(tmp_path)
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == [".notes-on-this-run.md", "step-00000010.safetensors"]
 
 
 def test_all_finite() -> None:
