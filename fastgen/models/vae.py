@@ -406,10 +406,7 @@ class VAE(PretrainedModel):
                 raise ValueError(f"{name}: expected values in [0, 1] for 'bernoulli', got {low:g} to {high:g}")
 
     def _condition(self, labels: Labels, batch: int) -> Tensor | None:
-        """(B, num_classes): the labels, one-hot; None for an unconditional model.
-
-        What a dense layer makes of a one-hot input is an embedding of the label, learned with the layer.
-        """
+        """(B, num_classes): the labels, one-hot so that they can be blended; None for an unconditional model."""
         classes = self.config.num_classes
         if classes == 0:
             if labels is not None:
@@ -444,11 +441,11 @@ class _Encoder(nn.Module):
         for before, after in itertools.pairwise(shapes):
             self.features.append(nn.Conv2d(before[0], after[0], kernel_size=4, stride=2, padding=1))
             self.features.append(ACTIVATIONS[config.activation]())
-        sizes = (math.prod(shapes[-1]) + config.num_classes, *(config.hidden_sizes or ()), 2 * config.latent_dim)
-        self.head = _dense(sizes, config)
+        sizes = (math.prod(shapes[-1]), *(config.hidden_sizes or ()), 2 * config.latent_dim)
+        self.head = _Dense(sizes, config)
 
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        statistics: Tensor = self.head(_join(self.features(x).flatten(1), condition))
+        statistics: Tensor = self.head(self.features(x).flatten(1), condition)
         return statistics
 
 
@@ -458,8 +455,8 @@ class _Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         shapes = _pyramid(config)[::-1]
-        sizes = (config.latent_dim + config.num_classes, *reversed(config.hidden_sizes or ()), math.prod(shapes[0]))
-        self.head = _dense(sizes, config)
+        sizes = (config.latent_dim, *reversed(config.hidden_sizes or ()), math.prod(shapes[0]))
+        self.head = _Dense(sizes, config)
         self.features = nn.Sequential(nn.Unflatten(1, shapes[0]))
         for before, after in itertools.pairwise(shapes):
             self.features.append(ACTIVATIONS[config.activation]())
@@ -469,8 +466,43 @@ class _Decoder(nn.Module):
             )
 
     def forward(self, z: Tensor, condition: Tensor | None) -> Tensor:
-        decoded: Tensor = self.features(self.head(_join(z, condition)))
+        decoded: Tensor = self.features(self.head(z, condition))
         return decoded
+
+
+class _Dense(nn.Module):
+    """Linear layers with activation and dropout between them."""
+
+    def __init__(self, sizes: Sequence[int], config: VAEConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            _ConditionalLinear(size, following, config.num_classes) for size, following in itertools.pairwise(sizes)
+        )
+        self.between = nn.Sequential(ACTIVATIONS[config.activation](), nn.Dropout(config.dropout))
+
+    def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        for depth, layer in enumerate(self.layers):
+            x = layer(self.between(x) if depth else x, condition)
+        return x
+
+
+class _ConditionalLinear(nn.Linear):
+    """Linear layer that adds an embedding of the label, given as one-hot.
+
+    Every layer has one, initialised as `torch.nn.Embedding` does. A label that is only a few more inputs
+    of the first layer starts far too faint beside the rest: the latent then goes on carrying the class,
+    and samples of one class come out as another.
+    """
+
+    def __init__(self, in_features: int, out_features: int, num_classes: int) -> None:
+        super().__init__(in_features, out_features)
+        self.embedding = nn.Embedding(num_classes, out_features) if num_classes else None
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        x = super().forward(x)
+        if self.embedding is None or condition is None:
+            return x
+        return x + condition @ self.embedding.weight
 
 
 def _pyramid(config: VAEConfig) -> list[tuple[int, ...]]:
@@ -484,22 +516,6 @@ def _pyramid(config: VAEConfig) -> list[tuple[int, ...]]:
     for width in config.channels or ():
         shapes.append((width, *(side // 2 for side in shapes[-1][1:])))
     return shapes
-
-
-def _dense(sizes: Sequence[int], config: VAEConfig) -> nn.Sequential:
-    """Linear layers with activation and dropout between them."""
-    layers = nn.Sequential()
-    for size, following in itertools.pairwise(sizes):
-        if layers:
-            layers.append(ACTIVATIONS[config.activation]())
-            if config.dropout:
-                layers.append(nn.Dropout(config.dropout))
-        layers.append(nn.Linear(size, following))
-    return layers
-
-
-def _join(x: Tensor, condition: Tensor | None) -> Tensor:
-    return x if condition is None else torch.cat((x, condition), dim=-1)
 
 
 def _means(decoded: Tensor, likelihood: str) -> Tensor:

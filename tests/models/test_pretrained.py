@@ -127,7 +127,7 @@ def truncate(folder: Path, size: int) -> None:
         (
             lambda d: rewrite_config(d, latent_dim=3),
             ValueError,
-            "model.safetensors: the weights do not fit the configuration: decoder.head.0.weight expected shape "
+            "model.safetensors: the weights do not fit the configuration: decoder.head.layers.0.weight expected shape "
             "(4, 3), got (4, 2)",
         ),
         (
