@@ -1,4 +1,4 @@
-"""The registered ops `torch.ops.fastgen.*`: schemas, shapes, gradients and batching rules.
+"""The registered ops `torch.ops.fastgen.*` (schemas, shapes), and the differentiable calls around them.
 
 The schemas stand here and nowhere else, so that the package imports and compiles with or without the
 binary; `csrc/torch/` adds kernels for the CPU and CUDA dispatch keys, and `reference.py` serves every
@@ -18,6 +18,7 @@ from fastgen import reference
 
 _RANDOM = "(Tensor seed_offset, SymInt[] size, ScalarType dtype{}) -> Tensor"
 SCHEMAS = {
+    "claim": "(Tensor(a!) state, SymInt count) -> Tensor",
     "random_bits": _RANDOM.format(""),
     "uniform": _RANDOM.format(", float low, float high"),
     "normal": _RANDOM.format(", float mean, float std"),
@@ -49,6 +50,11 @@ for _name in RANDOM_OPS:
     torch.library.register_fake(f"fastgen::{_name}", _fake_random, lib=_library)
 
 
+@torch.library.register_fake("fastgen::claim", lib=_library)
+def _(state: Tensor, count: int) -> Tensor:
+    return state.new_empty(state.shape)
+
+
 @torch.library.register_fake("fastgen::reparameterize", lib=_library)
 def _(mu: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
     return mu.new_empty(mu.shape)
@@ -77,26 +83,88 @@ def _(
 
 
 # ---------------------------------------------------------------------------------------------------
-# Gradients. A backward is itself an op that regenerates the noise; its own gradient is plain PyTorch on
-# the same noise, so every higher order follows.
+# vmap of the random ops: one stream a sample, stacked.
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
+def _stacked_streams(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    def rule(info: Any, in_dims: tuple[Any, ...], seed_offset: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        seeds = seed_offset.movedim(in_dims[0], 0)
+        return op(seeds.reshape(-1, 2), *rest).unflatten(0, seeds.shape[:-1]), 0
+
+    return rule
 
 
-def _noise(ctx: Any, like: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
+for _name in RANDOM_OPS:
+    torch.library.register_vmap(f"fastgen::{_name}", _stacked_streams(getattr(torch.ops.fastgen, _name)), lib=_library)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Gradients. The ops themselves are not differentiable; `differentiable` puts an autograd.Function around
+# one. (`torch.library.register_autograd` would do, at 4 us more for each call without a gradient and 8 us
+# with: as much as the whole of a small op.)
+
+
+def differentiable(
+    op: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    vmap: Callable[..., tuple[Any, Any]],
+) -> Callable[..., Any]:
+    """`op` with a gradient and a batching rule.
+
+    Args:
+        op: takes tensors (or None) only; what it needs again in the backward pass is its inputs.
+        backward: (ctx, *grads) -> gradients of the inputs; undefined gradients come as None.
+        vmap: (info, in_dims, *args) -> (outputs, out_dims).
+    """
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Tensor | None) -> Any:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*args)
+            return op(*args)
+
+    # torch.func wants the context set up apart; outside it, that form costs 10 us a call.
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Tensor | None) -> Any:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs)
+
+    Eager.backward = Transformed.backward = staticmethod(backward)
+    Transformed.vmap = staticmethod(vmap)
+
+    def call(*args: Tensor | None) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return Transformed.apply(*args)
+        if torch.is_grad_enabled():
+            for value in args:
+                if value is not None and value.requires_grad:
+                    return Eager.apply(*args)
+        return op(*args)
+
+    return call
+
+
+# A backward is itself an op that regenerates the noise; its own gradient is plain PyTorch on the same
+# noise, so every higher order follows.
+
+
+def _noise(like: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
     return reference.noise_for(like, seed_offset, eps).to(like.dtype)
 
 
 def _reparameterize_backward(ctx: Any, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
-    mu, logvar, seed_offset, eps = ctx.saved_tensors
+    _, logvar, seed_offset, eps = ctx.saved_tensors
     if grad_z is None:
         return None, None, None, None
     grad_logvar = grad_eps = None
     if ctx.needs_input_grad[1]:
-        grad_logvar = torch.ops.fastgen.reparameterize_backward(grad_z, logvar, seed_offset, eps)
+        grad_logvar = reparameterize_backward(grad_z, logvar, seed_offset, eps)
     if ctx.needs_input_grad[3]:
         grad_eps = grad_z * torch.exp(0.5 * logvar)
     return grad_z, grad_logvar, None, grad_eps
@@ -106,7 +174,7 @@ def _reparameterize_double_backward(ctx: Any, g: Tensor | None) -> tuple[Tensor 
     grad_z, logvar, seed_offset, eps = ctx.saved_tensors
     if g is None:
         return None, None, None, None
-    noise = _noise(ctx, logvar, seed_offset, eps)
+    noise = _noise(logvar, seed_offset, eps)
     half_sigma = 0.5 * torch.exp(0.5 * logvar)
     grad_eps = g * grad_z * half_sigma if ctx.needs_input_grad[3] else None
     return g * half_sigma * noise, 0.5 * g * grad_z * half_sigma * noise, None, grad_eps
@@ -116,7 +184,7 @@ def _reparameterize_kl_backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor
     mu, logvar, seed_offset, eps = ctx.saved_tensors
     if grad_z is None and grad_kl is None:
         return None, None, None, None
-    grad_mu, grad_logvar = torch.ops.fastgen.reparameterize_kl_backward(grad_z, grad_kl, mu, logvar, seed_offset, eps)
+    grad_mu, grad_logvar = reparameterize_kl_backward(grad_z, grad_kl, mu, logvar, seed_offset, eps)
     grad_eps = None
     if grad_z is not None and ctx.needs_input_grad[3]:
         grad_eps = grad_z * torch.exp(0.5 * logvar)
@@ -132,7 +200,7 @@ def _reparameterize_kl_double_backward(ctx: Any, a: Tensor | None, b: Tensor | N
     to_logvar = torch.zeros_like(logvar)
     if grad_z is not None:
         half_sigma = 0.5 * torch.exp(0.5 * logvar)
-        noise = _noise(ctx, mu, seed_offset, eps)
+        noise = _noise(mu, seed_offset, eps)
         to_grad_z = a + b * half_sigma * noise
         to_logvar = to_logvar + 0.5 * b * grad_z * half_sigma * noise
         if ctx.needs_input_grad[5]:
@@ -145,68 +213,47 @@ def _reparameterize_kl_double_backward(ctx: Any, a: Tensor | None, b: Tensor | N
     return to_grad_z, to_grad_kl, to_mu, to_logvar, None, to_eps
 
 
-for _name, _backward in {
-    "reparameterize": _reparameterize_backward,
-    "reparameterize_backward": _reparameterize_double_backward,
-    "reparameterize_kl": _reparameterize_kl_backward,
-    "reparameterize_kl_backward": _reparameterize_kl_double_backward,
-}.items():
-    torch.library.register_autograd(f"fastgen::{_name}", _backward, setup_context=_save, lib=_library)
+def _folded(name: str, like: int) -> Callable[..., tuple[Any, Any]]:
+    """vmap rule: one call on the batch, with the noise that each sample would have seen alone.
 
+    One seed gives the same noise to all samples, as `randomness="same"` asks. The arguments are data,
+    then seed_offset and eps; `like` is the place of one that has the noise's shape.
+    """
 
-# ---------------------------------------------------------------------------------------------------
-# vmap. The random ops stack one stream a sample. The reparameterisation ops draw the noise that the
-# samples would have seen alone (one seed: the same noise for all, as `randomness="same"` asks) and run
-# once on the folded batch.
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        *data, seed_offset, eps = args
+        *data_dims, seed_dim, eps_dim = in_dims
 
-
-
-
-def _make_vmap_random(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
-    def rule(info: Any, in_dims: tuple[Any, ...], seed_offset: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        seeds = seed_offset.movedim(in_dims[0], 0)
-        batch = seeds.shape[:-1]
-        return op(seeds.reshape(-1, 2), *rest).unflatten(0, batch), 0
-
-    return rule
-
-
-for _name in RANDOM_OPS:
-    torch.library.register_vmap(f"fastgen::{_name}", _make_vmap_random(getattr(torch.ops.fastgen, _name)), lib=_library)
-
-
-def _make_vmap_reparameterize(op: Callable[..., Any], tensors: int, noise_like: int) -> Callable[..., Any]:
-    """Rule for an op whose first `tensors` arguments carry data, followed by seed_offset and eps."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        size = info.batch_size
-        data = []
-        for value, dim in zip(args, in_dims):
+        def batched(value: Tensor | None, dim: int | None) -> Tensor | None:
             if value is None:
-                data.append(None)
-            elif dim is None:
-                data.append(value.expand(size, *value.shape))
-            else:
-                data.append(value.movedim(dim, 0))
-        *data, seed_offset, eps = data
-        if eps is None and in_dims[tensors] is not None:
-            like = data[noise_like]
-            work = torch.float64 if like.dtype == torch.float64 else torch.float32
-            eps = torch.ops.fastgen.normal(seed_offset, like.shape[1:], work, 0.0, 1.0)
-        elif eps is None:
-            eps = reference.noise_for(data[noise_like][0], args[tensors], None).expand(data[noise_like].shape)
-        out = op(*data, None, eps)
+                return None
+            return value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+
+        data = [batched(value, dim) for value, dim in zip(data, data_dims, strict=True)]
+        eps = batched(eps, eps_dim)
+        if eps is None:
+            sample = data[like][0]
+            noise = _noise(sample, seed_offset if seed_dim is None else seed_offset.movedim(seed_dim, 0), None)
+            eps = noise.expand(data[like].shape)
+        out = globals()[name](*data, None, eps)
         return out, (0,) * len(out) if isinstance(out, tuple) else 0
 
     return rule
 
 
-for _name, _tensors, _like in (
-    ("reparameterize", 2, 0),
-    ("reparameterize_backward", 2, 1),
-    ("reparameterize_kl", 2, 0),
-    ("reparameterize_kl_backward", 4, 2),
-):
-    torch.library.register_vmap(
-        f"fastgen::{_name}", _make_vmap_reparameterize(getattr(torch.ops.fastgen, _name), _tensors, _like), lib=_library
-    )
+reparameterize = differentiable(
+    torch.ops.fastgen.reparameterize.default, _reparameterize_backward, _folded("reparameterize", 0)
+)
+reparameterize_backward = differentiable(
+    torch.ops.fastgen.reparameterize_backward.default,
+    _reparameterize_double_backward,
+    _folded("reparameterize_backward", 1),
+)
+reparameterize_kl = differentiable(
+    torch.ops.fastgen.reparameterize_kl.default, _reparameterize_kl_backward, _folded("reparameterize_kl", 0)
+)
+reparameterize_kl_backward = differentiable(
+    torch.ops.fastgen.reparameterize_kl_backward.default,
+    _reparameterize_kl_double_backward,
+    _folded("reparameterize_kl_backward", 2),
+)

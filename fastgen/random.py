@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _UINT64 = 1 << 64
+_INT64_MAX = 2**63 - 1
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 AnyGenerator = Union["Generator", torch.Generator, None]
@@ -130,8 +131,7 @@ class Generator:
 
     def reserve(self, count: int, device: Device = None) -> Tensor:
         """Take the next `count` elements: their (2,) int64 `seed_offset`, as the ops want it."""
-        taken = self._state.clone()
-        self._state[1] += count
+        taken = torch.ops.fastgen.claim.default(self._state, count)
         return taken if device is None else taken.to(device)
 
     def __repr__(self) -> str:
@@ -140,16 +140,17 @@ class Generator:
 
 def seed_offset_for(generator: AnyGenerator, count: int, device: torch.device) -> Tensor:
     """(2,) int64 on `device`: where the `count` numbers of a call come from."""
+    if generator is None:
+        # torch's generators give 63 random bits for each of the two words.
+        return torch.randint(_INT64_MAX, (2,), device=device)
     if isinstance(generator, Generator):
         return generator.reserve(count, device)
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if not isinstance(generator, torch.Generator):
         raise TypeError(
-            f"generator: expected a fastgen.random.Generator, a torch.Generator or None, got {type(generator).__name__}"
+            "generator: expected a fastgen.random.Generator, a torch.Generator or None, "
+            f"got {type(generator).__name__}"
         )
-    # torch's generators give 63 random bits for each of the two words.
-    source = device if generator is None else generator.device
-    drawn = torch.randint(2**63 - 1, (2,), dtype=torch.int64, generator=generator, device=source)
-    return drawn if generator is None else drawn.to(device)
+    return torch.randint(_INT64_MAX, (2,), generator=generator, device=generator.device).to(device)
 
 
 @contextlib.contextmanager

@@ -102,6 +102,16 @@ def _finish(values: Tensor, seed_offset: Tensor, size: list[int], dtype: torch.d
 # Distributions. `seed_offset` (2,) gives one stream of shape `size`; (S, 2) gives S of them, stacked.
 
 
+def claim(state: Tensor, count: int) -> Tensor:
+    """The present (seed, offset) of a generator, which moves `count` elements on.
+
+    One op and not two, so that a compiler cannot read the state again, moved, in a backward pass.
+    """
+    taken = state.clone()
+    state[1] += count
+    return taken
+
+
 def random_bits(seed_offset: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     words = _words(seed_offset, math.prod(size), _bits_of(dtype))
     if dtype == torch.int32:

@@ -1,4 +1,4 @@
-// fastgen::random_bits, uniform, normal, exponential, bernoulli on the CPU.
+// fastgen::claim, random_bits, uniform, normal, exponential, bernoulli on the CPU.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -70,6 +70,15 @@ double below(double high, ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? next(BFloat16{}) : next(Float16{});
 }
 
+// The present (seed, offset) of a generator, which moves `count` elements on.
+Tensor claim(Tensor state, int64_t count) {
+  check_seed_offset(state, 1);
+  Tensor taken = torch::stable::clone(state);
+  int64_t* offset = static_cast<int64_t*>(state.mutable_data_ptr()) + state.stride(0);
+  *offset = int64_t(uint64_t(*offset) + uint64_t(count));
+  return taken;
+}
+
 Tensor random_bits(const Tensor& seed_offset, std::vector<int64_t> size, ScalarType dtype) {
   return draw(seed_offset, size, dtype, params(Distribution::kBits));
 }
@@ -94,6 +103,7 @@ Tensor bernoulli(const Tensor& seed_offset, std::vector<int64_t> size, ScalarTyp
 }  // namespace fastgen
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("claim", TORCH_BOX(&fastgen::claim));
   m.impl("random_bits", TORCH_BOX(&fastgen::random_bits));
   m.impl("uniform", TORCH_BOX(&fastgen::uniform));
   m.impl("normal", TORCH_BOX(&fastgen::normal));

@@ -18,15 +18,18 @@ void check_noise(const std::optional<Tensor>& seed_offset, const std::optional<T
 
 // A contiguous tensor of the shape and dtype of `like`, about to be written.
 Tensor new_like(const Tensor& like) {
-  Tensor out = torch::stable::new_empty(like, like.sizes());
+  const auto sizes = like.sizes();
+  Tensor out = empty_cpu(sizes.data(), int64_t(sizes.size()), like.scalar_type());
   prefer_huge_pages(out.mutable_data_ptr(), size_t(out.numel()) * out.element_size());
   return out;
 }
 
 template <class Body>
 void for_pieces(const Shape& shape, const Body& body) {
+  const int64_t pieces = shape.rows * pieces_per_row(shape);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(shape.inner, kPiece));
-  torch::stable::parallel_for(0, shape.rows * pieces_per_row(shape), grain, body);
+  if (pieces <= grain) return body(0, pieces);
+  torch::stable::parallel_for(0, pieces, grain, body);
 }
 
 std::tuple<Tensor, std::optional<Tensor>> forward(const Tensor& mu, const Tensor& logvar,
@@ -39,7 +42,7 @@ std::tuple<Tensor, std::optional<Tensor>> forward(const Tensor& mu, const Tensor
   std::optional<Tensor> kl;
   if (with_kl) {
     STD_TORCH_CHECK(mu.dim() > 0, "mu: expected at least one dimension");
-    kl = torch::stable::new_empty(mu, {sizes.data(), sizes.size() - 1});
+    kl = empty_cpu(sizes.data(), int64_t(sizes.size()) - 1, mu.scalar_type());
   }
   if (mu.numel() == 0) {
     if (kl) torch::stable::zero_(*kl);

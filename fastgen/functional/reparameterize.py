@@ -5,59 +5,66 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgen import _ops
 from fastgen.random import AnyGenerator, seed_offset_for
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FULL = (torch.float32, torch.float64)
+_HALVES = (torch.bfloat16, torch.float16)
+_DTYPES = _FULL + _HALVES
 
 
-def _check(name: str, value: Tensor) -> None:
+def _check(name: str, value: Tensor, mu: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in _DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {str(value.dtype).removeprefix('torch.')}"
         )
+    if value.device != mu.device:
+        raise ValueError(f"{name}: expected a tensor on {mu.device} as mu is, got one on {value.device}")
+
+
+def _fit(mu: Tensor, logvar: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands, checked and brought to one dtype and shape."""
+    _check("mu", mu, mu)
+    _check("logvar", logvar, mu)
+    if eps is not None:
+        _check("eps", eps, mu)
+
+    dtype = torch.promote_types(mu.dtype, logvar.dtype)
+    if dtype in _HALVES and torch.is_autocast_enabled(mu.device.type):
+        dtype = torch.float32  # as torch's autocast does for exp and for sums
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    eps = None if eps is None else eps.to(dtype)
+
+    try:
+        if eps is None:
+            mu, logvar = torch.broadcast_tensors(mu, logvar)
+        else:
+            mu, logvar, eps = torch.broadcast_tensors(mu, logvar, eps)
+    except RuntimeError:
+        given = f"mu {tuple(mu.shape)}, logvar {tuple(logvar.shape)}"
+        given += "" if eps is None else f", eps {tuple(eps.shape)}"
+        raise ValueError(f"logvar, eps: expected shapes that broadcast with mu, got {given}") from None
+    return mu, logvar, eps
 
 
 def _prepare(
     mu: Tensor, logvar: Tensor, generator: AnyGenerator, eps: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Checked arguments of one dtype, shape and device, as the ops take them."""
-    _check("mu", mu)
-    _check("logvar", logvar)
-    if mu.device != logvar.device:
-        raise ValueError(f"logvar: expected a tensor on {mu.device} as mu is, got one on {logvar.device}")
-    if eps is not None:
-        _check("eps", eps)
-        if generator is not None:
-            raise ValueError("generator: expected None where eps gives the noise, got both")
-        if eps.device != mu.device:
-            raise ValueError(f"eps: expected a tensor on {mu.device} as mu is, got one on {eps.device}")
-
-    dtype = mu.dtype
-    if dtype != logvar.dtype:
-        dtype = torch.promote_types(dtype, logvar.dtype)
-    if dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(mu.device.type):
-        dtype = torch.float32  # as torch's autocast does for exp and for sums
-    if dtype != mu.dtype:
-        mu = mu.to(dtype)
-    if dtype != logvar.dtype:
-        logvar = logvar.to(dtype)
-    if eps is not None and eps.dtype != dtype:
-        eps = eps.to(dtype)
-
-    if mu.shape != logvar.shape or (eps is not None and eps.shape != mu.shape):
-        try:
-            if eps is None:
-                mu, logvar = torch.broadcast_tensors(mu, logvar)
-            else:
-                mu, logvar, eps = torch.broadcast_tensors(mu, logvar, eps)
-        except RuntimeError:
-            given = f"mu {tuple(mu.shape)}, logvar {tuple(logvar.shape)}"
-            given += "" if eps is None else f", eps {tuple(eps.shape)}"
-            raise ValueError(f"logvar, eps: expected shapes that broadcast with mu, got {given}") from None
-    if eps is not None:
-        return mu, logvar, None, eps
+    """The arguments as the ops take them: mu, logvar, seed_offset, eps."""
+    # The usual call, two alike tensors of full precision, has nothing to convert.
+    try:
+        fits = eps is None and mu.dtype is logvar.dtype and mu.dtype in _FULL and mu.shape == logvar.shape
+        fits = fits and mu.device == logvar.device
+    except AttributeError:
+        fits = False
+    if not fits:
+        mu, logvar, eps = _fit(mu, logvar, eps)
+        if eps is not None:
+            if generator is not None:
+                raise ValueError("generator: expected None where eps gives the noise, got both")
+            return mu, logvar, None, eps
     return mu, logvar, seed_offset_for(generator, mu.numel(), mu.device), None
 
 
@@ -82,7 +89,7 @@ def reparameterize(
     Raises:
         TypeError, ValueError: for a dtype, shape, device or generator that does not fit, naming it.
     """
-    return torch.ops.fastgen.reparameterize.default(*_prepare(mu, logvar, generator, eps))
+    return _ops.reparameterize(*_prepare(mu, logvar, generator, eps))
 
 
 def reparameterize_kl(
@@ -101,4 +108,4 @@ def reparameterize_kl(
     mu, logvar, seed_offset, eps = _prepare(mu, logvar, generator, eps)
     if mu.dim() == 0:
         raise ValueError("mu: expected at least one dimension to sum the divergence over, got a 0-d tensor")
-    return torch.ops.fastgen.reparameterize_kl.default(mu, logvar, seed_offset, eps)
+    return _ops.reparameterize_kl(mu, logvar, seed_offset, eps)
