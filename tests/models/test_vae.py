@@ -447,8 +447,24 @@ def test_labels_matter_and_default_to_each_class_in_turn() -> None:
     assert not torch.allclose(model.encode(x, 0)[0], model.encode(x, 1)[0])
 
 
+def test_a_new_model_hears_the_label_as_well_as_its_other_input() -> None:
+    """A label that starts faint is ignored for long: z carries the class, and samples of a class miss it."""
+    model = VAE(num_classes=10)
+    (x, labels), z = batch_for(model, 10), torch.randn(10, 16)
+
+    def effect(network: torch.nn.Module, value: Tensor) -> Tensor:
+        with torch.no_grad():
+            base, other_value, other_label = (
+                network(v, torch.eye(10)[c])
+                for v, c in ((value, labels), (value.flip(0), labels), (value, labels.flip(0)))
+            )
+        return (other_label - base).std() / (other_value - base).std()
+
+    assert effect(model.encoder, x) > 1
+    assert effect(model.decoder, z) > 1
+
+
 def test_samples_of_a_class_are_of_that_class() -> None:
-    """A label that the networks overhear, as z could carry the class as well, gives half of them wrong."""
     digits = load_images("digits")
     x, labels = digits.batch(torch.arange(len(digits)))
     model = VAE(input_shape=(1, 8, 8), latent_dim=4, hidden_sizes=(64,), num_classes=10)
@@ -461,7 +477,7 @@ def test_samples_of_a_class_are_of_that_class() -> None:
     wanted = torch.arange(500) % 10
     pictures = model.generate(500, seed=0, labels=wanted)
     nearest = torch.cdist(pictures.flatten(1), x.flatten(1)).argmin(1)
-    assert (labels[nearest] == wanted).float().mean() > 0.9
+    assert (labels[nearest] == wanted).float().mean() > 0.97
 
 
 # ---------------------------------------------------------------------------------------------------
