@@ -226,6 +226,9 @@ class Trainer:
                 self._save()
             if stop is _Stop.SIGNAL:
                 raise self._interrupted(self._signal)
+        if self._best is None:  # resumed, only to end before the first evaluation
+            self._evaluate()
+            self._save()
 
     def _order(self, epoch: int) -> Tensor:
         """(num_examples,): the order of an epoch, the same on all processes."""
@@ -440,6 +443,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # rank 0 may still be writing the last one
         path = self._checkpoints.path(self._best["step"])
         self._load_modules(path, Checkpoint.load(path))
+        self._progress.message(f"final evaluation, of the weights of step {self._best['step']}")
         metrics = self.recipe.evaluate(self.accelerator, self._evaluation_stream.clone(), final=True)
         self._record("final", self._best["step"], metrics)
         files: list[Path] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from fastgen.train.config import TrainingConfig
 
 __all__ = ["VAERecipe"]
+
+_EVALUATED_AT_ONCE = 1 << 21  # pixels, which bounds the memory of large images
 
 
 class VAERecipe(Recipe):
@@ -101,7 +104,8 @@ class VAERecipe(Recipe):
         }
 
     def evaluate(self, accelerator: Accelerator, generator: Generator, *, final: bool = False) -> dict[str, float]:
-        device, batch_size = accelerator.device, 500
+        device = accelerator.device
+        batch_size = min(500, max(1, _EVALUATED_AT_ONCE // math.prod(self._test.shape)))
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         # Each process takes every num_processes-th batch; the noise depends on the row, not on who has it.
         first, stride = accelerator.process_index * batch_size, accelerator.num_processes * batch_size
@@ -186,7 +190,7 @@ def _initialised(config: VAEConfig, seed: int) -> VAE:
 def _checksum(*sets: ImageSet) -> int:
     value = 0
     for images in sets:
-        value = zlib.crc32(images.images.numpy(force=True).data, value)
-        if images.labels is not None:
-            value = zlib.crc32(images.labels.numpy(force=True).data, value)
+        for tensor in (images.images, images.labels):
+            if tensor is not None:
+                value = zlib.crc32(tensor.contiguous().numpy(force=True).data, value)
     return value

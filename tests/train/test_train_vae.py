@@ -123,6 +123,16 @@ def test_resume_from_python(tmp_path: Path) -> None:
         small(config, images(60, seed=1), tmp_path / "twice", epochs=4, schedule="constant", resume=True)
 
 
+def test_evaluation_does_not_depend_on_how_it_is_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    recipe = VAERecipe(VAEConfig(**SMALL), *images().split(30), num_importance_samples=7)
+    whole = recipe.evaluate(Accelerator(cpu=True), Generator(1), final=True)
+    monkeypatch.setattr("fastgen.train.vae._EVALUATED_AT_ONCE", 64 * 4)
+    parts = recipe.evaluate(Accelerator(cpu=True), Generator(1), final=True)
+    assert parts == pytest.approx(whole, rel=1e-6)
+
+
 def test_weight_decay_spares_vectors() -> None:
     from fastgen.train import TrainingConfig
 

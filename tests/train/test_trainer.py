@@ -157,6 +157,22 @@ def test_ctrl_c_and_resume_give_the_same_bits(when: int, save_every: int | None,
     assert rows(out) == rows(tmp_path / "whole")
 
 
+def test_a_resumed_run_may_end_where_it_stopped(tmp_path: Path) -> None:
+    class Stopped(Regression):
+        def train_step(self, step: Step) -> dict[str, torch.Tensor]:
+            if step.index == 3:
+                signal.raise_signal(signal.SIGINT)
+            return super().train_step(step)
+
+    with pytest.raises(Interrupted):
+        train(Stopped(), tmp_path / "run").fit()
+    recipe = Regression()
+    result = train(recipe, tmp_path / "run", resume=True, max_steps=2).fit()
+    assert recipe.steps == []
+    assert (result.step, result.best_step) == (4, 4)
+    assert [row["split"] for row in rows(tmp_path / "run")] == ["train", "train", "test", "final"]
+
+
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     class Impatient(Regression):
         def train_step(self, step: Step) -> dict[str, torch.Tensor]:
