@@ -76,6 +76,7 @@ class VAEConfig(PretrainedConfig):
 
     model_type: ClassVar[str] = "vae"
 
+    # The defaults had the best held-out bound of what two minutes on two cores can train on 4,500 digits.
     input_shape: tuple[int, ...] = (1, 28, 28)
     latent_dim: int = 16
     architecture: str = "conv"
