@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from fastgen._version import __version__
 from fastgen.cli.bench import bench
@@ -14,8 +15,18 @@ from fastgen.cli.train import train
 
 __all__ = ["app"]
 
+
+class _InOrder(TyperGroup):
+    """Lists the commands in the order in which a user comes to need them."""
+
+    def list_commands(self, ctx: object) -> list[str]:
+        order = ("train", "generate", "bench", "doctor")
+        return sorted(self.commands, key=order.index)
+
+
 app = typer.Typer(
     name="fastgen",
+    cls=_InOrder,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

@@ -43,8 +43,8 @@ def test_without_a_command_there_is_help(command: list[str], capsys: pytest.Capt
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("train", "generate", "bench", "doctor"):
-        assert command in text
+    commands = [text.index(f"\u2502 {command} ") for command in ("train", "generate", "bench", "doctor")]
+    assert commands == sorted(commands)
 
 
 @pytest.mark.parametrize("command", ["train vae", "generate", "bench", "doctor"])
