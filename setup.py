@@ -166,7 +166,7 @@ class BuildLibraries(build_ext):
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             list(pool.map(lambda target: self.compile(commands[target], target), stale))
-        self.execute_command([*self.link_command(ext), *map(str, commands), "-o", str(output), *self.libraries_for(ext)])
+        self.execute_command([*self.link_command(ext), *map(str, commands), "-o", str(output), *self.torch_libraries()])
 
     def is_stale(self, target: Path, command: list[str], newest_header: float) -> bool:
         """Whether the object is missing, older than a source or header, or made by another command."""
@@ -197,17 +197,14 @@ class BuildLibraries(build_ext):
         return [*self.cxx, *common, *flags, *(["-DFASTGEN_X86"] if X86 else []), *extra]
 
     def link_command(self, ext: Extension) -> list[str]:
+        if ext.name.endswith("_cuda"):
+            # nvcc knows where its runtime is. Linked statically, it leaves the driver as the only dependency.
+            return [nvcc(), "-shared", "-cudart", "static", "-ccbin", self.cxx[0], "-Xlinker", "--as-needed,-s"]
         extra = os.environ.get("FASTGEN_CXXFLAGS", "").split()
         return [*self.cxx, "-shared", "-Wl,--as-needed", "-Wl,-s", *extra]
 
-    def libraries_for(self, ext: Extension) -> list[str]:
-        libraries = [f"-L{self.torch_folder / 'lib'}", "-ltorch_cpu"]
-        if ext.name.endswith("_cuda"):
-            # The runtime is linked statically: the library then depends on the driver alone.
-            root = Path(os.path.realpath(nvcc())).parents[1]
-            folders = [f"-L{p}" for p in (root / "lib64", root / "targets/x86_64-linux/lib") if p.exists()]
-            libraries += [*folders, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-        return libraries
+    def torch_libraries(self) -> list[str]:
+        return [f"-L{self.torch_folder / 'lib'}", "-ltorch_cpu"]
 
     def execute_command(self, command: list[str]) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -58,8 +58,16 @@ def _facts() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _why_not_cuda() -> str | None:
+    if not torch.version.cuda:
+        return "this torch has no CUDA"
+    if os.environ.get("FASTGEN_CUDA_EXPERIMENTAL", "0") in ("", "0"):
+        return "its kernels have not yet passed their tests on a GPU; FASTGEN_CUDA_EXPERIMENTAL=1 uses them"
+    return None
+
+
 _cpu = _Library("_C.so")
-_cuda = _Library("_C_cuda.so", None if torch.version.cuda else "this torch has no CUDA")
+_cuda = _Library("_C_cuda.so", _why_not_cuda())
 
 if _cpu.handle is not None:
     for _name in ("fastgen_isa_active", "fastgen_isa_name", "fastgen_torch_built"):

@@ -29,6 +29,7 @@ FASTGEN_FN float float_of(uint32_t bits) {
 
 FASTGEN_FN float widen(float x) { return x; }
 FASTGEN_FN double widen(double x) { return x; }
+FASTGEN_FN float widen(bool x) { return x ? 1.0f : 0.0f; }
 FASTGEN_FN float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 
 FASTGEN_FN float widen(Float16 x) {

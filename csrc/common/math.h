@@ -16,7 +16,7 @@ namespace fastgen {
 template <class F, int N, class T>
 FASTGEN_FN F horner(F x, const T (&c)[N]) {
   F value(c[N - 1]);
-#pragma GCC unroll 16
+  FASTGEN_UNROLL
   for (int i = N - 2; i >= 0; --i) value = value * x + F(c[i]);
   return value;
 }

@@ -30,7 +30,7 @@ FASTGEN_FN uint64_t xor3(uint64_t a, uint64_t b, uint64_t c) { return a ^ b ^ c;
 template <class U64>
 FASTGEN_FN void philox4x32_10(U64& c0, U64& c1, U64& c2, U64& c3, const PhiloxKey& key) {
   const U64 m0(0xD2511F53ull), m1(0xCD9E8D57ull);
-#pragma GCC unroll 10
+  FASTGEN_UNROLL
   for (int i = 0; i < 10; ++i) {
     const U64 p0 = mul32(c0, m0), p1 = mul32(c2, m1);
     c0 = xor3(p1 >> 32, c1, U64(uint64_t(key.round[i][0])));

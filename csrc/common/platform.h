@@ -10,7 +10,13 @@
 #if defined(__CUDACC__)
 #define FASTGEN_FN static __host__ __device__ __forceinline__
 #define FASTGEN_MEMBER __host__ __device__ __forceinline__
+#if defined(__CUDA_ARCH__)
+#define FASTGEN_UNROLL _Pragma("unroll")
+#else
+#define FASTGEN_UNROLL
+#endif
 #else
 #define FASTGEN_FN static inline __attribute__((always_inline))
 #define FASTGEN_MEMBER inline __attribute__((always_inline))
+#define FASTGEN_UNROLL _Pragma("GCC unroll 16")
 #endif

@@ -1,11 +1,7 @@
 // fastgen::claim, random_bits, uniform, normal, exponential, bernoulli on the CPU.
-#include <cmath>
-#include <limits>
-#include <vector>
-
 #include "../cpu/isa.h"
 #include "memory.h"
-#include "tensor.h"
+#include "random_ops.h"
 
 namespace fastgen {
 namespace {
@@ -39,37 +35,6 @@ Tensor draw(const Tensor& seed_offset, const std::vector<int64_t>& size, ScalarT
   return out;
 }
 
-RandomParams params(Distribution distribution, double a = 0, double b = 0, double c = 0) {
-  RandomParams p{};
-  p.distribution = distribution;
-  p.a = a;
-  p.b = b;
-  p.c = c;
-  return p;
-}
-
-// The largest value of `dtype` under `high`.
-double below(double high, ScalarType dtype) {
-  const double infinity = std::numeric_limits<double>::infinity();
-  if (dtype == ScalarType::Double) return std::nextafter(high, -infinity);
-  if (dtype == ScalarType::Float) {
-    const float rounded = float(high);
-    return double(rounded) < high ? rounded : std::nextafterf(rounded, -std::numeric_limits<float>::infinity());
-  }
-  const auto next = [&](auto storage) {
-    narrow(float(high), &storage);
-    if (double(widen(storage)) < high) return double(widen(storage));
-    // One step down in sign-magnitude order; below zero's two codes comes the smallest negative number.
-    if ((storage.bits & 0x7fff) == 0) {
-      storage.bits = 0x8001;
-    } else {
-      storage.bits = uint16_t(storage.bits & 0x8000 ? storage.bits + 1 : storage.bits - 1);
-    }
-    return double(widen(storage));
-  };
-  return dtype == ScalarType::BFloat16 ? next(BFloat16{}) : next(Float16{});
-}
-
 // The present (seed, offset) of a generator, which moves `count` elements on.
 Tensor claim(Tensor state, int64_t count) {
   check_seed_offset(state, 1);
@@ -79,34 +44,15 @@ Tensor claim(Tensor state, int64_t count) {
   return taken;
 }
 
-Tensor random_bits(const Tensor& seed_offset, std::vector<int64_t> size, ScalarType dtype) {
-  return draw(seed_offset, size, dtype, params(Distribution::kBits));
-}
-
-Tensor uniform(const Tensor& seed_offset, std::vector<int64_t> size, ScalarType dtype, double low, double high) {
-  return draw(seed_offset, size, dtype, params(Distribution::kUniform, low, high - low, below(high, dtype)));
-}
-
-Tensor normal(const Tensor& seed_offset, std::vector<int64_t> size, ScalarType dtype, double mean, double std) {
-  return draw(seed_offset, size, dtype, params(Distribution::kNormal, mean, std));
-}
-
-Tensor exponential(const Tensor& seed_offset, std::vector<int64_t> size, ScalarType dtype, double rate) {
-  return draw(seed_offset, size, dtype, params(Distribution::kExponential, rate));
-}
-
-Tensor bernoulli(const Tensor& seed_offset, std::vector<int64_t> size, ScalarType dtype, double p) {
-  return draw(seed_offset, size, dtype, params(Distribution::kBernoulli, std::nearbyint(p * 0x1p32)));
-}
-
 }  // namespace
 }  // namespace fastgen
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   m.impl("claim", TORCH_BOX(&fastgen::claim));
-  m.impl("random_bits", TORCH_BOX(&fastgen::random_bits));
-  m.impl("uniform", TORCH_BOX(&fastgen::uniform));
-  m.impl("normal", TORCH_BOX(&fastgen::normal));
-  m.impl("exponential", TORCH_BOX(&fastgen::exponential));
-  m.impl("bernoulli", TORCH_BOX(&fastgen::bernoulli));
+  using Ops = fastgen::RandomOps<&fastgen::draw>;
+  m.impl("random_bits", TORCH_BOX(&Ops::random_bits));
+  m.impl("uniform", TORCH_BOX(&Ops::uniform));
+  m.impl("normal", TORCH_BOX(&Ops::normal));
+  m.impl("exponential", TORCH_BOX(&Ops::exponential));
+  m.impl("bernoulli", TORCH_BOX(&Ops::bernoulli));
 }

@@ -53,6 +53,8 @@ def _one_line(error: Exception) -> str | None:
         text = error.format_message()
     elif isinstance(error, torch.OutOfMemoryError):
         text = f"the device is out of memory; try a smaller --batch-size ({error})"
+    elif isinstance(error, OSError) and error.filename is not None:  # of the system: without its number
+        text = f"{error.filename}: {error.strerror}"
     elif isinstance(error, (ValueError, OSError, ImportError, MemoryError, ArithmeticError)):
         text = str(error) or type(error).__name__
     else:

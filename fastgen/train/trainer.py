@@ -182,7 +182,8 @@ class Trainer:
         """Train to the end, evaluate the best checkpoint, draw the pictures.
 
         Raises:
-            Interrupted: after Ctrl-C or SIGTERM, when the checkpoint is saved. A second Ctrl-C does not wait.
+            Interrupted: after Ctrl-C or SIGTERM, when the checkpoint is saved: at the end of the step, with
+                several processes at their next log point. A second Ctrl-C does not wait.
             NonFiniteLossError: the loss or a weight became infinite or NaN; earlier checkpoints stay.
             OSError: a file could not be written; earlier checkpoints stay.
         """

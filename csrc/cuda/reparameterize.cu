@@ -1,0 +1,270 @@
+// fastgen::reparameterize, reparameterize_kl and their backwards on CUDA; the algebra is that of
+// cpu/reparameterize.inl, the noise is the CPU's, bit for bit (compile with -fmad=false).
+//
+// Work is dealt out in Philox blocks: a thread makes the four (fp64: two) normals of a block and takes the
+// elements they belong to through the formula. Three ways to deal, by what must be summed:
+//   kFlat   one row, the whole grid      no KL, contiguous: bandwidth bound
+//   kWarp   a warp a row                 rows up to a few thousand elements
+//   kBlock  a thread block a row         longer rows
+#define FASTGEN_GENERIC_BLOCKS 1
+#include "../cpu/vec_generic.h"
+// After vec_generic.h, which defines Isa:
+#include "../common/distributions.h"
+#include "../torch/reparameterize_ops.h"
+#include "check.h"
+
+namespace fastgen {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kLongRow = 4096;
+
+enum class Deal { kFlat, kWarp, kBlock };
+
+template <class Storage>
+struct WorkType {
+  using T = float;
+};
+template <>
+struct WorkType<double> {
+  using T = double;
+};
+
+// The scalar forms of math.h.
+template <class T>
+struct Scalar;
+template <>
+struct Scalar<float> {
+  using F = Lanes<float, 1>;
+  using U = Lanes<uint32_t, 1>;
+};
+template <>
+struct Scalar<double> {
+  using F = Lanes<double, 1>;
+  using U = Lanes<uint64_t, 1>;
+};
+template <class T>
+__device__ T exponential_of(T x) {
+  return exponential_function<T, typename Scalar<T>::U>(typename Scalar<T>::F(x)).v[0];
+}
+template <class T>
+__device__ T exp_minus_1_minus_of(T x) {
+  return exp_minus_1_minus<T, typename Scalar<T>::U>(typename Scalar<T>::F(x)).v[0];
+}
+template <class T>
+__device__ T exp_minus_1_of(T x) {
+  return exp_minus_1<T, typename Scalar<T>::U>(typename Scalar<T>::F(x)).v[0];
+}
+
+// The normals of a block, in element order.
+template <class T>
+__device__ void block_normals(uint64_t block, const PhiloxKey& key, T (&out)[Work<T>::kPerBlock]) {
+  typename Work<T>::U even, odd;
+  typename Work<T>::F y, y_odd, low, high;
+  words(block, key, even, odd, T(0));
+  normal_pair<T>(even, odd, y, y_odd);
+  interleave(y, y_odd, low, high);
+  store(out, low);
+  store(out + Work<T>::kPerBlock / 2, high);
+}
+
+__device__ int64_t device_row_offset(const Shape& shape, const int64_t (&stride)[kMaxDims], int64_t row) {
+  int64_t offset = 0;
+  for (int d = shape.outer_dims - 1; d > 0; --d) {
+    offset += row % shape.outer[d] * stride[d];
+    row /= shape.outer[d];
+  }
+  return shape.outer_dims > 0 ? offset + row * stride[0] : offset;
+}
+
+// One row of an operand.
+template <class Storage>
+struct DeviceRow {
+  const Storage* p;
+  int64_t stride;
+  __device__ DeviceRow(const Operand& operand, const Shape& shape, int64_t row)
+      : p(static_cast<const Storage*>(operand.data)), stride(operand.inner_stride) {
+    if (p != nullptr) p += device_row_offset(shape, operand.outer_stride, row);
+  }
+  __device__ typename WorkType<Storage>::T operator[](int64_t column) const { return widen(p[column * stride]); }
+};
+
+template <class Storage, bool kWithKl>
+struct Forward {
+  using T = typename WorkType<Storage>::T;
+  static constexpr bool kSums = kWithKl;
+  ReparameterizeParams p;
+
+  struct OfRow {
+    DeviceRow<Storage> mu, logvar, eps;
+    Storage* z;
+    // Returns the element's part of twice the divergence.
+    __device__ T operator()(int64_t column, T noise) const {
+      const T m = mu[column], v = logvar[column];
+      if (eps.p != nullptr) noise = eps[column];
+      narrow(m + exponential_of<T>(T(0.5) * v) * noise, z + column);
+      return kWithKl ? m * m + exp_minus_1_minus_of<T>(v) : T(0);
+    }
+  };
+  __device__ OfRow row(int64_t r) const {
+    return {{p.mu, p.shape, r}, {p.logvar, p.shape, r}, {p.eps, p.shape, r},
+            static_cast<Storage*>(p.z) + r * p.shape.inner};
+  }
+  __device__ void finish(int64_t r, T sum) const { narrow(T(0.5) * sum, static_cast<Storage*>(p.kl) + r); }
+};
+
+template <class Storage>
+struct Backward {
+  using T = typename WorkType<Storage>::T;
+  static constexpr bool kSums = false;
+  ReparameterizeBackwardParams p;
+
+  struct OfRow {
+    DeviceRow<Storage> grad_z, grad_kl, mu, logvar, eps;
+    Storage *grad_mu, *grad_logvar;
+    __device__ T operator()(int64_t column, T noise) const {
+      const T v = logvar[column];
+      T to_mu = 0, to_logvar = 0;
+      if (grad_z.p != nullptr) {
+        if (eps.p != nullptr) noise = eps[column];
+        to_mu = grad_z[column];
+        to_logvar = to_mu * (exponential_of<T>(T(0.5) * v) * noise);
+      }
+      if (grad_kl.p != nullptr) {
+        const T gk = grad_kl[column];
+        to_mu = to_mu + gk * mu[column];
+        to_logvar = to_logvar + gk * exp_minus_1_of<T>(v);
+      }
+      narrow(T(0.5) * to_logvar, grad_logvar + column);
+      if (grad_mu != nullptr) narrow(to_mu, grad_mu + column);
+      return T(0);
+    }
+  };
+  __device__ OfRow row(int64_t r) const {
+    const int64_t start = r * p.shape.inner;
+    return {{p.grad_z, p.shape, r}, {p.grad_kl, p.shape, r}, {p.mu, p.shape, r}, {p.logvar, p.shape, r},
+            {p.eps, p.shape, r},
+            p.grad_mu == nullptr ? nullptr : static_cast<Storage*>(p.grad_mu) + start,
+            static_cast<Storage*>(p.grad_logvar) + start};
+  }
+  __device__ void finish(int64_t, T) const {}
+};
+
+template <class T>
+__device__ T warp_sum(T value) {
+  for (int step = 16; step > 0; step /= 2) value = value + __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+template <Deal kDeal, class Op>
+__global__ void __launch_bounds__(kThreads) reparameterize_kernel(Op op, const int64_t* __restrict__ seed_offset) {
+  using T = typename Op::T;
+  constexpr int kPerBlock = Work<T>::kPerBlock;
+  const Shape& shape = op.p.shape;
+  const bool draw = seed_offset != nullptr;
+  const uint64_t seed = draw ? uint64_t(seed_offset[0]) : 0, offset = draw ? uint64_t(seed_offset[1]) : 0;
+  const PhiloxKey key(seed);
+
+  // The members of a team share a row: `member` of `members`, `team` of `teams`.
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, all = int64_t(gridDim.x) * kThreads;
+  constexpr int kTeam = kDeal == Deal::kWarp ? 32 : kThreads;
+  const int64_t member = kDeal == Deal::kFlat ? thread : threadIdx.x % kTeam;
+  const int64_t members = kDeal == Deal::kFlat ? all : kTeam;
+  const int64_t team = kDeal == Deal::kFlat ? 0 : thread / kTeam, teams = kDeal == Deal::kFlat ? 1 : all / kTeam;
+
+  for (int64_t row = team; row < shape.rows; row += teams) {
+    const auto of_row = op.row(row);
+    const uint64_t first = offset + uint64_t(row * shape.inner);  // the row's first element of the stream
+    const int lead = int(first % kPerBlock);
+    const int64_t blocks = (lead + shape.inner + kPerBlock - 1) / kPerBlock;
+    T sum = 0;
+    for (int64_t b = member; b < blocks; b += members) {
+      T noise[kPerBlock] = {};
+      if (draw) block_normals<T>(first / kPerBlock + uint64_t(b), key, noise);
+      const int64_t column = b * kPerBlock - lead;
+      for (int i = 0; i < kPerBlock; ++i) {
+        if (column + i >= 0 && column + i < shape.inner) sum = sum + of_row(column + i, noise[i]);
+      }
+    }
+    if (Op::kSums) {
+      sum = warp_sum(sum);
+      if (kDeal == Deal::kBlock) {
+        __shared__ T parts[kThreads / 32];
+        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+        __syncthreads();
+        sum = warp_sum(threadIdx.x % 32 < kThreads / 32 ? parts[threadIdx.x % 32] : T(0));
+        __syncthreads();
+      }
+      if (member == 0) op.finish(row, sum);
+    }
+  }
+}
+
+template <class Op>
+void launch(const Op& op, const int64_t* seed_offset, cudaStream_t stream) {
+  const Shape& shape = op.p.shape;
+  constexpr int64_t kMaxGrid = 132 * 16;  // a few waves of the largest chips; the rest by striding
+  const auto grid = [&](int64_t threads) {
+    return unsigned(std::max<int64_t>(1, std::min<int64_t>(ceil_div(threads, kThreads), kMaxGrid)));
+  };
+  if (!Op::kSums && shape.rows == 1) {
+    reparameterize_kernel<Deal::kFlat>
+        <<<grid(ceil_div(shape.inner, Work<typename Op::T>::kPerBlock) + 1), kThreads, 0, stream>>>(op, seed_offset);
+  } else if (shape.inner <= kLongRow) {
+    reparameterize_kernel<Deal::kWarp><<<grid(shape.rows * 32), kThreads, 0, stream>>>(op, seed_offset);
+  } else {
+    reparameterize_kernel<Deal::kBlock><<<grid(shape.rows * kThreads), kThreads, 0, stream>>>(op, seed_offset);
+  }
+  FASTGEN_CUDA_CHECK(cudaGetLastError());
+}
+
+struct CudaReparameterize {
+  static Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims) {
+    return torch::stable::new_empty(like, {sizes, size_t(dims)});
+  }
+
+  static void run(ReparameterizeParams& p, const std::optional<Tensor>& seed_offset, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    Tensor keep;
+    const int64_t* pointer = seed_offset_pointer(seed_offset, keep);
+    const cudaStream_t stream = current_stream(like);
+    by_dtype(p.dtype, [&](auto storage) {
+      using Storage = decltype(storage);
+      if (p.kl != nullptr) {
+        launch(Forward<Storage, true>{p}, pointer, stream);
+      } else {
+        launch(Forward<Storage, false>{p}, pointer, stream);
+      }
+    });
+  }
+
+  static void run(ReparameterizeBackwardParams& p, const std::optional<Tensor>& seed_offset, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    Tensor keep;
+    const int64_t* pointer = p.grad_z.data != nullptr ? seed_offset_pointer(seed_offset, keep) : nullptr;
+    const cudaStream_t stream = current_stream(like);
+    by_dtype(p.dtype, [&](auto storage) { launch(Backward<decltype(storage)>{p}, pointer, stream); });
+  }
+
+ private:
+  template <class Body>
+  static void by_dtype(DType dtype, const Body& body) {
+    switch (dtype) {
+      case DType::kFloat64: return body(double{});
+      case DType::kBFloat16: return body(BFloat16{});
+      case DType::kFloat16: return body(Float16{});
+      default: return body(float{});
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastgen
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CUDA, m) {
+  using Ops = fastgen::ReparameterizeOps<fastgen::CudaReparameterize>;
+  m.impl("reparameterize", TORCH_BOX(&Ops::reparameterize));
+  m.impl("reparameterize_backward", TORCH_BOX(&Ops::reparameterize_backward));
+  m.impl("reparameterize_kl", TORCH_BOX(&Ops::reparameterize_kl));
+  m.impl("reparameterize_kl_backward", TORCH_BOX(&Ops::reparameterize_kl_backward));
+}
