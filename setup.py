@@ -215,7 +215,7 @@ class BuildLibraries(build_ext):
 
     def get_outputs(self) -> list[str]:
         outputs = super().get_outputs()
-        return outputs + [str(Path(self.build_lib) / "fastgen/build_info.json")] if self.extensions else outputs
+        return [*outputs, str(Path(self.build_lib) / "fastgen/build_info.json")] if self.extensions else outputs
 
 
 class AnyPythonWheel(bdist_wheel):

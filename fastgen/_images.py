@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from fastgen._extras import extra
 from fastgen._files import atomic_path
 
 __all__ = ["image_grid", "save_png", "to_uint8"]
@@ -54,10 +55,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
     """Write a uint8 (C, H, W) picture, C = 1, 3 or 4, atomically."""
-    try:
+    with extra("train"):
         from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ImportError("pillow is not installed: pip install 'fastgen-torch[train]'") from error
     array = image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
     with atomic_path(path) as temporary:
         Image.fromarray(array, _MODES[image.shape[0]]).save(temporary, format="PNG")

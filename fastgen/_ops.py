@@ -46,32 +46,19 @@ def _fake_random(seed_offset: Tensor, size: list[int], dtype: torch.dtype, *_: f
     return seed_offset.new_empty([*seed_offset.shape[:-1], *size], dtype=dtype)
 
 
-for _name in RANDOM_OPS:
-    torch.library.register_fake(f"fastgen::{_name}", _fake_random, lib=_library)
-
-
-@torch.library.register_fake("fastgen::claim", lib=_library)
-def _(state: Tensor, count: int) -> Tensor:
+def _fake_claim(state: Tensor, count: int) -> Tensor:
     return state.new_empty(state.shape)
 
 
-@torch.library.register_fake("fastgen::reparameterize", lib=_library)
-def _(mu: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
+def _fake_z(mu: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
     return mu.new_empty(mu.shape)
 
 
-@torch.library.register_fake("fastgen::reparameterize_backward", lib=_library)
-def _(grad_z: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
-    return logvar.new_empty(logvar.shape)
-
-
-@torch.library.register_fake("fastgen::reparameterize_kl", lib=_library)
-def _(mu: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_z_kl(mu: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor]:
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape[:-1])
 
 
-@torch.library.register_fake("fastgen::reparameterize_kl_backward", lib=_library)
-def _(
+def _fake_gradients(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     mu: Tensor,
@@ -80,6 +67,18 @@ def _(
     eps: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
+
+
+_fakes: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(RANDOM_OPS, _fake_random),
+    "claim": _fake_claim,
+    "reparameterize": _fake_z,
+    "reparameterize_backward": _fake_z,
+    "reparameterize_kl": _fake_z_kl,
+    "reparameterize_kl_backward": _fake_gradients,
+}
+for _name, _fake in _fakes.items():
+    torch.library.register_fake(f"fastgen::{_name}", _fake, lib=_library)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -106,18 +105,20 @@ for _name in RANDOM_OPS:
 
 def differentiable(
     op: Callable[..., Any],
-    backward: Callable[..., tuple[Tensor | None, ...]],
-    vmap: Callable[..., tuple[Any, Any]],
+    gradient: Callable[..., tuple[Tensor | None, ...]],
+    batching: Callable[..., tuple[Any, Any]],
 ) -> Callable[..., Any]:
     """`op` with a gradient and a batching rule.
 
     Args:
         op: takes tensors (or None) only; what it needs again in the backward pass is its inputs.
-        backward: (ctx, *grads) -> gradients of the inputs; undefined gradients come as None.
-        vmap: (info, in_dims, *args) -> (outputs, out_dims).
+        gradient: (ctx, *grads) -> gradients of the inputs; undefined gradients come as None.
+        batching: (info, in_dims, *args) -> (outputs, out_dims).
     """
 
     class Eager(torch.autograd.Function):
+        backward = staticmethod(gradient)
+
         @staticmethod
         def forward(ctx: Any, *args: Tensor | None) -> Any:
             ctx.set_materialize_grads(False)
@@ -126,6 +127,9 @@ def differentiable(
 
     # torch.func wants the context set up apart; outside it, that form costs 10 us a call.
     class Transformed(torch.autograd.Function):
+        backward = staticmethod(gradient)
+        vmap = staticmethod(batching)
+
         @staticmethod
         def forward(*args: Tensor | None) -> Any:
             return op(*args)
@@ -134,9 +138,6 @@ def differentiable(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*inputs)
-
-    Eager.backward = Transformed.backward = staticmethod(backward)
-    Transformed.vmap = staticmethod(vmap)
 
     def call(*args: Tensor | None) -> Any:
         if torch._C._are_functorch_transforms_active():

@@ -18,12 +18,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
-from fastgen import _ops
+import fastgen._ops  # noqa: F401  registers torch.ops.fastgen
+from fastgen.reference import philox4x32
 
 __all__ = [
     "Generator",
@@ -42,7 +43,7 @@ _INT64_MAX = 2**63 - 1
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 AnyGenerator = Union["Generator", torch.Generator, None]
-Device = Union[torch.device, str, int, None]
+Device = torch.device | str | int | None
 
 
 def _signed(value: int) -> int:
@@ -123,10 +124,10 @@ class Generator:
         """
         key = _uint64("key", key)
         # One block at a counter that no draw uses (width word 2): a keyed hash of `key`.
-        words = _ops.reference.philox4x32(
-            tuple(torch.tensor(w) for w in (key & 0xFFFFFFFF, key >> 32, 0, 2)),
-            tuple(torch.tensor(w) for w in (self.seed & 0xFFFFFFFF, self.seed >> 32)),
+        c0, c1, c2, c3, k0, k1 = (
+            torch.tensor(w) for w in (key & 0xFFFFFFFF, key >> 32, 0, 2, self.seed & 0xFFFFFFFF, self.seed >> 32)
         )
+        words = philox4x32((c0, c1, c2, c3), (k0, k1))
         return Generator(int(words[0]) | int(words[1]) << 32, device=self.device)
 
     def reserve(self, count: int, device: Device = None) -> Tensor:
@@ -147,8 +148,7 @@ def seed_offset_for(generator: AnyGenerator, count: int, device: torch.device) -
         return generator.reserve(count, device)
     if not isinstance(generator, torch.Generator):
         raise TypeError(
-            "generator: expected a fastgen.random.Generator, a torch.Generator or None, "
-            f"got {type(generator).__name__}"
+            f"generator: expected a fastgen.random.Generator, a torch.Generator or None, got {type(generator).__name__}"
         )
     return torch.randint(_INT64_MAX, (2,), generator=generator, device=generator.device).to(device)
 
@@ -182,20 +182,20 @@ def checkpoint_contexts(generator: Generator) -> Callable[[], tuple[contextlib.A
 def _resolve(
     size: tuple[int | Sequence[int], ...], generator: AnyGenerator, device: Device
 ) -> tuple[Tensor, list[int]]:
-    shape = list(size[0]) if len(size) == 1 and not isinstance(size[0], (int, torch.SymInt)) else list(size)
+    given: Any = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
+    shape: list[int] = list(given)
     for extent in shape:
         if not isinstance(extent, (int, torch.SymInt)) or isinstance(extent, bool):
             raise TypeError(f"size: expected ints, got {type(extent).__name__}")
         if extent < 0:
             raise ValueError(f"size: expected extents of at least 0, got {tuple(shape)}")
-    if device is None:
-        target = torch.get_default_device()
-    else:
-        target = torch.device(device)
+    target = torch.get_default_device() if device is None else torch.device(device)
     return seed_offset_for(generator, math.prod(shape), target), shape
 
 
-def _dtype(dtype: torch.dtype | None, allowed: tuple[torch.dtype, ...], default: torch.dtype | None = None) -> torch.dtype:
+def _dtype(
+    dtype: torch.dtype | None, allowed: tuple[torch.dtype, ...], default: torch.dtype | None = None
+) -> torch.dtype:
     dtype = dtype or default or torch.get_default_dtype()
     if dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
@@ -251,8 +251,12 @@ def uniform(
     the width. Arguments as for `normal`; low < high.
     """
     dtype = _dtype(dtype, _FLOATS)
-    if not (low < high and math.isfinite(high - low)):
-        raise ValueError(f"low, high: expected finite low < high, got {low} and {high}")
+    limit = torch.finfo(dtype).max
+    if not (-limit <= low < high <= limit and high - low <= limit):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"low, high: expected low < high, each and their distance finite in {name}, got {low} and {high}"
+        )
     seed_offset, shape = _resolve(size, generator, device)
     return torch.ops.fastgen.uniform(seed_offset, shape, dtype, float(low), float(high))
 
@@ -318,4 +322,8 @@ def bits(
 
 def permutation(n: int, *, generator: AnyGenerator = None, device: Device = None) -> Tensor:
     """(n,) int64: a random order of 0 .. n - 1, by sorting n words of the 64-bit stream."""
+    if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool):
+        raise TypeError(f"n: expected an int, got {type(n).__name__}")
+    if n < 0:
+        raise ValueError(f"n: expected an int of at least 0, got {n}")
     return torch.argsort(bits(n, generator=generator, dtype=torch.int64, device=device), stable=True)

@@ -15,6 +15,7 @@ stream is word `e % 4` of block `e // 4` for 32-bit draws (width 0: fp32, bf16, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,15 +25,51 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # Polynomial tails, lowest power first; see scripts/fit_polynomials.py for what each multiplies.
-_LOG32 = (0.333333313, -0.24999997, 0.200007156, -0.166678026, 0.142490581, -0.124256872, 0.116854198, -0.114797339, 0.0697161183)  # fmt: skip
-_SIN32 = (-0.166666642, 0.00833274797, -0.000195878907)
-_COS32 = (0.0416666642, -0.00138883025, 2.45479423e-05)
-_ATANH64 = (0.6666666666666666, 0.4000000000000088, 0.28571428570803614, 0.22222222391713917, 0.18181795640132906, 0.15386239702814658, 0.13268773138656886, 0.13086626147840102)  # fmt: skip
-_SIN64 = (-0.16666666666666666, 0.008333333333330948, -0.00019841269836758574, 2.755731610255244e-06, -2.5051131845003624e-08, 1.5918129294866608e-10)  # fmt: skip
-_COS64 = (0.041666666666666664, -0.0013888888888887398, 2.480158729876569e-05, -2.7557317271729793e-07, 2.08761462684032e-09, -1.1382632425521717e-11)  # fmt: skip
+_LOG32 = (
+    0.333333313,
+    -0.24999997,
+    0.200007156,
+    -0.166678026,
+    0.142490581,
+    -0.124256872,
+    0.116854198,
+    -0.114797339,
+    0.0697161183,
+)
+_SIN32: tuple[float, ...] = (-0.166666642, 0.00833274797, -0.000195878907)
+_COS32: tuple[float, ...] = (0.0416666642, -0.00138883025, 2.45479423e-05)
+_ATANH64 = (
+    0.6666666666666666,
+    0.4000000000000088,
+    0.28571428570803614,
+    0.22222222391713917,
+    0.18181795640132906,
+    0.15386239702814658,
+    0.13268773138656886,
+    0.13086626147840102,
+)
+_SIN64: tuple[float, ...] = (
+    -0.16666666666666666,
+    0.008333333333330948,
+    -0.00019841269836758574,
+    2.755731610255244e-06,
+    -2.5051131845003624e-08,
+    1.5918129294866608e-10,
+)
+_COS64: tuple[float, ...] = (
+    0.041666666666666664,
+    -0.0013888888888887398,
+    2.480158729876569e-05,
+    -2.7557317271729793e-07,
+    2.08761462684032e-09,
+    -1.1382632425521717e-11,
+)
 
 # ln 2 = high + low; the high part is short enough that k * high is exact for every exponent k.
-_LN2 = {torch.float32: (0.693359375, -2.12194440e-4), torch.float64: (6.93147180369123816490e-01, 1.90821492927058770002e-10)}  # fmt: skip
+_LN2 = {
+    torch.float32: (0.693359375, -2.12194440e-4),
+    torch.float64: (6.93147180369123816490e-01, 1.90821492927058770002e-10),
+}
 _SQRT_HALF_BITS = {torch.float32: 0x3F3504F3, torch.float64: 0x3FE6A09E667F3BCD}
 _ONE_MINUS_SQRT_HALF = 0.29289323
 
@@ -145,7 +182,7 @@ def bernoulli(seed_offset: Tensor, size: list[int], dtype: torch.dtype, p: float
     return _finish(words < round(p * 2.0**32), seed_offset, size, dtype)
 
 
-def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
     value = torch.full_like(x, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         value = value * x + c
@@ -234,7 +271,10 @@ def normal(seed_offset: Tensor, size: list[int], dtype: torch.dtype, mean: float
     radius = _sqrt(e + e)
     cos, sin = _cos_sin_turn(words[..., 1::2], work)
     z = torch.stack((radius * cos, radius * sin), dim=-1).flatten(-3)
-    return _finish(mean + std * _window(z, lead, count), seed_offset, size, dtype)
+    z = _window(z, lead, count)
+    if (mean, std) != (0.0, 1.0):  # 0 + z would lose the sign of a zero
+        z = mean + std * z
+    return _finish(z, seed_offset, size, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------

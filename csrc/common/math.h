@@ -6,7 +6,8 @@
 // Needed of them: + - * / on F, + - ^ & | << >> on U, and the free functions
 //   negative(U) -> mask of lanes whose top bit is set    less(F, F) -> mask    select(mask, yes, no)
 //   bits(F) -> U    real(U) -> F (same bits)    signed_to_real(U) -> F    shift_right_signed<n>(U)
-//   times_power_of_2<T>(F x, F n, U n) -> x 2^n    root(F)    absolute(F)    smaller(F, F), larger(F, F): the second argument if either is NaN
+//   times_power_of_2<T>(F x, F n, U n) -> x 2^n    root(F)    absolute(F)    smaller(F, F), larger(F, F): the second
+//   argument if either is NaN
 #pragma once
 
 #include "platform.h"
@@ -46,8 +47,7 @@ struct Constants<double> {
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kScale = 0x1p-64, kHalfStep = 0x1p-65;
   static constexpr double kHalfPiScaled = 1.5707963267948966 * 0x1p-64;
-  static constexpr double kExpLow = -760.0, kExpHigh = 720.0, kLog2E = 1.4426950408889634,
-                          kRound = 6755399441055744.0;
+  static constexpr double kExpLow = -760.0, kExpHigh = 720.0, kLog2E = 1.4426950408889634, kRound = 6755399441055744.0;
   static constexpr double kExpTailRange = 0.34;
 };
 

@@ -46,8 +46,8 @@ struct ReparameterizeParams {
   Shape shape;
   uint64_t seed, offset;  // used where eps.data is null
   Operand mu, logvar, eps;
-  void* z;   // [rows, inner], contiguous
-  void* kl;  // [rows] or null
+  void* z;            // [rows, inner], contiguous
+  void* kl;           // [rows] or null
   double* kl_pieces;  // [rows, pieces of a row]: sums still to be added up, where a row has several pieces
 };
 
@@ -56,8 +56,8 @@ struct ReparameterizeBackwardParams {
   Shape shape;
   uint64_t seed, offset;
   Operand grad_z, grad_kl, mu, logvar, eps;  // grad_kl has inner stride 0; null: no such gradient
-  void* grad_mu;      // [rows, inner] or null
-  void* grad_logvar;  // [rows, inner]
+  void* grad_mu;                             // [rows, inner] or null
+  void* grad_logvar;                         // [rows, inner]
 };
 
 FASTGEN_FN int64_t pieces_per_row(const Shape& shape) { return (shape.inner + kPiece - 1) / kPiece; }

@@ -8,9 +8,9 @@ namespace fastgen {
 
 struct KernelTable {
   const char* isa;
-  void (*random)(const RandomParams&, int64_t begin, int64_t end);                                  // elements
-  void (*reparameterize)(const ReparameterizeParams&, int64_t begin, int64_t end);                  // pieces
-  void (*reparameterize_add_pieces)(const ReparameterizeParams&, int64_t begin, int64_t end);       // rows
+  void (*random)(const RandomParams&, int64_t begin, int64_t end);                                   // elements
+  void (*reparameterize)(const ReparameterizeParams&, int64_t begin, int64_t end);                   // pieces
+  void (*reparameterize_add_pieces)(const ReparameterizeParams&, int64_t begin, int64_t end);        // rows
   void (*reparameterize_backward)(const ReparameterizeBackwardParams&, int64_t begin, int64_t end);  // pieces
 };
 

@@ -7,6 +7,7 @@
 
 namespace fastgen {
 
-const KernelTable kAvx512Kernels = {"avx512", random, reparameterize, reparameterize_add_pieces, reparameterize_backward};
+const KernelTable kAvx512Kernels = {"avx512", random, reparameterize, reparameterize_add_pieces,
+                                    reparameterize_backward};
 
 }  // namespace fastgen

@@ -7,6 +7,7 @@
 
 namespace fastgen {
 
-const KernelTable kGenericKernels = {"generic", random, reparameterize, reparameterize_add_pieces, reparameterize_backward};
+const KernelTable kGenericKernels = {"generic", random, reparameterize, reparameterize_add_pieces,
+                                     reparameterize_backward};
 
 }  // namespace fastgen

@@ -227,17 +227,15 @@ void add_pieces_as(const ReparameterizeParams& p, int64_t begin, int64_t end) {
   }
 }
 
-#define FASTGEN_BY_DTYPE(function)                             \
-  switch (p.dtype) {                                           \
-    case DType::kFloat64: return function<double>(p, begin, end);   \
+#define FASTGEN_BY_DTYPE(function)                                   \
+  switch (p.dtype) {                                                 \
+    case DType::kFloat64: return function<double>(p, begin, end);    \
     case DType::kBFloat16: return function<BFloat16>(p, begin, end); \
     case DType::kFloat16: return function<Float16>(p, begin, end);   \
-    default: return function<float>(p, begin, end);                \
+    default: return function<float>(p, begin, end);                  \
   }
 
-void reparameterize(const ReparameterizeParams& p, int64_t begin, int64_t end) {
-  FASTGEN_BY_DTYPE(reparameterize_as)
-}
+void reparameterize(const ReparameterizeParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(reparameterize_as) }
 void reparameterize_add_pieces(const ReparameterizeParams& p, int64_t begin, int64_t end) {
   FASTGEN_BY_DTYPE(add_pieces_as)
 }

@@ -174,9 +174,7 @@ FASTGEN_FN __m256i first_mask64(int count) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 FASTGEN_FN void load_first(const float* p, int count, F32& out) { out.v = _mm256_maskload_ps(p, first_mask32(count)); }
-FASTGEN_FN void load_first(const double* p, int count, F64& out) {
-  out.v = _mm256_maskload_pd(p, first_mask64(count));
-}
+FASTGEN_FN void load_first(const double* p, int count, F64& out) { out.v = _mm256_maskload_pd(p, first_mask64(count)); }
 template <class Half>
 FASTGEN_FN void load_first(const Half* p, int count, F32& out) {
   Half lanes[8] = {};
@@ -191,12 +189,8 @@ FASTGEN_FN void store_first(Half* p, int count, F32 a) {
   store(lanes, a);
   for (int i = 0; i < count; ++i) p[i] = lanes[i];
 }
-FASTGEN_FN F32 keep_first(F32 a, int count) {
-  return _mm256_and_ps(a.v, _mm256_castsi256_ps(first_mask32(count)));
-}
-FASTGEN_FN F64 keep_first(F64 a, int count) {
-  return _mm256_and_pd(a.v, _mm256_castsi256_pd(first_mask64(count)));
-}
+FASTGEN_FN F32 keep_first(F32 a, int count) { return _mm256_and_ps(a.v, _mm256_castsi256_ps(first_mask32(count))); }
+FASTGEN_FN F64 keep_first(F64 a, int count) { return _mm256_and_pd(a.v, _mm256_castsi256_pd(first_mask64(count))); }
 
 // Halves added until one lane is left: the order of every instruction set.
 FASTGEN_FN float sum(F32 a) {

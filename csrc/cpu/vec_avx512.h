@@ -168,9 +168,7 @@ FASTGEN_FN void load_first(const Float16* p, int count, F32& out) {
   out.v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_mask(count), p));
 }
 FASTGEN_FN void store_first(float* p, int count, F32 a) { _mm512_mask_storeu_ps(p, first_mask(count), a.v); }
-FASTGEN_FN void store_first(double* p, int count, F64 a) {
-  _mm512_mask_storeu_pd(p, __mmask8(first_mask(count)), a.v);
-}
+FASTGEN_FN void store_first(double* p, int count, F64 a) { _mm512_mask_storeu_pd(p, __mmask8(first_mask(count)), a.v); }
 template <class Half>
 FASTGEN_FN void store_first(Half* p, int count, F32 a) {
   alignas(32) Half lanes[16];
@@ -201,9 +199,7 @@ struct Isa {
   using F32 = fastgen::F32;
 };
 
-FASTGEN_FN U64 count_from(uint64_t first) {
-  return U64(first) + U64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-}
+FASTGEN_FN U64 count_from(uint64_t first) { return U64(first) + U64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)); }
 
 }  // namespace
 }  // namespace fastgen

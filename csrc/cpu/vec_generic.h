@@ -25,11 +25,11 @@ struct Lanes {
   }
 };
 
-#define FASTGEN_LANEWISE(op)                                              \
-  template <class T, int N>                                               \
-  FASTGEN_FN Lanes<T, N> operator op(Lanes<T, N> a, Lanes<T, N> b) {      \
-    for (int i = 0; i < N; ++i) a.v[i] = T(a.v[i] op b.v[i]);             \
-    return a;                                                             \
+#define FASTGEN_LANEWISE(op)                                         \
+  template <class T, int N>                                          \
+  FASTGEN_FN Lanes<T, N> operator op(Lanes<T, N> a, Lanes<T, N> b) { \
+    for (int i = 0; i < N; ++i) a.v[i] = T(a.v[i] op b.v[i]);        \
+    return a;                                                        \
   }
 FASTGEN_LANEWISE(+)
 FASTGEN_LANEWISE(-)

@@ -5,10 +5,10 @@
 
 #include "../torch/tensor.h"
 
-#define FASTGEN_CUDA_CHECK(call)                                                                        \
-  do {                                                                                                  \
-    const cudaError_t status = (call);                                                                  \
-    STD_TORCH_CHECK(status == cudaSuccess, "fastgen: CUDA error: ", cudaGetErrorString(status));        \
+#define FASTGEN_CUDA_CHECK(call)                                                                 \
+  do {                                                                                           \
+    const cudaError_t status = (call);                                                           \
+    STD_TORCH_CHECK(status == cudaSuccess, "fastgen: CUDA error: ", cudaGetErrorString(status)); \
   } while (false)
 
 namespace fastgen {

@@ -73,8 +73,8 @@ void launch(Tensor& out, const RandomParams& p, int64_t streams, const int64_t* 
   const dim3 grid(unsigned(ceil_div(blocks, kThreads)), unsigned(streams));
   STD_TORCH_CHECK(streams < 65536, "seed_offset: expected fewer than 65536 streams on CUDA, got ", streams);
   fill_kernel<T, Storage><<<grid, kThreads, 0, stream>>>(static_cast<Storage*>(out.mutable_data_ptr()), p.count,
-                                                         seed_offset, distribution,
-                                                         Affine<T>{T(p.a), T(p.b), scaled}, below, clamp);
+                                                         seed_offset, distribution, Affine<T>{T(p.a), T(p.b), scaled},
+                                                         below, clamp);
   FASTGEN_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -85,10 +85,8 @@ void launch_real(Tensor& out, const RandomParams& p, int64_t streams, const int6
     case Distribution::kUniform:
       return launch<T, Storage>(out, p, streams, seed_offset, Uniform<T>(p, significand), stream);
     case Distribution::kNormal: return launch<T, Storage>(out, p, streams, seed_offset, StandardNormal<T>(), stream);
-    case Distribution::kExponential:
-      return launch<T, Storage>(out, p, streams, seed_offset, Exponential<T>(p), stream);
-    case Distribution::kBernoulli:
-      return launch<float, Storage>(out, p, streams, seed_offset, Bernoulli(p), stream);
+    case Distribution::kExponential: return launch<T, Storage>(out, p, streams, seed_offset, Exponential<T>(p), stream);
+    case Distribution::kBernoulli: return launch<float, Storage>(out, p, streams, seed_offset, Bernoulli(p), stream);
     case Distribution::kBits: break;
   }
   STD_TORCH_CHECK(false, "fastgen: no such distribution");

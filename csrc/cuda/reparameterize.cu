@@ -107,7 +107,9 @@ struct Forward {
     }
   };
   __device__ OfRow row(int64_t r) const {
-    return {{p.mu, p.shape, r}, {p.logvar, p.shape, r}, {p.eps, p.shape, r},
+    return {{p.mu, p.shape, r},
+            {p.logvar, p.shape, r},
+            {p.eps, p.shape, r},
             static_cast<Storage*>(p.z) + r * p.shape.inner};
   }
   __device__ void finish(int64_t r, T sum) const { narrow(T(0.5) * sum, static_cast<Storage*>(p.kl) + r); }
@@ -142,7 +144,10 @@ struct Backward {
   };
   __device__ OfRow row(int64_t r) const {
     const int64_t start = r * p.shape.inner;
-    return {{p.grad_z, p.shape, r}, {p.grad_kl, p.shape, r}, {p.mu, p.shape, r}, {p.logvar, p.shape, r},
+    return {{p.grad_z, p.shape, r},
+            {p.grad_kl, p.shape, r},
+            {p.mu, p.shape, r},
+            {p.logvar, p.shape, r},
             {p.eps, p.shape, r},
             p.grad_mu == nullptr ? nullptr : static_cast<Storage*>(p.grad_mu) + start,
             static_cast<Storage*>(p.grad_logvar) + start};

@@ -76,8 +76,7 @@ struct ReparameterizeOps {
 
   // Without mu, which only grad_kl needs, there is no grad_mu: it would be grad_z.
   static std::tuple<Optional, Tensor> backward(const Optional& grad_z, const Optional& grad_kl, const Optional& mu,
-                                               const Tensor& logvar, const Optional& seed_offset,
-                                               const Optional& eps) {
+                                               const Tensor& logvar, const Optional& seed_offset, const Optional& eps) {
     STD_TORCH_CHECK(grad_z || grad_kl, "grad_z, grad_kl: expected at least one of them");
     check_noise(seed_offset, eps, logvar);
     if (grad_z) check_like("grad_z", *grad_z, logvar);

@@ -47,8 +47,8 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType dtype) {
     step *= sizes[d] > 1 ? sizes[d] : 1;
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

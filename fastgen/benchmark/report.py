@@ -17,7 +17,7 @@ from fastgen.benchmark.bounds import IN_PLACE, NEW_MEMORY
 from fastgen.benchmark.case import COMPILED, EAGER, OURS
 from fastgen.benchmark.result import Result
 from fastgen.benchmark.timing import Spread
-from fastgen.train._extras import extra
+from fastgen._extras import extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -53,7 +53,7 @@ def bench(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fastgen.benchmark import Report, bandwidth, machine, measure, select
-    from fastgen.train._extras import extra
+    from fastgen._extras import extra
 
     with extra("train"):
         import matplotlib.figure  # noqa: F401  (it draws last: find it missing now, not after the minutes)

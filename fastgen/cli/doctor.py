@@ -215,6 +215,7 @@ _REPARAMETERIZE_TENSORS: dict[str, tuple[str, ...]] = {
 def self_test(device: str) -> Iterator[Check]:
     """One check for the known answers of the stream and one for each op, in the path that it takes on `device`."""
     yield _verdict(f"{device}: known answers", _known_answers(device), "the published words, and normals to the bit")
+    yield _verdict(f"{device}: claim", _claim_errors(device), "moves a generator on by what it gives")
     for op in _RANDOM_PARAMETERS:
         yield _verdict(f"{device}: {op}", _random_errors(op, device), "equals the reference to the bit")
     for op in _REPARAMETERIZE_TENSORS:
@@ -244,6 +245,15 @@ def _known_answers(device: str) -> Iterator[str]:
         got = normal(state, [4], dtype, 0.0, 1.0).view(as_int).tolist()
         if got != list(known):
             yield f"normals of seed {_STATE[0]} in {dtype} have the bits {got} instead of {list(known)}"
+
+
+def _claim_errors(device: str) -> Iterator[str]:
+    import torch
+
+    state = torch.tensor(_STATE, device=device)
+    taken = torch.ops.fastgen.claim(state, 5)
+    if taken.tolist() != list(_STATE) or state.tolist() != [_STATE[0], _STATE[1] + 5]:
+        yield f"5 elements from {_STATE} gave {taken.tolist()} and left {state.tolist()}"
 
 
 def _random_errors(op: str, device: str) -> Iterator[str]:

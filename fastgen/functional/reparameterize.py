@@ -68,9 +68,7 @@ def _prepare(
     return mu, logvar, seed_offset_for(generator, mu.numel(), mu.device), None
 
 
-def reparameterize(
-    mu: Tensor, logvar: Tensor, *, generator: AnyGenerator = None, eps: Tensor | None = None
-) -> Tensor:
+def reparameterize(mu: Tensor, logvar: Tensor, *, generator: AnyGenerator = None, eps: Tensor | None = None) -> Tensor:
     """Sample z = mu + exp(logvar / 2) * eps with eps ~ N(0, 1), in one pass.
 
     The noise is drawn inside the kernel and drawn again in the backward pass: only the inputs are kept.

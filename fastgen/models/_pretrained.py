@@ -171,10 +171,8 @@ def from_pretrained(directory: Folder, device: Device = None, dtype: torch.dtype
 
 
 def _safetensors() -> Any:
-    try:
+    with extra("models"):
         import safetensors.torch
-    except ImportError:
-        raise ImportError("weights are kept in safetensors files: pip install 'fastgen-torch[models]'") from None
     return safetensors
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastgen._files import atomic_path
-from fastgen.train._extras import extra
+from fastgen._extras import extra
 
 __all__ = ["Checkpoint", "CheckpointFolder", "all_finite", "load_optimizer", "optimizer_state"]
 

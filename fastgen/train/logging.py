@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from fastgen._files import write_text
-from fastgen.train._extras import extra
+from fastgen._extras import extra
 
 __all__ = ["EventLog", "MetricsFile", "Progress", "ProgressMode", "make_progress", "read_metrics"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastgen._files import atomic_path
-from fastgen.train._extras import extra
+from fastgen._extras import extra
 
 __all__ = ["save_curves"]
 

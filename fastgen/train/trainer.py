@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from fastgen._files import write_text
 from fastgen._version import __version__
 from fastgen.random import Generator, permutation
-from fastgen.train._extras import extra, require
+from fastgen._extras import extra, require
 from fastgen.train.checkpoint import Checkpoint, CheckpointFolder, all_finite, load_optimizer, optimizer_state
 from fastgen.train.config import TrainingConfig
 from fastgen.train.logging import EventLog, MetricsFile, ProgressMode, make_progress, read_metrics

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastgen.train._extras import extra, require
+from fastgen._extras import extra, require
 
 
 def test_a_missing_package_names_its_extra() -> None:
