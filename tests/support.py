@@ -38,7 +38,9 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     different = bits(a) != bits(b)
     if a.is_floating_point():
         different &= ~(a.isnan() & b.isnan())
-    assert not different.any(), f"{int(different.sum())} of {a.numel()} differ, first at {different.nonzero()[0].tolist()}"
+    assert not different.any(), (
+        f"{int(different.sum())} of {a.numel()} differ, first at {different.nonzero()[0].tolist()}"
+    )
 
 
 def call(op: str, path: str, *args: Any) -> Any:

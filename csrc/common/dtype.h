@@ -38,9 +38,9 @@ FASTGEN_FN float widen(Float16 x) {
   if (magnitude >= 0x7c00u) {  // inf, nan
     return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 | (magnitude > 0x7c00u ? 0x400000u : 0u));
   }
-  // 2^112 moves the exponent bias from 15 to 127, and subnormals become normal on the way.
-  const float scaled = float_of(magnitude << 13) * 5.192296858534828e+33f;
-  return float_of(sign | bits_of(scaled));
+  // A subnormal half goes by way of an integer: a thread that flushes subnormal floats must not lose it.
+  const uint32_t subnormal = bits_of(float(int32_t(magnitude)) * 0x1p-24f);
+  return float_of(sign | (magnitude < 0x400u ? subnormal : (magnitude << 13) + 0x38000000u));  // bias 15 to 127
 }
 
 // Rounding is to nearest, ties to even; NaN stays NaN.

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import fastgen
+from fastgen._extras import extra
 from fastgen._files import atomic_path, write_text
 from fastgen.benchmark import machine
 from fastgen.benchmark.bounds import IN_PLACE, NEW_MEMORY
 from fastgen.benchmark.case import COMPILED, EAGER, OURS
 from fastgen.benchmark.result import Result
 from fastgen.benchmark.timing import Spread
-from fastgen._extras import extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

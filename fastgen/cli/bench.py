@@ -52,8 +52,8 @@ def bench(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from fastgen.benchmark import Report, bandwidth, machine, measure, select
     from fastgen._extras import extra
+    from fastgen.benchmark import Report, bandwidth, machine, measure, select
 
     with extra("train"):
         import matplotlib.figure  # noqa: F401  (it draws last: find it missing now, not after the minutes)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastgen import _files
+from fastgen._extras import extra
 from fastgen._version import __version__
 from fastgen.random import Device
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastgen._files import atomic_path
 from fastgen._extras import extra
+from fastgen._files import atomic_path
 
 __all__ = ["Checkpoint", "CheckpointFolder", "all_finite", "load_optimizer", "optimizer_state"]
 

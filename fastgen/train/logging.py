@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from fastgen._files import write_text
 from fastgen._extras import extra
+from fastgen._files import write_text
 
 __all__ = ["EventLog", "MetricsFile", "Progress", "ProgressMode", "make_progress", "read_metrics"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastgen._files import atomic_path
 from fastgen._extras import extra
+from fastgen._files import atomic_path
 
 __all__ = ["save_curves"]
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastgen._extras import extra, require
 from fastgen._files import write_text
 from fastgen._version import __version__
 from fastgen.random import Generator, permutation
-from fastgen._extras import extra, require
 from fastgen.train.checkpoint import Checkpoint, CheckpointFolder, all_finite, load_optimizer, optimizer_state
 from fastgen.train.config import TrainingConfig
 from fastgen.train.logging import EventLog, MetricsFile, ProgressMode, make_progress, read_metrics

@@ -48,7 +48,9 @@ def test_words_of_the_stream():
     words = random.bits(4, generator=random.Generator(0))
     assert [int(w) & 0xFFFFFFFF for w in words] == KNOWN[0][2]
 
-    block = [int(w) for w in reference.philox4x32(tuple(map(torch.tensor, (5, 0, 0, 1))), (torch.tensor(7), torch.tensor(0)))]
+    block = [
+        int(w) for w in reference.philox4x32(tuple(map(torch.tensor, (5, 0, 0, 1))), (torch.tensor(7), torch.tensor(0)))
+    ]
     words = random.bits(2, generator=random.Generator(7, offset=10), dtype=torch.int64)
     assert [int(w) % 2**64 for w in words] == [block[0] | block[1] << 32, block[2] | block[3] << 32]
 

@@ -151,7 +151,9 @@ def test_a_draw_leaves_its_state_alone(isa):
 def test_draws_of_several_megabytes(isa_of_the_draw):
     """Large results take another way to memory (huge pages): same bits."""
     state = state_of(21, 2)
-    want = [call("normal", "generic", state_of(21, 2 + first), [4096], torch.float32, 0.0, 1.0) for first in (0, 3_000_000)]
+    want = [
+        call("normal", "generic", state_of(21, 2 + first), [4096], torch.float32, 0.0, 1.0) for first in (0, 3_000_000)
+    ]
     with use_threads(2):
         drawn = call("normal", isa_of_the_draw, state, [3_100_000], torch.float32, 0.0, 1.0)
     assert_same_bits(drawn[:4096], want[0])
