@@ -1,0 +1,57 @@
+"""Settings and fixtures of every test."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from support import ISAS, build, setup_script
+
+# The same examples every time, and no deadline: the machines that run the tests are shared.
+hypothesis.settings.register_profile("fastgen", deadline=None, derandomize=True, print_blob=True, database=None)
+hypothesis.settings.load_profile("fastgen")
+
+
+@pytest.fixture(params=ISAS or [pytest.param(None, marks=pytest.mark.skip("the CPU kernels are not built"))])
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set of this build that this CPU can run."""
+    return request.param
+
+
+@pytest.fixture(params=["reference", *ISAS])
+def path(request: pytest.FixtureRequest) -> str:
+    """Each way an op can run on this CPU."""
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cpp_cache(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.cache.mkdir("cpp"))
+
+
+@pytest.fixture(scope="session")
+def words_library(cpp_cache: Path) -> Callable[[str], ctypes.CDLL]:
+    """isa -> the functions of tests/cpp/words.cpp, compiled with that instruction set's flags of setup.py."""
+    flags = setup_script()["SOURCE_FLAGS"]
+
+    def load(isa: str) -> ctypes.CDLL:
+        kernel_flags = ["-O2" if f == "-O3" else f for f in flags[f"csrc/cpu/kernels_{isa}.cpp"]]
+        common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", f'-DFASTGEN_VEC="../../csrc/cpu/vec_{isa}.h"']
+        unit = [*common, *kernel_flags, "tests/cpp/words.cpp"]
+        library = ctypes.CDLL(str(build(cpp_cache, f"words_{isa}.so", [unit], ["-shared"])))
+        library.scan32.restype = ctypes.c_uint64
+        return library
+
+    return load
