@@ -166,7 +166,9 @@ class BuildLibraries(build_ext):
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             list(pool.map(lambda target: self.compile(commands[target], target), stale))
-        self.execute_command([*self.link_command(ext), *map(str, commands), "-o", str(output), *self.torch_libraries()])
+        self.execute_command(
+            [*self.link_command(ext), *map(str, commands), "-o", str(output), *self.torch_libraries(ext)]
+        )
 
     def is_stale(self, target: Path, command: list[str], newest_header: float) -> bool:
         """Whether the object is missing, older than a source or header, or made by another command."""
@@ -199,12 +201,30 @@ class BuildLibraries(build_ext):
     def link_command(self, ext: Extension) -> list[str]:
         if ext.name.endswith("_cuda"):
             # nvcc knows where its runtime is. Linked statically, it leaves the driver as the only dependency.
-            return [nvcc(), "-shared", "-cudart", "static", "-ccbin", self.cxx[0], "-Xlinker", "--as-needed,-s"]
+            return [nvcc(), "-shared", "-cudart", "static", "-ccbin", self.cxx[0], "-Xlinker", "-s"]
         extra = os.environ.get("FASTGEN_CXXFLAGS", "").split()
         return [*self.cxx, "-shared", "-Wl,--as-needed", "-Wl,-s", *extra]
 
-    def torch_libraries(self) -> list[str]:
-        return [f"-L{self.torch_folder / 'lib'}", "-ltorch_cpu"]
+    def torch_libraries(self, ext: Extension) -> list[str]:
+        folder = self.torch_folder / "lib"
+        libraries = [f"-L{folder}", "-ltorch_cpu"]
+        if ext.name.endswith("_cuda"):
+            if not (folder / "libtorch_cuda.so").exists():
+                libraries.append(f"-L{self.stand_in_for('libtorch_cuda.so')}")
+            libraries.append("-ltorch_cuda")
+        return libraries
+
+    def stand_in_for(self, name: str) -> Path:
+        """Folder of an empty library called `name`, for linking where torch is a CPU build.
+
+        The library must name its dependency, or the loader does not look for torch's stream function there.
+        """
+        folder = Path(self.build_temp) / "stand-in"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.execute_command(
+            [*self.cxx, "-shared", f"-Wl,-soname,{name}", "-x", "c++", "/dev/null", "-o", str(folder / name)]
+        )
+        return folder.resolve()
 
     def execute_command(self, command: list[str]) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
