@@ -211,7 +211,7 @@ class BuildLibraries(build_ext):
         if ext.name.endswith("_cuda"):
             if not (folder / "libtorch_cuda.so").exists():
                 libraries.append(f"-L{self.stand_in_for('libtorch_cuda.so')}")
-            libraries.append("-ltorch_cuda")
+            libraries += ["-Xlinker", "--no-as-needed", "-ltorch_cuda"]
         return libraries
 
     def stand_in_for(self, name: str) -> Path:
