@@ -139,10 +139,12 @@ def differentiable(
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*inputs)
 
+    transforming, recording = torch._C._are_functorch_transforms_active, torch.is_grad_enabled
+
     def call(*args: Tensor | None) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if transforming():
             return Transformed.apply(*args)
-        if torch.is_grad_enabled():
+        if recording():
             for value in args:
                 if value is not None and value.requires_grad:
                     return Eager.apply(*args)
@@ -232,12 +234,17 @@ def _folded(name: str, like: int) -> Callable[..., tuple[Any, Any]]:
 
         data = [batched(value, dim) for value, dim in zip(data, data_dims, strict=True)]
         eps = batched(eps, eps_dim)
+        dtype = data[like].dtype
         if eps is None:
-            sample = data[like][0]
-            noise = _noise(sample, seed_offset if seed_dim is None else seed_offset.movedim(seed_dim, 0), None)
-            eps = noise.expand(data[like].shape)
+            shape = data[like].shape
+            seeds = seed_offset if seed_dim is None else seed_offset.movedim(seed_dim, 0)
+            eps = reference.noise_for(data[like].new_empty(shape[1:]), seeds, None).expand(shape)
+        # Drawn noise is float32 where the data are of a half type, and is not to be rounded: widen the data.
+        data = [None if value is None else value.to(eps.dtype) for value in data]
         out = globals()[name](*data, None, eps)
-        return out, (0,) * len(out) if isinstance(out, tuple) else 0
+        if isinstance(out, tuple):
+            return tuple(o.to(dtype) for o in out), (0,) * len(out)
+        return out.to(dtype), 0
 
     return rule
 

@@ -139,11 +139,15 @@ class Generator:
         return f"Generator(seed={self.seed}, offset={self.offset}, device='{self.device}')"
 
 
+def fresh_seed_offset(device: torch.device) -> Tensor:
+    """(2,) int64 from torch's default generator of the device, which gives 63 random bits a word."""
+    return torch.randint(_INT64_MAX, (2,), device=device)
+
+
 def seed_offset_for(generator: AnyGenerator, count: int, device: torch.device) -> Tensor:
     """(2,) int64 on `device`: where the `count` numbers of a call come from."""
     if generator is None:
-        # torch's generators give 63 random bits for each of the two words.
-        return torch.randint(_INT64_MAX, (2,), device=device)
+        return fresh_seed_offset(device)
     if isinstance(generator, Generator):
         return generator.reserve(count, device)
     if not isinstance(generator, torch.Generator):

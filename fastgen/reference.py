@@ -278,7 +278,7 @@ def normal(seed_offset: Tensor, size: list[int], dtype: torch.dtype, mean: float
 
 
 # ---------------------------------------------------------------------------------------------------
-# Reparameterised sampling. Exactly one of `seed_offset` and `eps` is given.
+# Reparameterised sampling. Exactly one of `seed_offset` and `eps` is given. Results are contiguous.
 
 
 def noise_for(like: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
@@ -292,14 +292,14 @@ def noise_for(like: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> T
 def reparameterize(mu: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
     noise = noise_for(mu, seed_offset, eps)
     sigma = torch.exp(0.5 * logvar.to(noise.dtype))
-    return (mu.to(noise.dtype) + sigma * noise).to(mu.dtype)
+    return (mu.to(noise.dtype) + sigma * noise).to(mu.dtype).contiguous()
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, 1)) summed over the last dimension (Kingma & Welling, 2014, app. B)."""
     work = torch.float64 if mu.dtype == torch.float64 else torch.float32
     mu_w, logvar_w = mu.to(work), logvar.to(work)
-    return (0.5 * (mu_w * mu_w + (torch.expm1(logvar_w) - logvar_w)).sum(-1)).to(mu.dtype)
+    return (0.5 * (mu_w * mu_w + (torch.expm1(logvar_w) - logvar_w)).sum(-1)).to(mu.dtype).contiguous()
 
 
 def reparameterize_kl(
@@ -312,7 +312,7 @@ def reparameterize_backward(grad_z: Tensor, logvar: Tensor, seed_offset: Tensor 
     """dL/dlogvar of `reparameterize`; dL/dmu is grad_z itself."""
     noise = noise_for(logvar, seed_offset, eps)
     sigma = torch.exp(0.5 * logvar.to(noise.dtype))
-    return (0.5 * (grad_z.to(noise.dtype) * (sigma * noise))).to(logvar.dtype)
+    return (0.5 * (grad_z.to(noise.dtype) * (sigma * noise))).to(logvar.dtype).contiguous()
 
 
 def reparameterize_kl_backward(
@@ -336,4 +336,4 @@ def reparameterize_kl_backward(
         gk = grad_kl.to(work).unsqueeze(-1)
         grad_mu = grad_mu + gk * mu_w
         grad_logvar = grad_logvar + 0.5 * (gk * torch.expm1(logvar_w))
-    return grad_mu.to(mu.dtype), grad_logvar.to(mu.dtype)
+    return grad_mu.to(mu.dtype).contiguous(), grad_logvar.to(mu.dtype).contiguous()

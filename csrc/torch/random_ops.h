@@ -46,18 +46,23 @@ struct RandomOps {
   using Size = std::vector<int64_t>;
 
   static Tensor random_bits(const Tensor& seed_offset, Size size, ScalarType dtype) {
+    STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, "dtype: expected int32 or int64");
     return kDraw(seed_offset, size, dtype, params(Distribution::kBits));
   }
   static Tensor uniform(const Tensor& seed_offset, Size size, ScalarType dtype, double low, double high) {
+    check_floating(dtype);
     return kDraw(seed_offset, size, dtype, params(Distribution::kUniform, low, high - low, below(high, dtype)));
   }
   static Tensor normal(const Tensor& seed_offset, Size size, ScalarType dtype, double mean, double std) {
+    check_floating(dtype);
     return kDraw(seed_offset, size, dtype, params(Distribution::kNormal, mean, std));
   }
   static Tensor exponential(const Tensor& seed_offset, Size size, ScalarType dtype, double rate) {
+    check_floating(dtype);
     return kDraw(seed_offset, size, dtype, params(Distribution::kExponential, rate));
   }
   static Tensor bernoulli(const Tensor& seed_offset, Size size, ScalarType dtype, double p) {
+    if (dtype != ScalarType::Bool) check_floating(dtype);
     return kDraw(seed_offset, size, dtype, params(Distribution::kBernoulli, std::nearbyint(p * 0x1p32)));
   }
 };

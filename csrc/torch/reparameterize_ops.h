@@ -49,6 +49,7 @@ struct ReparameterizeOps {
 
   static std::tuple<Tensor, Optional> forward(const Tensor& mu, const Tensor& logvar, const Optional& seed_offset,
                                               const Optional& eps, bool with_kl) {
+    check_floating(mu.scalar_type());
     check_like("logvar", logvar, mu);
     check_noise(seed_offset, eps, mu);
     Tensor z = empty_like(mu);
@@ -78,6 +79,7 @@ struct ReparameterizeOps {
   static std::tuple<Optional, Tensor> backward(const Optional& grad_z, const Optional& grad_kl, const Optional& mu,
                                                const Tensor& logvar, const Optional& seed_offset, const Optional& eps) {
     STD_TORCH_CHECK(grad_z || grad_kl, "grad_z, grad_kl: expected at least one of them");
+    check_floating(logvar.scalar_type());
     check_noise(seed_offset, eps, logvar);
     if (grad_z) check_like("grad_z", *grad_z, logvar);
     if (mu) check_like("mu", *mu, logvar);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen import _ops
-from fastgen.random import AnyGenerator, seed_offset_for
+from fastgen.random import AnyGenerator, fresh_seed_offset, seed_offset_for
 
 _FULL = (torch.float32, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -53,10 +53,16 @@ def _prepare(
     mu: Tensor, logvar: Tensor, generator: AnyGenerator, eps: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The arguments as the ops take them: mu, logvar, seed_offset, eps."""
-    # The usual call, two alike tensors of full precision, has nothing to convert.
+    # The usual call, two alike tensors of full precision, has nothing to convert. It is spelt out because at
+    # a VAE's sizes Python is most of the time.
     try:
-        fits = eps is None and mu.dtype is logvar.dtype and mu.dtype in _FULL and mu.shape == logvar.shape
-        fits = fits and mu.device == logvar.device
+        fits = (
+            eps is None
+            and mu.dtype is logvar.dtype
+            and mu.dtype in _FULL
+            and mu.shape == logvar.shape
+            and mu.device == logvar.device
+        )
     except AttributeError:
         fits = False
     if not fits:
@@ -65,6 +71,8 @@ def _prepare(
             if generator is not None:
                 raise ValueError("generator: expected None where eps gives the noise, got both")
             return mu, logvar, None, eps
+    if generator is None:
+        return mu, logvar, fresh_seed_offset(mu.device), None
     return mu, logvar, seed_offset_for(generator, mu.numel(), mu.device), None
 
 
