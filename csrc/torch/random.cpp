@@ -8,21 +8,14 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
 
-// seed_offset (2,) -> size; (S, 2) -> (S, *size), one stream an entry.
 Tensor draw(const Tensor& seed_offset, const std::vector<int64_t>& size, ScalarType dtype, RandomParams p) {
-  check_seed_offset(seed_offset, 2);
-  std::vector<int64_t> full = size;
-  const bool several = seed_offset.dim() == 2;
-  const int64_t streams = several ? seed_offset.size(0) : 1;
-  if (several) full.insert(full.begin(), streams);
-  Tensor out = torch::stable::empty(full, dtype);
-
+  const int64_t streams = stream_count(seed_offset);
+  Tensor out = torch::stable::empty(stacked_size(seed_offset, size), dtype);
   p.dtype = dtype_of(dtype);
-  p.count = 1;
-  for (int64_t extent : size) p.count *= extent;
+  p.count = product(size);
   const int64_t* words = static_cast<const int64_t*>(seed_offset.const_data_ptr());
   const int64_t next_word = seed_offset.stride(seed_offset.dim() - 1);
-  const int64_t next_stream = several ? seed_offset.stride(0) : 0;
+  const int64_t next_stream = seed_offset.dim() == 2 ? seed_offset.stride(0) : 0;
   char* data = static_cast<char*>(out.mutable_data_ptr());
   prefer_huge_pages(data, size_t(out.numel()) * out.element_size());
   const auto fill = kernels().random;

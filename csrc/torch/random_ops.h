@@ -40,6 +40,21 @@ inline double below(double high, ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? next(BFloat16{}) : next(Float16{});
 }
 
+// seed_offset (2,) -> size; (S, 2) -> (S, *size), one stream an entry.
+inline int64_t stream_count(const Tensor& seed_offset) {
+  check_seed_offset(seed_offset, 2);
+  return seed_offset.dim() == 2 ? seed_offset.size(0) : 1;
+}
+inline std::vector<int64_t> stacked_size(const Tensor& seed_offset, std::vector<int64_t> size) {
+  if (seed_offset.dim() == 2) size.insert(size.begin(), seed_offset.size(0));
+  return size;
+}
+inline int64_t product(const std::vector<int64_t>& size) {
+  int64_t count = 1;
+  for (int64_t extent : size) count *= extent;
+  return count;
+}
+
 // The ops over a function Tensor draw(seed_offset, size, dtype, RandomParams) of one device.
 template <auto kDraw>
 struct RandomOps {
