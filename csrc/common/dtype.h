@@ -15,6 +15,16 @@ struct Float16 {
   uint16_t bits;
 };
 
+// The type that elements are computed in.
+template <class Storage>
+struct WorkType {
+  using T = float;
+};
+template <>
+struct WorkType<double> {
+  using T = double;
+};
+
 FASTGEN_FN uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -60,6 +60,16 @@ struct ReparameterizeBackwardParams {
   void* grad_logvar;                         // [rows, inner]
 };
 
+// Offset of a row of an operand, in elements.
+FASTGEN_FN int64_t row_offset(const Shape& shape, const int64_t (&stride)[kMaxDims], int64_t row) {
+  int64_t offset = 0;
+  for (int d = shape.outer_dims - 1; d > 0; --d) {
+    offset += row % shape.outer[d] * stride[d];
+    row /= shape.outer[d];
+  }
+  return shape.outer_dims > 0 ? offset + row * stride[0] : offset;
+}
+
 FASTGEN_FN int64_t pieces_per_row(const Shape& shape) { return (shape.inner + kPiece - 1) / kPiece; }
 
 }  // namespace fastgen

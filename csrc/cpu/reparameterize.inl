@@ -9,25 +9,6 @@
 namespace fastgen {
 namespace {
 
-template <class Storage>
-struct WorkType {
-  using T = float;
-};
-template <>
-struct WorkType<double> {
-  using T = double;
-};
-
-// Offset of a row of an operand, in elements.
-FASTGEN_FN int64_t row_offset(const Shape& shape, const int64_t (&stride)[kMaxDims], int64_t row) {
-  int64_t offset = 0;
-  for (int d = shape.outer_dims - 1; d > 0; --d) {
-    offset += row % shape.outer[d] * stride[d];
-    row /= shape.outer[d];
-  }
-  return shape.outer_dims > 0 ? offset + row * stride[0] : offset;
-}
-
 // A stretch of one row of an operand, read a vector at a time; lanes past the end read as zero.
 template <class Storage>
 struct Row {

@@ -96,13 +96,10 @@ Tensor draw(const Tensor& seed_offset, const std::vector<int64_t>& size, ScalarT
   const torch::stable::accelerator::DeviceGuard guard(seed_offset.get_device_index());
   Tensor keep;
   const int64_t* pointer = seed_offset_pointer(seed_offset, keep);
-  std::vector<int64_t> full = size;
-  const int64_t streams = seed_offset.dim() == 2 ? seed_offset.size(0) : 1;
-  if (seed_offset.dim() == 2) full.insert(full.begin(), streams);
-  Tensor out = torch::stable::new_empty(seed_offset, full, dtype);
+  const int64_t streams = stream_count(seed_offset);
+  Tensor out = torch::stable::new_empty(seed_offset, stacked_size(seed_offset, size), dtype);
   p.dtype = dtype_of(dtype);
-  p.count = 1;
-  for (int64_t extent : size) p.count *= extent;
+  p.count = product(size);
   const cudaStream_t stream = current_stream(seed_offset);
   switch (p.dtype) {
     case DType::kInt32: launch<float, float>(out, p, streams, pointer, Bits<float>(), stream); break;

@@ -21,15 +21,6 @@ constexpr int64_t kLongRow = 4096;
 
 enum class Deal { kFlat, kWarp, kBlock };
 
-template <class Storage>
-struct WorkType {
-  using T = float;
-};
-template <>
-struct WorkType<double> {
-  using T = double;
-};
-
 // The scalar forms of math.h.
 template <class T>
 struct Scalar;
@@ -68,15 +59,6 @@ __device__ void block_normals(uint64_t block, const PhiloxKey& key, T (&out)[Wor
   store(out + Work<T>::kPerBlock / 2, high);
 }
 
-__device__ int64_t device_row_offset(const Shape& shape, const int64_t (&stride)[kMaxDims], int64_t row) {
-  int64_t offset = 0;
-  for (int d = shape.outer_dims - 1; d > 0; --d) {
-    offset += row % shape.outer[d] * stride[d];
-    row /= shape.outer[d];
-  }
-  return shape.outer_dims > 0 ? offset + row * stride[0] : offset;
-}
-
 // One row of an operand.
 template <class Storage>
 struct DeviceRow {
@@ -84,7 +66,7 @@ struct DeviceRow {
   int64_t stride;
   __device__ DeviceRow(const Operand& operand, const Shape& shape, int64_t row)
       : p(static_cast<const Storage*>(operand.data)), stride(operand.inner_stride) {
-    if (p != nullptr) p += device_row_offset(shape, operand.outer_stride, row);
+    if (p != nullptr) p += row_offset(shape, operand.outer_stride, row);
   }
   __device__ typename WorkType<Storage>::T operator[](int64_t column) const { return widen(p[column * stride]); }
 };
