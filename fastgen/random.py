@@ -193,7 +193,8 @@ def _resolve(
             raise TypeError(f"size: expected ints, got {type(extent).__name__}")
         if extent < 0:
             raise ValueError(f"size: expected extents of at least 0, got {tuple(shape)}")
-    target = torch.get_default_device() if device is None else torch.device(device)
+    # torch.get_default_device() would break the graph of torch.compile.
+    target = torch.empty(0).device if device is None else torch.device(device)
     return seed_offset_for(generator, math.prod(shape), target), shape
 
 
@@ -277,7 +278,7 @@ def exponential(
     Arguments as for `normal`; rate > 0.
     """
     dtype = _dtype(dtype, _FLOATS)
-    if not (rate > 0 and math.isfinite(rate)):
+    if not 0 < rate < math.inf:
         raise ValueError(f"rate: expected a finite number above 0, got {rate}")
     seed_offset, shape = _resolve(size, generator, device)
     return torch.ops.fastgen.exponential(seed_offset, shape, dtype, float(rate))

@@ -259,5 +259,5 @@ def test_errors(function, args, options, error, message):
 
 
 def test_kl_of_a_scalar():
-    with pytest.raises(ValueError, match="^mu: expected at least one dimension to sum the divergence over, got a 0-d"):
+    with pytest.raises(ValueError, match=r"^mu: expected at least one dimension to sum the divergence over, got a 0-d"):
         reparameterize_kl(torch.tensor(0.0), torch.tensor(0.0))

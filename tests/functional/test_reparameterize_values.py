@@ -129,7 +129,7 @@ SPECIAL = [0.0, -0.0, 1.0, -2.5, 1e-30, math.inf, -math.inf, math.nan, 300.0, -3
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_is_not_finite_comes_out_as_in_the_formula(isa, dtype):
-    """Every combination of special mu, logvar, eps and gradients: inf, -inf, nan and the rest where PyTorch has them."""
+    """Every combination of special mu, logvar, eps and gradients: inf, -inf and nan where PyTorch has them."""
     values = torch.tensor(SPECIAL, dtype=torch.float64).to(dtype)
     mu, logvar, eps = (x.reshape(-1, 1).contiguous() for x in torch.meshgrid(values, values, values, indexing="ij"))
     # In the dtype the algebra runs in, so that only the algebra decides.

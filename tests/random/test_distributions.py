@@ -116,11 +116,10 @@ def test_bernoulli_threshold_is_exact():
 def test_nothing_is_correlated(dtype):
     """Neighbours up to 64 apart, values and squares; other streams, other seeds, forks."""
     z = random.normal(COUNT, generator=Generator(13), dtype=dtype).double()
-    root = math.sqrt(COUNT)
+    squares, root = z.square() - 1, math.sqrt(COUNT)
     for lag in (*range(1, 18), 31, 32, 33, 64):
         within(float((z[:-lag] * z[lag:]).mean()), 0, 1 / root)
-        a, b = z.square() - 1, z.square() - 1
-        within(float((a[:-lag] * b[lag:]).mean()), 0, 2 / root)
+        within(float((squares[:-lag] * squares[lag:]).mean()), 0, 2 / root)
     # The two of one pair: independent in their squares and signs as well.
     even, odd = z[0::2], z[1::2]
     within(float(((even**2 - 1) * (odd**2 - 1)).mean()), 0, 2 / math.sqrt(COUNT / 2))

@@ -5,6 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+from support import call
 
 from fastgen import random, reference
 
@@ -57,8 +58,6 @@ def test_words_of_the_stream():
 
 def test_counter_and_key_layout(path):
     """Block number in the two low counter words, width in the top one, seed in the key, low words first."""
-    from support import call
-
     seed, block = 0x0123456789ABCDEF, 0x2FEDCBA987654321
     words = [int(w) for w in reference.philox4x32(
         tuple(map(torch.tensor, (block & 0xFFFFFFFF, block >> 32, 0, 0))),
