@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ class _Library:
             self.error = "not built"
             return
         try:
+            if _is_cut_off(path):
+                raise OSError("the file is cut off")
             torch.ops.load_library(str(path))
             self.handle = ctypes.CDLL(str(path))
         except (OSError, RuntimeError) as error:
@@ -51,6 +54,17 @@ class _Library:
 
     def __bool__(self) -> bool:
         return self.handle is not None
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether an ELF file ends before its section table, which stands last: to load it would kill the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # not 64-bit little-endian: the loader will tell
+        return False
+    (table,) = struct.unpack_from("<Q", header, 40)
+    entry_size, entries = struct.unpack_from("<HH", header, 58)
+    return bool(table + entry_size * entries > path.stat().st_size)
 
 
 def _facts() -> dict[str, Any]:
