@@ -26,15 +26,15 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # Polynomial tails, lowest power first; see scripts/fit_polynomials.py for what each multiplies.
 _LOG32 = (
+    -0.49999997,
     0.333333313,
-    -0.24999997,
-    0.200007156,
-    -0.166678026,
-    0.142490581,
-    -0.124256872,
-    0.116854198,
-    -0.114797339,
-    0.0697161183,
+    -0.250007808,
+    0.200012341,
+    -0.166266456,
+    0.142048553,
+    -0.13127555,
+    0.127226725,
+    -0.0767364129,
 )
 _SIN32: tuple[float, ...] = (-0.166666642, 0.00833274797, -0.000195878907)
 _COS32: tuple[float, ...] = (0.0416666642, -0.00138883025, 2.45479423e-05)
@@ -66,10 +66,7 @@ _COS64: tuple[float, ...] = (
 )
 
 # ln 2 = high + low; the high part is short enough that k * high is exact for every exponent k.
-_LN2 = {
-    torch.float32: (0.693359375, -2.12194440e-4),
-    torch.float64: (6.93147180369123816490e-01, 1.90821492927058770002e-10),
-}
+_LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _SQRT_HALF_BITS = {torch.float32: 0x3F3504F3, torch.float64: 0x3FE6A09E667F3BCD}
 _ONE_MINUS_SQRT_HALF = 0.29289323
 
@@ -210,31 +207,26 @@ def _standard_exponential(words: Tensor, work: torch.dtype) -> Tensor:
     f = torch.where(small, torch.where(near, -v, 1 - 2 * v), m - 1)
     k = torch.where(small, (~near).to(work), -(shifted >> mantissa).to(work))
 
-    high, low = _LN2[work]
-    if bits == 64:
-        s = f / (2 + f)
-        z = s * s
-        half_square = 0.5 * (f * f)
-        y = s * (half_square + z * _horner(_ATANH64, z)) - k * low
-        return k * high - (f - (half_square - y))
-    square = f * f
-    y = (_horner(_LOG32, f) * f) * square - k * low
-    return k * high - (f + (y - 0.5 * square))
+    if bits == 32:
+        return k * math.log(2) - (f + f * f * _horner(_LOG32, f))
+    s = f / (2 + f)
+    z = s * s
+    half_square = 0.5 * (f * f)
+    y = s * (half_square + z * _horner(_ATANH64, z)) - k * _LN2_LOW
+    return k * _LN2_HIGH - (f - (half_square - y))
 
 
 def _cos_sin_turn(words: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of 2 pi word / 2^bits; the quadrant comes off exactly, in integers."""
-    if work == torch.float64:
-        bits, sine, cosine = 64, _SIN64, _COS64
-        quadrant, rest = ((words + 2**61) >> 62) & 3, words << 2
-    else:
-        bits, sine, cosine = 32, _SIN32, _COS32
-        quadrant, rest = ((words + 2**29) >> 30) & 3, (words << 2) & _MASK32
+    bits, sine, cosine = (64, _SIN64, _COS64) if work == torch.float64 else (32, _SIN32, _COS32)
+    quadrant, rest = ((words + 2 ** (bits - 3)) >> (bits - 2)) & 3, words << 2
+    if bits == 32:
+        rest = rest & _MASK32
         rest = torch.where(rest >= 2**31, rest - 2**32, rest)
     r = rest.to(work) * (math.pi / 2 * 2.0**-bits)
     y = r * r
-    s = r + (r * y) * _horner(sine, y)
-    c = (1 - 0.5 * y) + (y * y) * _horner(cosine, y)
+    s = r * _horner((1.0, *sine), y)
+    c = _horner((1.0, -0.5, *cosine), y)
     swap = (quadrant & 1).bool()
     cos, sin = torch.where(swap, s, c), torch.where(swap, c, s)
     return torch.where(((quadrant + 1) & 2).bool(), -cos, cos), torch.where((quadrant & 2).bool(), -sin, sin)

@@ -24,12 +24,12 @@ def guard(function, series):
 
 # name: (tail(x), interval, the function whose relative error counts, how the tail enters it)
 FITS = {
-    # log1p(f) = f - f^2/2 + f^3 tail(f)
+    # log1p(f) = f + f^2 tail(f)
     "LOG": (
-        guard(lambda f: (mp.log1p(f) - f + f * f / 2) / f**3, [mp.mpf(1) / 3, -mp.mpf(1) / 4]),
+        guard(lambda f: (mp.log1p(f) - f) / f**2, [-mp.mpf(1) / 2, mp.mpf(1) / 3]),
         (F_LOW, F_HIGH),
         mp.log1p,
-        lambda f, p: f - f * f / 2 + f**3 * p,
+        lambda f, p: f + f * f * p,
     ),
     # log1p(f) = 2 atanh(s), s = f / (2 + f), 2 atanh(s) / s = 2 + z tail(z), z = s^2
     "ATANH": (

@@ -51,11 +51,11 @@ struct Constants<double> {
   static constexpr double kExpTailRange = 0.34;
 };
 
-// (log1p(f) - f + f^2/2) / f^3
+// (log1p(f) - f) / f^2
 template <class F>
 FASTGEN_FN F log_tail(F f, float) {
-  constexpr float c[] = {0.333333313f,  -0.24999997f, 0.200007156f,  -0.166678026f, 0.142490581f,
-                         -0.124256872f, 0.116854198f, -0.114797339f, 0.0697161183f};
+  constexpr float c[] = {-0.49999997f, 0.333333313f, -0.250007808f, 0.200012341f,  -0.166266456f,
+                         0.142048553f, -0.13127555f, 0.127226725f,  -0.0767364129f};
   return horner(f, c);
 }
 
@@ -67,29 +67,40 @@ FASTGEN_FN F atanh_tail(F z, double) {
   return horner(z, c);
 }
 
-// (sin(r) / r - 1) / y, y = r^2
+// sin(r) / r, y = r^2
 template <class F>
-FASTGEN_FN F sin_tail(F y, float) {
-  constexpr float c[] = {-0.166666642f, 0.00833274797f, -0.000195878907f};
+FASTGEN_FN F sine_ratio(F y, float) {
+  constexpr float c[] = {1.0f, -0.166666642f, 0.00833274797f, -0.000195878907f};
   return horner(y, c);
 }
 template <class F>
-FASTGEN_FN F sin_tail(F y, double) {
-  constexpr double c[] = {-0.16666666666666666,  0.008333333333330948,    -0.00019841269836758574,
-                          2.755731610255244e-06, -2.5051131845003624e-08, 1.5918129294866608e-10};
+FASTGEN_FN F sine_ratio(F y, double) {
+  constexpr double c[] = {1.0,
+                          -0.16666666666666666,
+                          0.008333333333330948,
+                          -0.00019841269836758574,
+                          2.755731610255244e-06,
+                          -2.5051131845003624e-08,
+                          1.5918129294866608e-10};
   return horner(y, c);
 }
 
-// (cos(r) - 1 + y/2) / y^2
+// cos(r), y = r^2
 template <class F>
-FASTGEN_FN F cos_tail(F y, float) {
-  constexpr float c[] = {0.0416666642f, -0.00138883025f, 2.45479423e-05f};
+FASTGEN_FN F cosine_of(F y, float) {
+  constexpr float c[] = {1.0f, -0.5f, 0.0416666642f, -0.00138883025f, 2.45479423e-05f};
   return horner(y, c);
 }
 template <class F>
-FASTGEN_FN F cos_tail(F y, double) {
-  constexpr double c[] = {0.041666666666666664,    -0.0013888888888887398, 2.480158729876569e-05,
-                          -2.7557317271729793e-07, 2.08761462684032e-09,   -1.1382632425521717e-11};
+FASTGEN_FN F cosine_of(F y, double) {
+  constexpr double c[] = {1.0,
+                          -0.5,
+                          0.041666666666666664,
+                          -0.0013888888888887398,
+                          2.480158729876569e-05,
+                          -2.7557317271729793e-07,
+                          2.08761462684032e-09,
+                          -1.1382632425521717e-11};
   return horner(y, c);
 }
 
@@ -118,10 +129,7 @@ FASTGEN_FN F exp_tail(F r, double) {
 // k ln 2 - log1p(f)
 template <class F>
 FASTGEN_FN F minus_log(F k, F f, float) {
-  using C = Constants<float>;
-  const F square = f * f;
-  const F y = log_tail(f, 0.0f) * f * square - k * F(C::kLn2Low);
-  return k * F(C::kLn2High) - (f + (y - F(0.5f) * square));
+  return k * F(0.69314718056f) - (f + f * f * log_tail(f, 0.0f));
 }
 template <class F>
 FASTGEN_FN F minus_log(F k, F f, double) {
@@ -157,16 +165,16 @@ FASTGEN_FN void cos_sin_turn(U x, F& cosine, F& sine) {
   using C = Constants<T>;
   using Bits = typename C::Bits;
   constexpr int kTop = C::kBits - 1;
-  const U quadrant = (x + U(Bits(1) << (C::kBits - 3))) >> (C::kBits - 2);
+  // The nearest quadrant stands in the two top bits of x + 1/8 turn.
+  const U turned = x + U(Bits(1) << (kTop - 2));
   const F r = signed_to_real(x << 2) * F(C::kHalfPiScaled);
   const F y = r * r;
-  const F s = r + r * y * sin_tail(y, T(0));
-  const F c = (F(T(1)) - F(T(0.5)) * y) + y * y * cos_tail(y, T(0));
-  const auto swap = negative(quadrant << kTop);
+  const F s = r * sine_ratio(y, T(0)), c = cosine_of(y, T(0));
+  const auto swap = negative(turned << 1);
   // The sign bit: set in quadrants 1, 2 for the cosine and 2, 3 for the sine.
   const U sign(Bits(1) << kTop);
-  cosine = real(bits(select(swap, s, c)) ^ (((quadrant + U(Bits(1))) << (kTop - 1)) & sign));
-  sine = real(bits(select(swap, c, s)) ^ ((quadrant << (kTop - 1)) & sign));
+  cosine = real(bits(select(swap, s, c)) ^ ((turned + U(Bits(1) << (kTop - 1))) & sign));
+  sine = real(bits(select(swap, c, s)) ^ (turned & sign));
 }
 
 // Box-Muller: two standard normals of two words.
