@@ -36,4 +36,4 @@ def test_kernels(driver, isa):
     assert done.returncode == 0, done.stderr[-4000:]
     count, word = done.stdout.split()
     assert word == "comparisons"
-    assert int(count) > 20_000
+    assert int(count) > 5_000

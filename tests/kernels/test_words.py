@@ -108,7 +108,7 @@ def ulps(value: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 @pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="long double is no wider than double here")
 def test_accuracy(words_library, isa, width):
-    """At most 2 units in the last place for the exponential, 4 for the normals, against extended precision."""
+    """At most 2 units in the last place for the exponential, 5 for the normals, against extended precision."""
     library = words_library(isa)
     even = interesting_words(width, 1_000_000)
     odd = np.random.default_rng(3).permutation(even)
@@ -122,7 +122,7 @@ def test_accuracy(words_library, isa, width):
         reached = exact != 0
         errors[name] = ulps(value, radius * exact)[reached]
         assert (value[~reached] == 0).all()
-    assert {name: float(e.max()) for name, e in errors.items() if e.max() > {"exponential": 2.0}.get(name, 4.0)} == {}
+    assert {name: float(e.max()) for name, e in errors.items() if e.max() > {"exponential": 2.0}.get(name, 5.0)} == {}
     assert all(e.mean() < 0.6 for e in errors.values())
 
 
