@@ -83,7 +83,7 @@ void test_random(const char* isa) {
     for (const DType dtype : c.dtypes) {
       for (const uint64_t offset : offsets) {
         for (const int64_t count : counts) {
-          if (count > 67 && offset > 1) continue;
+          if (count > 9 && offset > 1 && count != 40) continue;
           RandomParams p{c.distribution, dtype, 0x123456789abcdefull, offset, c.a, c.b, c.c, nullptr, count};
           Buffer want(size_t(count) * size_of(dtype)), got(want.size, 0xCD);
           p.out = want.data;
@@ -157,7 +157,7 @@ std::vector<Layout> layouts(const std::vector<int64_t>& outer, int64_t inner) {
 void test_reparameterize(const char* isa) {
   std::vector<std::pair<std::vector<int64_t>, int64_t>> shapes = {{{}, 1}, {{7}, 1},    {{2, 3}, 5},     {{3}, kPiece},
                                                                   {{2}, kPiece + 1}, {{2}, 2 * kPiece + 9}};
-  for (int64_t n = 2; n <= 35; ++n) shapes.push_back({{3}, n});
+  for (const int64_t n : {2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 20, 31, 33}) shapes.push_back({{3}, n});
   const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
   for (const auto& [outer, inner] : shapes) {
     Shape shape{};
