@@ -11,6 +11,9 @@ come from two independent streams of the same generator.
 
 Without a `generator=`, the (seed, offset) of a call are drawn from PyTorch's default generator of the
 device, so `torch.manual_seed` alone makes a program repeatable.
+
+Under `torch.vmap` a generator of this module gives every sample the same numbers, as an argument that is
+not mapped does; torch's default generator follows `randomness=`.
 """
 
 from __future__ import annotations
@@ -174,7 +177,8 @@ def checkpoint_contexts(generator: Generator) -> Callable[[], tuple[contextlib.A
 
     PyTorch restores its own default generators in the recomputation, but knows no other. With
     `checkpoint(fn, x, use_reentrant=False, context_fn=checkpoint_contexts(g))` the recomputation draws
-    the numbers of the forward pass and leaves `g` where it was.
+    the numbers of the forward pass and leaves `g` where it was. (`use_reentrant=True` takes no contexts and
+    cannot replay `g`.)
     """
 
     def contexts() -> tuple[contextlib.AbstractContextManager[None], ...]:
