@@ -14,8 +14,14 @@ SOURCES := $(shell find csrc fastgen setup.py pyproject.toml -name '*.cpp' -o -n
 
 .PHONY: demo test lint bench clean
 
+# A run that was stopped goes on; a finished one only says where its results are.
 demo: $(VENV)/.built-demo
-	$(BIN)/fastgen train vae --data mnist --out $(RUN)
+	@if [ -e $(RUN)/config.json ]; then \
+	  echo "$(RUN) is there already: going on with it (RUN=runs/another starts a new one)"; \
+	  $(BIN)/fastgen train vae --resume $(RUN); \
+	else \
+	  $(BIN)/fastgen train vae --data mnist --out $(RUN); \
+	fi
 
 test: $(VENV)/.built-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

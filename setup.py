@@ -203,7 +203,7 @@ class BuildLibraries(build_ext):
             # nvcc knows where its runtime is. Linked statically, it leaves the driver as the only dependency.
             return [nvcc(), "-shared", "-cudart", "static", "-ccbin", self.cxx[0], "-Xlinker", "-s"]
         extra = os.environ.get("FASTGEN_CXXFLAGS", "").split()
-        return [*self.cxx, "-shared", "-Wl,--as-needed", "-Wl,-s", *extra]
+        return [*self.cxx, "-shared", "-Wl,--as-needed", *(extra or ["-Wl,-s"])]
 
     def torch_libraries(self, ext: Extension) -> list[str]:
         folder = self.torch_folder / "lib"

@@ -9,6 +9,7 @@ import os
 import runpy
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,11 @@ from fastgen import _load, reference
 ROOT = Path(__file__).parents[1]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ISAS = _load.cpu_isas()
+# Inductor compiles C++ that includes Python.h.
+needs_inductor = pytest.mark.skipif(
+    not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists() or not shutil.which("g++"),
+    reason="torch.compile needs g++ and Python.h (apt install python3-dev)",
+)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

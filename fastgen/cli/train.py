@@ -50,9 +50,7 @@ def vae(
     image_size: Annotated[
         int | None, _option("Resize to so many pixels a side.", default="as they are", panel="Data")
     ] = None,
-    image_channels: Annotated[
-        int | None, _option("1 grey, 3 colour, 4 with alpha.", default="as they are", panel="Data")
-    ] = None,
+    image_channels: Annotated[int | None, _option("1 grey, 3 colour.", default="as they are", panel="Data")] = None,
     test_size: Annotated[
         str | None,
         _option(

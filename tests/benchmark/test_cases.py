@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from support import needs_inductor
 
 from fastgen import functional
 from fastgen import random as fastgen_random
@@ -278,6 +279,7 @@ def test_torch_compile_is_left_out_on_request(monkeypatch):
 
 
 @pytest.mark.slow
+@needs_inductor
 def test_torch_compile_takes_part():
     result = measure(dataclasses.replace(SMALL, shape=(64, 20)), threads=1, budget=0)
     assert result.failures == {}

@@ -268,7 +268,7 @@ EXACT = {0: np.exp, 1: np.expm1, 2: lambda x: np.expm1(x) - x}
 
 @pytest.mark.parametrize("which", EXACT)
 def test_exponential_functions(words_library, width, which):
-    """Equal bits by every instruction set; exp within 1 unit in the last place, subnormal results included; the
+    """Equal bits by every instruction set; exp within 1.1 units in the last place, subnormal results included; the
     two differences within 4 units of the larger of the result and, past |x| = 0.34, of the terms."""
     _, kind, _ = WIDTHS[width]
     x = padded(arguments(kind))
@@ -296,7 +296,7 @@ def test_exponential_functions(words_library, width, which):
     assert np.isposinf(results[0][overflow]).all()
     subnormal_square = (which == 2) & (np.abs(x) <= np.sqrt(np.finfo(kind).tiny))
     error = error[~overflow & ~subnormal_square]
-    assert float(error.max()) < (1.0 if which == 0 else 4.0)
+    assert float(error.max()) < (1.1 if which == 0 else 4.0)
 
 
 def test_exponential_functions_of_what_is_not_finite(words_library, isa, width):

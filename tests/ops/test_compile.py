@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_same_bits
+from support import assert_same_bits, needs_inductor
 
 from fastgen import random
 from fastgen.functional import reparameterize_kl
@@ -25,7 +25,7 @@ def loss_and_gradients(function, mu, logvar, *rest):
     return z.detach(), kl.detach(), mu.grad, logvar.grad
 
 
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_inductor])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
