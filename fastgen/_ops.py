@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgen import reference
 
@@ -105,52 +106,45 @@ for _name in RANDOM_OPS:
 
 def differentiable(
     op: Callable[..., Any],
+    plain: Callable[..., Any],
     gradient: Callable[..., tuple[Tensor | None, ...]],
-    batching: Callable[..., tuple[Any, Any]],
+    keep: tuple[int, ...],
 ) -> Callable[..., Any]:
-    """`op` with a gradient and a batching rule.
+    """`op` with a gradient.
 
     Args:
-        op: takes tensors (or None) only; what it needs again in the backward pass is its inputs.
+        op: takes tensors (or None) only.
+        plain: the same in plain PyTorch. Under torch.func and in forward-mode differentiation it runs in place
+            of the op, so that vmap, jvp, jacfwd and hessian nest as they like; the noise is the op's.
         gradient: (ctx, *grads) -> gradients of the inputs; undefined gradients come as None.
-        batching: (info, in_dims, *args) -> (outputs, out_dims).
+        keep: which inputs `gradient` finds in ctx.saved_tensors.
     """
 
-    class Eager(torch.autograd.Function):
+    class Op(torch.autograd.Function):
         backward = staticmethod(gradient)
 
         @staticmethod
         def forward(ctx: Any, *args: Tensor | None) -> Any:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*args)
+            ctx.save_for_backward(*[args[i] for i in keep])
             return op(*args)
 
-    # torch.func wants the context set up apart; outside it, that form costs 10 us a call.
-    class Transformed(torch.autograd.Function):
-        backward = staticmethod(gradient)
-        vmap = staticmethod(batching)
-
-        @staticmethod
-        def forward(*args: Tensor | None) -> Any:
-            return op(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs)
-
-    transforming, recording = torch._C._are_functorch_transforms_active, torch.is_grad_enabled
+    recording = torch.is_grad_enabled
 
     def call(*args: Tensor | None) -> Any:
-        if transforming():
-            return Transformed.apply(*args)
+        if _transforming() or forward_ad._current_level >= 0:
+            return plain(*args)
         if recording():
             for value in args:
                 if value is not None and value.requires_grad:
-                    return Eager.apply(*args)
+                    return Op.apply(*args)
         return op(*args)
 
     return call
+
+
+# Private to torch; without it every call is taken for a transformed one, which is right, only slower.
+_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 # A backward is itself an op that regenerates the noise; its own gradient is plain PyTorch on the same
@@ -162,7 +156,7 @@ def _noise(like: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tens
 
 
 def _reparameterize_backward(ctx: Any, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
-    _, logvar, seed_offset, eps = ctx.saved_tensors
+    logvar, seed_offset, eps = ctx.saved_tensors
     if grad_z is None:
         return None, None, None, None
     grad_logvar = grad_eps = None
@@ -216,52 +210,24 @@ def _reparameterize_kl_double_backward(ctx: Any, a: Tensor | None, b: Tensor | N
     return to_grad_z, to_grad_kl, to_mu, to_logvar, None, to_eps
 
 
-def _folded(name: str, like: int) -> Callable[..., tuple[Any, Any]]:
-    """vmap rule: one call on the batch, with the noise that each sample would have seen alone.
-
-    One seed gives the same noise to all samples, as `randomness="same"` asks. The arguments are data,
-    then seed_offset and eps; `like` is the place of one that has the noise's shape.
-    """
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        *data, seed_offset, eps = args
-        *data_dims, seed_dim, eps_dim = in_dims
-
-        def batched(value: Tensor | None, dim: int | None) -> Tensor | None:
-            if value is None:
-                return None
-            return value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-
-        data = [batched(value, dim) for value, dim in zip(data, data_dims, strict=True)]
-        eps = batched(eps, eps_dim)
-        dtype = data[like].dtype
-        if eps is None:
-            shape = data[like].shape
-            seeds = seed_offset if seed_dim is None else seed_offset.movedim(seed_dim, 0)
-            eps = reference.noise_for(data[like].new_empty(shape[1:]), seeds, None).expand(shape)
-        # Drawn noise is float32 where the data are of a half type, and is not to be rounded: widen the data.
-        data = [None if value is None else value.to(eps.dtype) for value in data]
-        out = globals()[name](*data, None, eps)
-        if isinstance(out, tuple):
-            return tuple(o.to(dtype) for o in out), (0,) * len(out)
-        return out.to(dtype), 0
-
-    return rule
-
-
 reparameterize = differentiable(
-    torch.ops.fastgen.reparameterize.default, _reparameterize_backward, _folded("reparameterize", 0)
+    torch.ops.fastgen.reparameterize.default, reference.reparameterize, _reparameterize_backward, keep=(1, 2, 3)
 )
 reparameterize_backward = differentiable(
     torch.ops.fastgen.reparameterize_backward.default,
+    reference.reparameterize_backward,
     _reparameterize_double_backward,
-    _folded("reparameterize_backward", 1),
+    keep=(0, 1, 2, 3),
 )
 reparameterize_kl = differentiable(
-    torch.ops.fastgen.reparameterize_kl.default, _reparameterize_kl_backward, _folded("reparameterize_kl", 0)
+    torch.ops.fastgen.reparameterize_kl.default,
+    reference.reparameterize_kl,
+    _reparameterize_kl_backward,
+    keep=(0, 1, 2, 3),
 )
 reparameterize_kl_backward = differentiable(
     torch.ops.fastgen.reparameterize_kl_backward.default,
+    reference.reparameterize_kl_backward,
     _reparameterize_kl_double_backward,
-    _folded("reparameterize_kl_backward", 2),
+    keep=(0, 1, 2, 3, 4, 5),
 )

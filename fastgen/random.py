@@ -33,6 +33,7 @@ __all__ = [
     "Generator",
     "bernoulli",
     "bits",
+    "checkpoint_contexts",
     "dropout_mask",
     "exponential",
     "normal",
@@ -80,7 +81,8 @@ class Generator:
 
     def __init__(self, seed: int, offset: int = 0, *, device: Device = "cpu") -> None:
         words = [_signed(_uint64("seed", seed)), _signed(_uint64("offset", offset))]
-        self._state = torch.tensor(words, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # a generator made there must move outside, too
+            self._state = torch.tensor(words, dtype=torch.int64, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +98,7 @@ class Generator:
 
     def manual_seed(self, seed: int) -> Generator:
         """Restart at offset 0 of the stream named `seed`; returns self, as torch's generator does."""
-        self._state.copy_(torch.tensor([_signed(_uint64("seed", seed)), 0]))
+        self._state.copy_(torch.tensor([_signed(_uint64("seed", seed)), 0], device="cpu"))
         return self
 
     def get_state(self) -> Tensor:
@@ -127,11 +129,9 @@ class Generator:
         """
         key = _uint64("key", key)
         # One block at a counter that no draw uses (width word 2): a keyed hash of `key`.
-        c0, c1, c2, c3, k0, k1 = (
-            torch.tensor(w) for w in (key & 0xFFFFFFFF, key >> 32, 0, 2, self.seed & 0xFFFFFFFF, self.seed >> 32)
-        )
-        words = philox4x32((c0, c1, c2, c3), (k0, k1))
-        return Generator(int(words[0]) | int(words[1]) << 32, device=self.device)
+        seed = self.seed
+        words = philox4x32((key & 0xFFFFFFFF, key >> 32, 0, 2), (seed & 0xFFFFFFFF, seed >> 32))
+        return Generator(words[0] | words[1] << 32, device=self.device)
 
     def reserve(self, count: int, device: Device = None) -> Tensor:
         """Take the next `count` elements: their (2,) int64 `seed_offset`, as the ops want it."""
