@@ -28,6 +28,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # LibTorch 2.10
@@ -121,6 +122,22 @@ def cuda_architectures(nvcc_path: str) -> tuple[list[str], list[str]]:
     return kept, flags
 
 
+def remove_stale(folder: Path, extensions: list[Extension] | None) -> None:
+    """Deletes libraries of an earlier build that this one does not make: they would be packed, or loaded."""
+    built = {f"{ext.name.rpartition('.')[2]}.so" for ext in extensions or []}
+    for name in {"_C.so", "_C_cuda.so"} - built:
+        (folder / name).unlink(missing_ok=True)
+    if not built:
+        (folder / "build_info.json").unlink(missing_ok=True)
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        folder = ROOT / "fastgen" if self.editable_mode else Path(self.build_lib) / "fastgen"
+        remove_stale(folder, self.distribution.ext_modules)
+        super().run()
+
+
 class BuildLibraries(build_ext):
     """Compiles each source with its own flags, several at once, and skips what is up to date."""
 
@@ -128,6 +145,7 @@ class BuildLibraries(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def run(self) -> None:
+        remove_stale(ROOT / "fastgen" if self.inplace else Path(self.build_lib) / "fastgen", self.extensions)
         if self.extensions:
             self.torch_folder = torch_package()
             self.version = torch_version(self.torch_folder)
@@ -139,11 +157,11 @@ class BuildLibraries(build_ext):
     def write_build_info(self) -> None:
         folder = ROOT / "fastgen" if self.inplace else Path(self.build_lib) / "fastgen"
         folder.mkdir(parents=True, exist_ok=True)
-        line = subprocess.run([self.cxx[0], "--version"], capture_output=True, text=True).stdout.splitlines()
+        line = subprocess.run([self.cxx[-1], "--version"], capture_output=True, text=True).stdout.splitlines()
         path = nvcc()
         facts = {
             "torch_built": self.version,
-            "compiler": line[0] if line else self.cxx[0],
+            "compiler": line[0] if line else self.cxx[-1],
             "cuda_archs": cuda_architectures(path)[0] if path else [],
         }
         (folder / "build_info.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -179,29 +197,30 @@ class BuildLibraries(build_ext):
         return target.stat().st_mtime < max(newest_header, source.stat().st_mtime)
 
     def compile(self, command: list[str], target: Path) -> None:
+        target.with_suffix(".cmd").unlink(missing_ok=True)
         self.execute_command(command)
         target.with_suffix(".cmd").write_text(" ".join(command))
 
     def compile_command(self, source: str) -> list[str]:
         extra = os.environ.get("FASTGEN_CXXFLAGS", "").split()
         common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-        headers = f"-I{self.torch_folder / 'include'}"
+        headers = str(self.torch_folder / "include")
         if source.endswith(".cu"):
             path = nvcc()
             _, gencode = cuda_architectures(path)
-            host = ",".join([*common[1:3], "-Wall"])
-            return [path, "-std=c++20", "-O3", "-fmad=false", "-Xcompiler", host, "-ccbin", self.cxx[0], *gencode,
-                    TARGET, "-DUSE_CUDA", "-isystem", str(self.torch_folder / "include")]  # fmt: skip
+            device = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler", ",".join([*common[1:3], "-Wall"])]
+            defines = [TARGET, "-DUSE_CUDA", f'-DFASTGEN_TORCH_BUILT="{self.version}"']  # objects follow torch
+            return [path, *device, "-ccbin", self.cxx[-1], *gencode, *defines, "-isystem", headers]
         if source in SOURCE_FLAGS:
             flags = SOURCE_FLAGS[source]
         else:
-            flags = ["-O2", TARGET, f'-DFASTGEN_TORCH_BUILT="{self.version}"', "-isystem", headers[2:]]
+            flags = ["-O2", TARGET, f'-DFASTGEN_TORCH_BUILT="{self.version}"', "-isystem", headers]
         return [*self.cxx, *common, *flags, *(["-DFASTGEN_X86"] if X86 else []), *extra]
 
     def link_command(self, ext: Extension) -> list[str]:
         if ext.name.endswith("_cuda"):
             # nvcc knows where its runtime is. Linked statically, it leaves the driver as the only dependency.
-            return [nvcc(), "-shared", "-cudart", "static", "-ccbin", self.cxx[0], "-Xlinker", "-s"]
+            return [nvcc(), "-shared", "-cudart", "static", "-ccbin", self.cxx[-1], "-Xlinker", "-s"]
         extra = os.environ.get("FASTGEN_CXXFLAGS", "").split()
         return [*self.cxx, "-shared", "-Wl,--as-needed", *(extra or ["-Wl,-s"])]
 
@@ -254,6 +273,5 @@ if os.environ.get("FASTGEN_NO_EXT", "0") in ("", "0"):
 
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel},
-    options={"bdist_wheel": {"py_limited_api": False}},
+    cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython, "bdist_wheel": AnyPythonWheel},
 )

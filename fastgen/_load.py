@@ -77,6 +77,17 @@ def _why_not_cuda() -> str | None:
         return "this torch has no CUDA"
     if os.environ.get("FASTGEN_CUDA_EXPERIMENTAL", "0") in ("", "0"):
         return "its kernels have not yet passed their tests on a GPU; FASTGEN_CUDA_EXPERIMENTAL=1 uses them"
+    # A device without code for it would fail at its first launch. Code runs on later minor versions of its
+    # major one, PTX on everything later.
+    built = _facts().get("cuda_archs", [])
+    for index in range(torch.cuda.device_count()):
+        have = torch.cuda.get_device_capability(index)
+        for name in built:
+            major, minor = (int(n) for n in name.removesuffix("+PTX").rstrip("af").split("."))
+            if (have[0] == major and have[1] >= minor) or (name.endswith("+PTX") and have >= (major, minor)):
+                break
+        else:
+            return f"GPU {index} is {have[0]}.{have[1]}, the kernels are built for {', '.join(built)}"
     return None
 
 
@@ -84,7 +95,7 @@ _cpu = _Library("_C.so")
 _cuda = _Library("_C_cuda.so", _why_not_cuda())
 
 if _cpu.handle is not None:
-    for _name in ("fastgen_isa_active", "fastgen_isa_name", "fastgen_torch_built"):
+    for _name in ("fastgen_isa_active", "fastgen_isa_name"):
         getattr(_cpu.handle, _name).restype = ctypes.c_char_p
 
 
@@ -146,8 +157,15 @@ def build_info() -> dict[str, Any]:
     path it takes on "cpu" and "cuda": an instruction set, "cuda", or "reference (reason)".
     """
     facts = _facts()
-    cpu_path = cpu_isa() or f"reference ({_cpu.error})"
-    cuda_path = "cuda" if _cuda else f"reference ({_cuda.error})"
+
+    def path(name: str, key: str) -> str:
+        library, kernels = (_cpu, cpu_isa()) if key == "CPU" else (_cuda, "cuda")
+        if not library:
+            return f"reference ({library.error})"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{name}", key):
+            return "reference (no kernel for this op)"
+        return str(kernels)
+
     return {
         "version": __version__,
         "native": bool(_cpu),
@@ -159,5 +177,5 @@ def build_info() -> dict[str, Any]:
         "cuda_archs": facts.get("cuda_archs", []),
         "torch_built": facts.get("torch_built"),
         "compiler": facts.get("compiler"),
-        "ops": {name: {"cpu": cpu_path, "cuda": cuda_path} for name in _ops.SCHEMAS},
+        "ops": {name: {"cpu": path(name, "CPU"), "cuda": path(name, "CUDA")} for name in _ops.SCHEMAS},
     }

@@ -69,7 +69,6 @@ FASTGEN_FN U32 operator>>(U32 a, int count) { return _mm256_srli_epi32(a.v, coun
 FASTGEN_FN U64 operator+(U64 a, U64 b) { return _mm256_add_epi64(a.v, b.v); }
 FASTGEN_FN U64 operator-(U64 a, U64 b) { return _mm256_sub_epi64(a.v, b.v); }
 FASTGEN_FN U64 operator&(U64 a, U64 b) { return _mm256_and_si256(a.v, b.v); }
-FASTGEN_FN U64 operator|(U64 a, U64 b) { return _mm256_or_si256(a.v, b.v); }
 FASTGEN_FN U64 operator^(U64 a, U64 b) { return _mm256_xor_si256(a.v, b.v); }
 FASTGEN_FN U64 operator<<(U64 a, int count) { return _mm256_slli_epi64(a.v, count); }
 FASTGEN_FN U64 operator>>(U64 a, int count) { return _mm256_srli_epi64(a.v, count); }

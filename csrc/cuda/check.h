@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include "../torch/tensor.h"
 
@@ -12,6 +13,18 @@
   } while (false)
 
 namespace fastgen {
+
+// Makes the tensor's device current for torch and for the statically linked runtime, which keeps its own
+// idea of it on each thread.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    FASTGEN_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
 
 // The stream that torch is using on the tensor's device: never the default one, or CUDA graphs and users
 // of several streams would see results too early.

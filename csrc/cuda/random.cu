@@ -93,7 +93,7 @@ void launch_real(Tensor& out, const RandomParams& p, int64_t streams, const int6
 }
 
 Tensor draw(const Tensor& seed_offset, const std::vector<int64_t>& size, ScalarType dtype, RandomParams p) {
-  const torch::stable::accelerator::DeviceGuard guard(seed_offset.get_device_index());
+  const OnDevice device(seed_offset);
   Tensor keep;
   const int64_t* pointer = seed_offset_pointer(seed_offset, keep);
   const int64_t streams = stream_count(seed_offset);

@@ -6,6 +6,8 @@
 //   kFlat   one row, the whole grid      no KL, contiguous: bandwidth bound
 //   kWarp   a warp a row                 rows up to a few thousand elements
 //   kBlock  a thread block a row         longer rows
+#include <algorithm>
+
 #define FASTGEN_GENERIC_BLOCKS 1
 #include "../cpu/vec_generic.h"
 // After vec_generic.h, which defines Isa:
@@ -190,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) reparameterize_kernel(Op op, const i
 template <class Op>
 void launch(const Op& op, const int64_t* seed_offset, cudaStream_t stream) {
   const Shape& shape = op.p.shape;
-  constexpr int64_t kMaxGrid = 132 * 16;  // a few waves of the largest chips; the rest by striding
+  constexpr int64_t kMaxGrid = 132 * 16;  // about two waves of an H100; the rest by striding
   const auto grid = [&](int64_t threads) {
     return unsigned(std::max<int64_t>(1, std::min<int64_t>(ceil_div(threads, kThreads), kMaxGrid)));
   };
@@ -211,7 +213,7 @@ struct CudaReparameterize {
   }
 
   static void run(ReparameterizeParams& p, const std::optional<Tensor>& seed_offset, const Tensor& like) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    const OnDevice device(like);
     Tensor keep;
     const int64_t* pointer = seed_offset_pointer(seed_offset, keep);
     const cudaStream_t stream = current_stream(like);
@@ -226,7 +228,7 @@ struct CudaReparameterize {
   }
 
   static void run(ReparameterizeBackwardParams& p, const std::optional<Tensor>& seed_offset, const Tensor& like) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    const OnDevice device(like);
     Tensor keep;
     const int64_t* pointer = p.grad_z.data != nullptr ? seed_offset_pointer(seed_offset, keep) : nullptr;
     const cudaStream_t stream = current_stream(like);

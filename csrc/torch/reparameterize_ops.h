@@ -43,7 +43,10 @@ struct ReparameterizeOps {
 
   static void check_noise(const Optional& seed_offset, const Optional& eps, const Tensor& mu) {
     STD_TORCH_CHECK(seed_offset.has_value() != eps.has_value(), "seed_offset, eps: expected exactly one of them");
-    if (seed_offset) check_seed_offset(*seed_offset, 1);
+    if (seed_offset) {
+      check_seed_offset(*seed_offset, 1);
+      STD_TORCH_CHECK(same_device(*seed_offset, mu), "seed_offset: expected a tensor on the device of the operands");
+    }
     if (eps) check_like("eps", *eps, mu);
   }
 
@@ -105,7 +108,8 @@ struct ReparameterizeOps {
   }
 
   static void check_rows(const Tensor& grad_kl, const Tensor& logvar) {
-    bool fits = grad_kl.dim() == logvar.dim() - 1 && grad_kl.scalar_type() == logvar.scalar_type();
+    bool fits = same_device(grad_kl, logvar) && grad_kl.dim() == logvar.dim() - 1 &&
+                grad_kl.scalar_type() == logvar.scalar_type();
     for (int64_t d = 0; fits && d < grad_kl.dim(); ++d) fits = grad_kl.size(d) == logvar.size(d);
     STD_TORCH_CHECK(fits, "grad_kl: expected the dtype of logvar and its shape without the last dimension");
   }

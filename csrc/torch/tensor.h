@@ -68,9 +68,13 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 inline void check_like(const char* name, const Tensor& tensor, const Tensor& mu) {
-  STD_TORCH_CHECK(same_sizes(tensor, mu) && tensor.scalar_type() == mu.scalar_type(), name,
-                  ": expected the shape and dtype of the other operands");
+  STD_TORCH_CHECK(same_sizes(tensor, mu) && tensor.scalar_type() == mu.scalar_type() && same_device(tensor, mu), name,
+                  ": expected the shape, dtype and device of the other operands");
 }
 
 // Seed and offset on the host; a stream of which nothing is drawn may be absent.

@@ -1,8 +1,9 @@
 """Timing rivals against each other so that a machine's mood does not decide the winner.
 
 Timings on a shared machine swing by a factor of two from minute to minute. So the rivals take turns, one
-sample each a round, the first place rotating; whatever slows a round slows all of them. A ratio is taken
-within each round, and the median of the ratios is what is reported, with the quartiles as the spread.
+sample each a round, and whatever slows a round slows all of them. The order of a round is shuffled, so that
+none of them always follows the one that filled the cache. A ratio is taken within each round, and the median
+of the ratios is what is reported, with the quartiles as the spread.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import gc
 import itertools
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,14 +88,14 @@ def interleave(
             fastest = min(sample(function, 1) for _ in range(2))
             calls[name] = max(1, math.ceil(min_sample / max(fastest, 1e-9)))
         samples: dict[str, list[float]] = {name: [] for name in functions}
-        order = list(functions)
+        order, shuffle = list(functions), random.Random(0)
         end = clock() + budget
         for done in range(max_rounds):
             if done >= min_rounds and clock() >= end:
                 break
             for name in order:
                 samples[name].append(sample(functions[name], calls[name]))
-            order.append(order.pop(0))
+            shuffle.shuffle(order)
     return samples
 
 
