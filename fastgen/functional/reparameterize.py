@@ -79,7 +79,7 @@ def _prepare(
 def reparameterize(mu: Tensor, logvar: Tensor, *, generator: AnyGenerator = None, eps: Tensor | None = None) -> Tensor:
     """Sample z = mu + exp(logvar / 2) * eps with eps ~ N(0, 1), in one pass.
 
-    The noise is drawn inside the kernel and drawn again in the backward pass: only the inputs are kept.
+    The noise is drawn inside the kernel and drawn again in the backward pass: nothing of the noise is kept.
 
     Args:
         mu, logvar: means and log-variances, any shapes that broadcast, any strides; float32, float64,

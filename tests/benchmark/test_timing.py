@@ -1,6 +1,7 @@
 """The arithmetic and the order of timing, with a clock that the test turns."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_each_round_has_every_rival_once_in_an_order_of_its_own():
     assert all(sorted(order) == list("abc") for order in rounds)
     assert len(set(rounds)) == 6
     # Nobody has one rival before it most of the time.
-    after = [before + name for before, name in zip(rest, rest[1:], strict=False)]
+    after = [before + name for before, name in itertools.pairwise(rest)]
     assert max(after.count(pair) for pair in set(after)) < 40
 
 
