@@ -30,17 +30,31 @@ constexpr int kLanes = int(sizeof(typename Work<T>::F) / sizeof(T));
 template <class T>
 constexpr int kStep = 2 * kLanes<T>;
 
-FASTGEN_FN void words(uint64_t block, const PhiloxKey& key, Isa::U32& even, Isa::U32& odd, float) {
-  Isa::U64 c0 = count_from(block) & Isa::U64(~0ull >> 2), c1 = c0 >> 32, c2(0ull), c3(kWidth32);
+// The even and odd words of N steps from `block` on.
+template <class T, int N>
+FASTGEN_FN void words(uint64_t block, const PhiloxKey& key, typename Work<T>::U (&even)[N],
+                      typename Work<T>::U (&odd)[N]) {
+  constexpr bool kWide = sizeof(T) == 8;
+  using U64 = Isa::U64;
+  U64 c0[N], c1[N], c2[N], c3[N];
+  FASTGEN_UNROLL
+  for (int n = 0; n < N; ++n) {
+    c0[n] = count_from(block + uint64_t(n) * Isa::kBlocks) & U64(~0ull >> (kWide ? 1 : 2));
+    c1[n] = c0[n] >> 32;
+    c2[n] = U64(0ull);
+    c3[n] = U64(kWide ? kWidth64 : kWidth32);
+  }
   philox4x32_10(c0, c1, c2, c3, key);
-  even = join32(c0, c2);
-  odd = join32(c1, c3);
-}
-FASTGEN_FN void words(uint64_t block, const PhiloxKey& key, Isa::U64& even, Isa::U64& odd, double) {
-  Isa::U64 c0 = count_from(block) & Isa::U64(~0ull >> 1), c1 = c0 >> 32, c2(0ull), c3(kWidth64);
-  philox4x32_10(c0, c1, c2, c3, key);
-  even = join(c0, c1);
-  odd = join(c2, c3);
+  FASTGEN_UNROLL
+  for (int n = 0; n < N; ++n) {
+    if constexpr (kWide) {
+      even[n] = join(c0[n], c1[n]);
+      odd[n] = join(c2[n], c3[n]);
+    } else {
+      even[n] = join32(c0[n], c2[n]);
+      odd[n] = join32(c1[n], c3[n]);
+    }
+  }
 }
 
 // Distributions: a vector of even words and one of odd words become values.

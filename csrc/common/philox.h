@@ -26,17 +26,22 @@ struct PhiloxKey {
 FASTGEN_FN uint64_t mul32(uint64_t a, uint64_t b) { return uint64_t(uint32_t(a)) * uint32_t(b); }
 FASTGEN_FN uint64_t xor3(uint64_t a, uint64_t b, uint64_t c) { return a ^ b ^ c; }
 
-// Ten rounds in place on the counter c0 .. c3; the words of the result are the low halves.
-template <class U64>
-FASTGEN_FN void philox4x32_10(U64& c0, U64& c1, U64& c2, U64& c3, const PhiloxKey& key) {
+// Ten rounds in place on N counters c0 .. c3; the words of the result are the low halves. A counter is one
+// long chain of dependent operations: several at once fill the gaps of each other and share the round keys.
+template <int N, class U64>
+FASTGEN_FN void philox4x32_10(U64 (&c0)[N], U64 (&c1)[N], U64 (&c2)[N], U64 (&c3)[N], const PhiloxKey& key) {
   const U64 m0(0xD2511F53ull), m1(0xCD9E8D57ull);
   FASTGEN_UNROLL
   for (int i = 0; i < 10; ++i) {
-    const U64 p0 = mul32(c0, m0), p1 = mul32(c2, m1);
-    c0 = xor3(p1 >> 32, c1, U64(uint64_t(key.round[i][0])));
-    c1 = p1;
-    c2 = xor3(p0 >> 32, c3, U64(uint64_t(key.round[i][1])));
-    c3 = p0;
+    const U64 k0(uint64_t(key.round[i][0])), k1(uint64_t(key.round[i][1]));
+    FASTGEN_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const U64 p0 = mul32(c0[n], m0), p1 = mul32(c2[n], m1);
+      c0[n] = xor3(p1 >> 32, c1[n], k0);
+      c1[n] = p1;
+      c2[n] = xor3(p0 >> 32, c3[n], k1);
+      c3[n] = p0;
+    }
   }
 }
 

@@ -14,7 +14,8 @@ __attribute__((noinline)) void fill(T* out, uint64_t element, int64_t count, con
                                     const Distribution& distribution) {
   using F = typename Work<T>::F;
   using U = typename Work<T>::U;
-  constexpr int kPerBlock = Work<T>::kPerBlock, kBatch = 16;
+  constexpr int kPerBlock = Work<T>::kPerBlock, kBatch = 16, kChains = Isa::kChains;
+  static_assert(kBatch % kChains == 0, "");
   U even[kBatch], odd[kBatch];
   F y, y_odd, first, second;
   uint64_t block = element / kPerBlock;
@@ -22,7 +23,15 @@ __attribute__((noinline)) void fill(T* out, uint64_t element, int64_t count, con
   while (count > 0) {
     const int64_t needed = (lead + count + kStep<T> - 1) / kStep<T>;
     const int steps = needed < kBatch ? int(needed) : kBatch;
-    for (int i = 0; i < steps; ++i) words(block + uint64_t(i) * Isa::kBlocks, key, even[i], odd[i], T(0));
+    int made = 0;
+    for (; made + kChains <= steps; made += kChains) {
+      words<T>(block + uint64_t(made) * Isa::kBlocks, key, reinterpret_cast<U(&)[kChains]>(even[made]),
+               reinterpret_cast<U(&)[kChains]>(odd[made]));
+    }
+    for (; made < steps; ++made) {
+      words<T>(block + uint64_t(made) * Isa::kBlocks, key, reinterpret_cast<U(&)[1]>(even[made]),
+               reinterpret_cast<U(&)[1]>(odd[made]));
+    }
     block += uint64_t(steps) * Isa::kBlocks;
     for (int i = 0; i < steps; ++i) {
       distribution(even[i], odd[i], y, y_odd);

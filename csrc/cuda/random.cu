@@ -38,10 +38,10 @@ __global__ void fill_kernel(Storage* __restrict__ out, int64_t count, const int6
   const int64_t first = thread * kPerBlock - lead;  // of this block's elements
   if (first >= count) return;
 
-  typename Work<T>::U even, odd;
+  typename Work<T>::U even[1], odd[1];
   F y, y_odd, low, high;
-  words(offset / kPerBlock + uint64_t(thread), PhiloxKey(seed), even, odd, T(0));
-  distribution(even, odd, y, y_odd);
+  words<T>(offset / kPerBlock + uint64_t(thread), PhiloxKey(seed), even, odd);
+  distribution(even[0], odd[0], y, y_odd);
   interleave(y, y_odd, low, high);
   T value[kPerBlock];
   store(value, low);

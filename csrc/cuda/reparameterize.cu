@@ -52,10 +52,10 @@ __device__ T exp_minus_1_of(T x) {
 // The normals of a block, in element order.
 template <class T>
 __device__ void block_normals(uint64_t block, const PhiloxKey& key, T (&out)[Work<T>::kPerBlock]) {
-  typename Work<T>::U even, odd;
+  typename Work<T>::U even[1], odd[1];
   typename Work<T>::F y, y_odd, low, high;
-  words(block, key, even, odd, T(0));
-  normal_pair<T>(even, odd, y, y_odd);
+  words<T>(block, key, even, odd);
+  normal_pair<T>(even[0], odd[0], y, y_odd);
   interleave(y, y_odd, low, high);
   store(out, low);
   store(out + Work<T>::kPerBlock / 2, high);

@@ -72,7 +72,7 @@ EXPORT int blocks() { return Isa::kBlocks; }
 
 // counters and out: [4][blocks()], word by word.
 EXPORT void philox(const uint64_t* counters, uint64_t seed, uint64_t* out) {
-  Isa::U64 c[4];
+  Isa::U64 c[4][1];
   memcpy(c, counters, sizeof c);
   philox4x32_10(c[0], c[1], c[2], c[3], PhiloxKey(seed));
   memcpy(out, c, sizeof c);
