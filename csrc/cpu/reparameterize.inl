@@ -75,6 +75,15 @@ struct RowSum {
   }
 };
 
+// Asks for memory that is wanted after the noise has been made: without it the processor would first compute,
+// then wait. Sparse and constant rows are left to themselves.
+template <class Storage>
+FASTGEN_FN void prefetch(const Operand& operand, const Shape& shape, int64_t row, int64_t column, int64_t length) {
+  if (operand.data == nullptr || operand.inner_stride != 1) return;
+  const Storage* p = static_cast<const Storage*>(operand.data) + row_offset(shape, operand.outer_stride, row) + column;
+  for (int64_t i = 0; i < length; i += 64 / int64_t(sizeof(Storage))) __builtin_prefetch(p + i);
+}
+
 // Calls body(row, column, length, piece, noise) for the pieces [begin, end); noise points at the normals of
 // the piece, or is null where the caller brings its own.
 template <class T, class Body>
@@ -90,6 +99,7 @@ FASTGEN_FN void for_each_piece(const Shape& shape, uint64_t seed, uint64_t offse
     const int64_t length = shape.inner - column < kPiece ? shape.inner - column : kPiece;
     const int64_t count = end - piece < rows_per_tile ? end - piece : rows_per_tile;
     if (draw) {
+      body.prefetch(row, column, length);
       fill<T>(noise, offset + uint64_t(row * shape.inner + column), count * length, key, StandardNormal<T>());
     }
     for (int64_t k = 0; k < count; ++k) body(row + k, column, length, piece + k, draw ? noise + k * length : nullptr);
@@ -111,6 +121,11 @@ struct Forward {
   using F = typename Work<T>::F;
   using U = typename Work<T>::U;
   const ReparameterizeParams& p;
+
+  FASTGEN_MEMBER void prefetch(int64_t row, int64_t column, int64_t length) const {
+    fastgen::prefetch<Storage>(p.mu, p.shape, row, column, length);
+    fastgen::prefetch<Storage>(p.logvar, p.shape, row, column, length);
+  }
 
   FASTGEN_MEMBER void operator()(int64_t row, int64_t column, int64_t length, int64_t piece, const T* noise) const {
     const Row<Storage> mu(p.mu, p.shape, row, column), logvar(p.logvar, p.shape, row, column),
@@ -145,6 +160,12 @@ struct Backward {
   using F = typename Work<T>::F;
   using U = typename Work<T>::U;
   const ReparameterizeBackwardParams& p;
+
+  FASTGEN_MEMBER void prefetch(int64_t row, int64_t column, int64_t length) const {
+    fastgen::prefetch<Storage>(p.grad_z, p.shape, row, column, length);
+    fastgen::prefetch<Storage>(p.mu, p.shape, row, column, length);
+    fastgen::prefetch<Storage>(p.logvar, p.shape, row, column, length);
+  }
 
   FASTGEN_MEMBER void operator()(int64_t row, int64_t column, int64_t length, int64_t, const T* noise) const {
     const Row<Storage> grad_z(p.grad_z, p.shape, row, column), grad_kl(p.grad_kl, p.shape, row, column),
