@@ -34,8 +34,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk, say: name the file
+            if error.errno is None:
+                raise OSError(f"{target}: {error}") from error
+            error.filename = str(target)
         raise
     folder = os.open(target.parent, os.O_RDONLY)
     try:

@@ -32,10 +32,9 @@ class _Library:
         self.handle: ctypes.CDLL | None = None
         self.error = skip
         path = _FOLDER / name
-        if skip is not None:
-            return
         if not path.exists():
             self.error = "not built"
+        if self.error is not None:
             return
         try:
             if _is_cut_off(path):

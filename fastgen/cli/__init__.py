@@ -9,6 +9,13 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 _TRACEBACK = "FASTGEN_TRACEBACK"
+# How torch's CPU allocator fails: by its own words, or inside an op of the stable ABI, which loses them.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "Storage size calculation overflowed",
+    '"aten::empty"',
+    "aoti_torch_empty_strided",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +64,8 @@ def _one_line(error: Exception) -> str | None:
         text = f"{error.filename}: {error.strerror}"
     elif isinstance(error, (ValueError, OSError, ImportError, MemoryError, ArithmeticError)):
         text = str(error) or type(error).__name__
+    elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY):
+        text = "not enough memory for so much at once"
     else:
         return None
     return " ".join(text.split())

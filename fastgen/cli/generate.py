@@ -14,6 +14,9 @@ from fastgen.models import VAE, from_pretrained
 
 __all__ = ["generate"]
 
+# Endings that do not mean a folder.
+_OTHER_FILES = {".bmp", ".gif", ".jpeg", ".jpg", ".npz", ".pt", ".safetensors", ".tif", ".tiff", ".webp"}
+
 
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `fastgen train`, or a model folder.")],
@@ -54,17 +57,20 @@ def generate(
     """
     if columns is not None and columns < 1:
         raise ValueError(f"--columns: expected an int of at least 1, got {columns}")
-    if out.suffix not in (".png", ".npy") and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    kind = out.suffix.lower()
+    if kind in _OTHER_FILES:
+        raise ValueError(f"--out: expected a .png, a .npy or a folder for single .png files, got {out}")
+    if kind not in (".png", ".npy") and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: expected a .png, a .npy or a new folder to draw into")
     model = from_pretrained(_model_folder(run), device=_device(device))
     assert isinstance(model, VAE)  # the one family there is
     images = model.generate(n, seed=seed, labels=_labels(labels, n), temperature=temperature).float()
-    if out.suffix == ".npy":
+    if kind == ".npy":
         import numpy
 
         with atomic_path(out) as temporary:
             numpy.save(temporary, images.clamp(0, 1).numpy(force=True))
-    elif out.suffix == ".png":
+    elif kind == ".png":
         save_png(out, image_grid(images, columns))
     else:
         for index, image in enumerate(to_uint8(images)):

@@ -129,7 +129,7 @@ def vae(
     ] = None,
     out: Annotated[
         Path | None,
-        _option("New folder for the run.", default="runs/vae-<data>-<time>", panel="Run"),
+        _option("New folder for the run.", default="runs/vae-DATA-TIME", panel="Run"),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -268,7 +268,12 @@ def _load(source: Mapping[str, Any], seed: int, quiet: bool) -> tuple[ImageSet, 
     """The train and the test images of the options of the panel "Data"."""
     size, channels, test_size = (source.get(name) for name in ("image_size", "image_channels", "test_size"))
     with _decoding(quiet) as progress:
-        images = load_images(source["data"], size=size, channels=channels, progress=progress)
+        try:
+            images = load_images(source["data"], size=size, channels=channels, progress=progress)
+        except ValueError as error:  # its arguments have other names here
+            text = str(error).replace("give size=", "give --image-size")
+            text = "--image-" + text if text.startswith(("channels:", "size:")) else text
+            raise ValueError(text) from error
     train, test = images.split(None if test_size is None else _count_or_fraction(test_size), seed)
     if not quiet and os.environ.get("RANK", "0") == "0":
         typer.echo(f"{images}; {len(train):,} to train on, {len(test):,} to test", err=True)

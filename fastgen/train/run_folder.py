@@ -70,6 +70,10 @@ def check_new_folder(out: str | os.PathLike[str]) -> None:
     # Hidden files are what is left of a process killed in its first moments.
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         if (folder / "config.json").exists():
+            if not any((folder / "checkpoints").glob("*.safetensors")):
+                raise FileExistsError(
+                    f"{folder}: holds a run that saved no checkpoint; delete it, or choose another folder"
+                )
             raise FileExistsError(
                 f"{folder}: holds a run already; continue it with --resume {folder} (resume=True in Python), "
                 f"or choose another folder"
