@@ -74,7 +74,9 @@ void test_random(const char* isa) {
       {Distribution::kExponential, reals, 3, 0, 0},
       {Distribution::kBernoulli,
        {DType::kBool, DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16},
-       1.5e9, 0, 0},
+       1.5e9,
+       0,
+       0},
   };
   const uint64_t offsets[] = {0, 1, 2, 3, (1ull << 34) - 5, ~0ull - 20};
   std::vector<int64_t> counts = {1023, 1025, 2 * kPiece + 3};
@@ -93,9 +95,10 @@ void test_random(const char* isa) {
           const int64_t middle = count * 2 / 5;  // two threads
           kernels.random(p, middle, count);
           kernels.random(p, 0, middle);
-          expect_same(want, got, std::string(isa) + " random " + std::to_string(int(c.distribution)) + " dtype " +
-                                     std::to_string(int(dtype)) + " offset " + std::to_string(offset) + " count " +
-                                     std::to_string(count));
+          expect_same(want, got,
+                      std::string(isa) + " random " + std::to_string(int(c.distribution)) + " dtype " +
+                          std::to_string(int(dtype)) + " offset " + std::to_string(offset) + " count " +
+                          std::to_string(count));
         }
       }
     }
@@ -155,8 +158,8 @@ std::vector<Layout> layouts(const std::vector<int64_t>& outer, int64_t inner) {
 }
 
 void test_reparameterize(const char* isa) {
-  std::vector<std::pair<std::vector<int64_t>, int64_t>> shapes = {{{}, 1}, {{7}, 1},    {{2, 3}, 5},     {{3}, kPiece},
-                                                                  {{2}, kPiece + 1}, {{2}, 2 * kPiece + 9}};
+  std::vector<std::pair<std::vector<int64_t>, int64_t>> shapes = {
+      {{}, 1}, {{7}, 1}, {{2, 3}, 5}, {{3}, kPiece}, {{2}, kPiece + 1}, {{2}, 2 * kPiece + 9}};
   for (const int64_t n : {2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 20, 31, 33}) shapes.push_back({{3}, n});
   const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
   for (const auto& [outer, inner] : shapes) {

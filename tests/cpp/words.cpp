@@ -16,7 +16,8 @@ template <class T>
 using Bits_ = typename Constants<T>::Bits;
 
 template <class T, class Distribution>
-void values(const Distribution& distribution, const Bits_<T>* even, const Bits_<T>* odd, int64_t count, T* y, T* y_odd) {
+void values(const Distribution& distribution, const Bits_<T>* even, const Bits_<T>* odd, int64_t count, T* y,
+            T* y_odd) {
   typename Work<T>::F u, v, a, b;
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     load(reinterpret_cast<const T*>(even + i), u);
@@ -32,8 +33,7 @@ void draw(int which, const Bits_<T>* even, const Bits_<T>* odd, int64_t count, c
   switch (Distribution(which)) {
     case Distribution::kNormal: return values<T>(StandardNormal<T>(), even, odd, count, y, y_odd);
     case Distribution::kExponential: return values<T>(Exponential<T>(p), even, odd, count, y, y_odd);
-    case Distribution::kUniform:
-      return values<T>(Uniform<T>(p, sizeof(T) == 4 ? 24 : 53), even, odd, count, y, y_odd);
+    case Distribution::kUniform: return values<T>(Uniform<T>(p, sizeof(T) == 4 ? 24 : 53), even, odd, count, y, y_odd);
     case Distribution::kBernoulli:
       if constexpr (sizeof(T) == 4) return values<T>(Bernoulli(p), even, odd, count, y, y_odd);
       break;
