@@ -28,7 +28,8 @@ class TrainingConfig:
         max_seconds: stop after so much training time, over all continuations of a run. The outcome then
             depends on the speed of the machine: such a run cannot be repeated exactly.
         batch_size: examples a step, of all processes together, so that a run is the same on any number of
-            them (to rounding; not with dropout or free bits, which each process takes over its own part). What is left at the end of an epoch is skipped; the next one has another order.
+            them (to rounding; not with dropout or free bits, which each process takes over its own part).
+            What is left at the end of an epoch is skipped; the next one has another order.
         learning_rate: of Adam, at its highest.
         schedule: "cosine" falls to 0 along half a cosine (Loshchilov & Hutter, "SGDR", 2017); "constant".
         warmup_steps: steps over which the rate rises linearly to `learning_rate`.
