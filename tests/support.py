@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -10,7 +9,6 @@ import runpy
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,16 +53,6 @@ def call(op: str, path: str, *args: Any) -> Any:
         return getattr(reference, op)(*args)
     with _load.use_cpu_isa(path):
         return getattr(torch.ops.fastgen, op)(*args)
-
-
-@contextlib.contextmanager
-def use_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def setup_script() -> dict[str, Any]:

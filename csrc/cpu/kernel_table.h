@@ -14,6 +14,8 @@ struct KernelTable {
   void (*reparameterize_backward)(const ReparameterizeBackwardParams&, int64_t begin, int64_t end);  // pieces
 };
 
+constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
+
 extern const KernelTable kGenericKernels;
 #if defined(FASTGEN_X86)
 extern const KernelTable kAvx2Kernels;

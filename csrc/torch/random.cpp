@@ -6,8 +6,6 @@
 namespace fastgen {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
-
 Tensor draw(const Tensor& seed_offset, const std::vector<int64_t>& size, ScalarType dtype, RandomParams p) {
   const int64_t streams = stream_count(seed_offset);
   Tensor out = torch::stable::empty(stacked_size(seed_offset, size), dtype);

@@ -9,8 +9,6 @@
 namespace fastgen {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
-
 template <class Body>
 void for_pieces(const Shape& shape, const Body& body) {
   const int64_t pieces = shape.rows * pieces_per_row(shape);

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import FLOATS, ISAS, assert_same_bits, call, use_threads
+from support import FLOATS, ISAS, assert_same_bits, call
 
 from fastgen import random
+from fastgen.benchmark.timing import use_threads
 from fastgen.random import Generator
 
 DRAWS = [
