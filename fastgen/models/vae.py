@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgen import _validate
 from fastgen.functional import reparameterize, reparameterize_kl
-from fastgen.models import _validate
 from fastgen.models._pretrained import PretrainedConfig, PretrainedModel
 from fastgen.random import AnyGenerator, Generator, normal, seed_offset_for
 

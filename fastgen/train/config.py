@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen.models import _validate
+from fastgen import _validate
 from fastgen.random import Generator
 
 __all__ = ["CHANGEABLE", "TrainingConfig"]

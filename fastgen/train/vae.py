@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from fastgen import _validate
 from fastgen._images import image_grid, save_png
 from fastgen.data import ImageSet
-from fastgen.models import VAE, VAEConfig, _validate
+from fastgen.models import VAE, VAEConfig
 from fastgen.random import Generator
 from fastgen.train.plots import save_curves
 from fastgen.train.recipe import Recipe, Step
