@@ -15,7 +15,10 @@ SCHEDULES = ("cosine", "constant")
 DEVICES = ("auto", "cpu", "cuda")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 # Fields that may differ when a run is resumed.
-CHANGEABLE = ("epochs", "max_steps", "max_seconds", "device", "save_every", "keep_checkpoints", "tensorboard")
+CHANGEABLE = (
+    *("epochs", "max_steps", "max_seconds", "patience"),
+    *("device", "save_every", "keep_checkpoints", "tensorboard"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class TrainingConfig:
         max_steps: stop after so many steps, if that comes first.
         max_seconds: stop after so much training time, over all continuations of a run. The outcome then
             depends on the speed of the machine: such a run cannot be repeated exactly.
+        patience: stop after so many evaluations without a better one; None: never.
         batch_size: examples a step, of all processes together, so that a run is the same on any number of
             them (to rounding; not with dropout or free bits, which each process takes over its own part).
             What is left at the end of an epoch is skipped; the next one has another order.
@@ -40,7 +44,8 @@ class TrainingConfig:
         device: "auto" (CUDA if there is any), "cpu" or "cuda".
         mixed_precision: "no", "bf16" or "fp16", the dtype of autocast.
         log_every: steps between two rows of training metrics, counted anew in every epoch, which ends with one.
-        evaluate_every: epochs between two evaluations, each followed by a sample picture and a checkpoint.
+        evaluate_every: epochs between two evaluations, each followed by a sample and a checkpoint.
+        evaluate_steps: steps between two evaluations, for long epochs: in place of `evaluate_every`.
         save_every: steps between additional checkpoints; None: only after evaluations.
         keep_checkpoints: how many of the latest stay, besides the best.
         tensorboard: whether to write TensorBoard events.
@@ -52,6 +57,7 @@ class TrainingConfig:
     epochs: int = 30
     max_steps: int | None = None
     max_seconds: float | None = None
+    patience: int | None = None
     batch_size: int = 64
     learning_rate: float = 2e-3
     schedule: str = "cosine"
@@ -63,6 +69,7 @@ class TrainingConfig:
     mixed_precision: str = "no"
     log_every: int = 50
     evaluate_every: int = 1
+    evaluate_steps: int | None = None
     save_every: int | None = None
     keep_checkpoints: int = 2
     tensorboard: bool = True
@@ -80,7 +87,7 @@ class TrainingConfig:
         }
         for name in ("epochs", "batch_size", "log_every", "evaluate_every", "keep_checkpoints"):
             checked[name] = _validate.integer(name, getattr(self, name), 1)
-        for name in ("max_steps", "save_every"):
+        for name in ("max_steps", "patience", "evaluate_steps", "save_every"):
             value = getattr(self, name)
             checked[name] = None if value is None else _validate.integer(name, value, 1)
         for name in ("max_seconds", "max_grad_norm"):

@@ -93,7 +93,7 @@ class Progress(abc.ABC):
 
     @abc.abstractmethod
     def report(self, split: str, epoch: int, step: int, metrics: Mapping[str, Number], rate: float | None) -> None:
-        """New figures: `rate` in examples a second."""
+        """New figures: `rate` in examples (or whatever the unit is) a second."""
 
     @abc.abstractmethod
     def message(self, text: str) -> None: ...
@@ -124,7 +124,10 @@ class Quiet(Progress):
 class Lines(Progress):
     """A line for each evaluation, for logs and notebooks."""
 
-    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, unit: str = "examples", stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._unit = unit
         self._stream = stream or sys.stderr
         self._clock = clock
         self._train = ""
@@ -139,9 +142,9 @@ class Lines(Progress):
 
     def report(self, split: str, epoch: int, step: int, metrics: Mapping[str, Number], rate: float | None) -> None:
         if split == "train":
-            speed = "" if rate is None else f"  {rate:,.0f} examples/s"
+            speed = "" if rate is None else f"  {rate:,.0f} {self._unit}/s"
             name, value = next(iter(metrics.items()))
-            self._train = f"train {name} {value:.2f}{speed}"
+            self._train = f"train {name} {_figure(value)}{speed}"
             return
         left = ""
         if step > self._first and split == "test":
@@ -160,12 +163,12 @@ class Lines(Progress):
 class Bar(Progress):
     """A live bar for terminals, with the evaluations as lines above it."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "examples") -> None:
         with extra("train"):
             from rich import progress
             from rich.console import Console
         self._console = Console(stderr=True, highlight=False)
-        self._lines = Lines()
+        self._unit = unit
         self._progress = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
@@ -188,8 +191,8 @@ class Bar(Progress):
     def report(self, split: str, epoch: int, step: int, metrics: Mapping[str, Number], rate: float | None) -> None:
         if split == "train":
             name, value = next(iter(metrics.items()))
-            speed = "" if rate is None else f"  {rate:,.0f}/s"
-            self._progress.update(self._task, description=f"epoch {epoch}", figures=f"{name} {value:.2f}{speed}")
+            speed = "" if rate is None else f"  {rate:,.0f} {self._unit}/s"
+            self._progress.update(self._task, description=f"epoch {epoch}", figures=f"{name} {_figure(value)}{speed}")
         else:
             self.message(f"step {step}  epoch {epoch}  {split} {_figures(metrics)}")
 
@@ -200,18 +203,22 @@ class Bar(Progress):
         self._progress.stop()
 
 
-def make_progress(mode: ProgressMode) -> Progress:
-    """ "auto": a bar where stderr is a terminal, else lines."""
+def make_progress(mode: ProgressMode, unit: str = "examples") -> Progress:
+    """ "auto": a bar where stderr is a terminal, else lines. `unit`: what the speed is counted in."""
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "lines"
-    modes: dict[str, Callable[[], Progress]] = {"bar": Bar, "lines": Lines, "quiet": Quiet}
+    modes: dict[str, Callable[[], Progress]] = {"bar": lambda: Bar(unit), "lines": lambda: Lines(unit), "quiet": Quiet}
     if mode not in modes:
         raise ValueError(f"progress: expected 'auto', 'bar', 'lines' or 'quiet', got {mode!r}")
     return modes[mode]()
 
 
 def _figures(metrics: Mapping[str, Number]) -> str:
-    return "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+    return "  ".join(f"{name} {_figure(value)}" for name, value in metrics.items())
+
+
+def _figure(value: Number) -> str:
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def _duration(seconds: float) -> str:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastgen.random import Generator
+from fastgen.random import Generator, permutation
+from fastgen.train.config import TrainingConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from fastgen.train.config import TrainingConfig
 
 __all__ = ["Recipe", "Step"]
 
@@ -27,7 +26,8 @@ class Step:
 
     Attributes:
         index: steps taken before this one, since the run began.
-        rows: (b,) int64, the examples of this process, rows [first_row, first_row + b) of the global batch.
+        rows: (b,) int64, the examples of this process, rows [first_row, first_row + b) of the global batch,
+            as the recipe's `order` has them.
         first_row: place of rows[0] in the global batch.
         batch_size: examples of the global batch.
         modules: the recipe's modules as Accelerate wrapped them; their forward is the data-parallel one.
@@ -55,8 +55,8 @@ class Recipe(abc.ABC):
     """How one model family is trained: its modules, optimisers, training step, evaluation and pictures.
 
     A `Trainer` drives it and owns everything else: devices, order of the data, schedule, checkpoints, logs.
-    A recipe keeps no state that changes during training outside its modules and optimisers, so that a
-    checkpoint of those and the step number continue a run exactly.
+    A recipe keeps no state that changes during training outside its modules, its optimisers and what it
+    declares in `carried`, so that a checkpoint of those and the step number continue a run exactly.
     """
 
     model_type: ClassVar[str]
@@ -65,11 +65,44 @@ class Recipe(abc.ABC):
     """What `train_step` and `evaluate` report; the first one is shown in the progress bar."""
     criterion: ClassVar[str]
     """The evaluated metric that decides which checkpoint is the best: lower is better."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `TrainingConfig` for which the family has defaults of its own; see `training_config`."""
+
+    unit: str = "examples"
+    """What the speed of training is counted in."""
+    units_per_example: int = 1
+    sample_suffix: str = ".png"
+    """The ending of the files that `save_sample` writes."""
+
+    @classmethod
+    def training_config(cls, **fields: Any) -> TrainingConfig:
+        """A `TrainingConfig` of these fields, with the family's defaults for the others."""
+        return TrainingConfig(**{**cls.defaults, **fields})
 
     @property
     @abc.abstractmethod
     def num_examples(self) -> int:
         """Examples to train on."""
+
+    def order(self, batch_size: int, generator: Generator) -> Tensor:
+        """(num_examples // batch_size, batch_size) int64: the rows of each step of an epoch.
+
+        Here: all examples in a new order, without what is left over. The generator is that of the epoch,
+        the same on all processes.
+        """
+        rows = permutation(self.num_examples, generator=generator)
+        return rows[: self.num_examples // batch_size * batch_size].view(-1, batch_size)
+
+    def carried(self) -> dict[str, Tensor]:
+        """What the next step takes over from this one, tensors (b, ...) with a row for each of this process's.
+
+        Here: nothing, as examples stand for themselves. A checkpoint holds the rows of all processes.
+        """
+        return {}
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `carried` gave; not called where it gave nothing."""
+        raise NotImplementedError(f"{type(self).__name__} has carried state, but no method carry")
 
     @abc.abstractmethod
     def modules(self) -> dict[str, nn.Module]:
@@ -96,9 +129,9 @@ class Recipe(abc.ABC):
         """Write the model for use after training."""
 
     @abc.abstractmethod
-    def save_sample(self, path: Path) -> None:
-        """Draw one picture (PNG) from the present weights; the same noise each time."""
+    def save_sample(self, path: Path) -> str | None:
+        """Write one sample from the present weights, of the same noise each time; what of it to print, if any."""
 
     @abc.abstractmethod
     def save_report(self, folder: Path, rows: list[dict[str, str]]) -> list[Path]:
-        """Draw the pictures at the end of a run, `rows` being those of metrics.csv; returns what was written."""
+        """Write samples and pictures at the end; `rows` are those of metrics.csv. Returns what was written."""

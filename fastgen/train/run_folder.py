@@ -15,7 +15,7 @@ from fastgen.train.config import CHANGEABLE
 __all__ = ["check_new_folder", "check_same_run", "new_folder", "read_run", "remove_leftovers"]
 
 # The temporary names of fastgen._files.
-_LEFTOVER = re.compile(r"\..+-\w{8}\.(safetensors|json|csv|png)")
+_LEFTOVER = re.compile(r"\..+-\w{8}\.(safetensors|json|csv|png|txt)")
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from fastgen._extras import extra, require
 from fastgen._files import write_text
 from fastgen._version import __version__
-from fastgen.random import Generator, permutation
+from fastgen.random import Generator
 from fastgen.train.checkpoint import Checkpoint, CheckpointFolder, all_finite, load_optimizer, optimizer_state
 from fastgen.train.config import TrainingConfig
 from fastgen.train.logging import EventLog, MetricsFile, ProgressMode, make_progress, read_metrics
@@ -96,8 +96,8 @@ class TrainingResult:
 class Trainer:
     """Trains the model of a recipe and keeps a run folder.
 
-    The folder holds config.json, metrics.csv, checkpoints/, samples/ (pictures during training), events/
-    (TensorBoard), model/ (the best weights so far, for `from_pretrained`) and, at the end, the recipe's pictures.
+    The folder holds config.json, metrics.csv, checkpoints/, samples/ (pictures or texts during training), events/
+    (TensorBoard), model/ (the best weights so far, for `from_pretrained`) and, at the end, the recipe's report.
 
     Under `torchrun` or `accelerate launch` the processes share each batch, gradients are averaged, and
     rank 0 alone writes.
@@ -112,7 +112,7 @@ class Trainer:
         config: how.
         out: run folder, default `runs/<model>-<name>-<time>`. An existing one is never overwritten.
         resume: continue the run in `out` from its latest checkpoint. Model, data and config must be those
-            it was started with, but epochs, max_steps, max_seconds and device may change.
+            it was started with, but how long it goes on and the device may change.
         name: what the default folder is called after, usually the data.
         record: more entries for config.json, such as where the data came from.
         progress: "auto" (a bar in a terminal, else lines), "bar", "lines" or "quiet".
@@ -142,7 +142,7 @@ class Trainer:
         require("train", *packages, *(("tensorboard",) if config.tensorboard else ()))
         self.accelerator = _accelerator(config)
         self._main = self.accelerator.is_main_process
-        self._progress = make_progress(progress if self._main else "quiet")
+        self._progress = make_progress(progress if self._main else "quiet", recipe.unit)
 
         self.batch_size = _divisible_batch(config.batch_size, recipe.num_examples, self.accelerator.num_processes)
         self.steps_per_epoch = recipe.num_examples // self.batch_size
@@ -169,6 +169,7 @@ class Trainer:
 
         self._step = 0
         self._best: _Best | None = None
+        self._worse = 0  # evaluations since the best one
         self._names: list[str] = []
         self._window: list[Tensor] = []  # of each step since the last row of metrics.csv, the metrics _names
         self._seconds_before = 0.0  # spent by earlier processes of this run
@@ -179,7 +180,7 @@ class Trainer:
             self._load_latest()
 
     def fit(self) -> TrainingResult:
-        """Train to the end, evaluate the best checkpoint, draw the pictures.
+        """Train to the end, evaluate the best checkpoint, write the report.
 
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, when the checkpoint is saved: at the end of the step, with
@@ -207,22 +208,23 @@ class Trainer:
         self._progress.start(self._step, self.total_steps)
         over = config.max_seconds is not None and self._seconds_before >= config.max_seconds
         order, order_epoch = torch.empty(0), -1
-        while self._step < self.total_steps and not over:
+        while self._step < self.total_steps and not over and not self._out_of_patience():
             epoch, batch = divmod(self._step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = self._order(epoch), epoch
-            self._train_step(order[batch * self.batch_size :][: self.batch_size])
+                order = self.recipe.order(self.batch_size, self._order_stream.fork(epoch))
+                order_epoch = epoch
+            self._train_step(order[batch])
             self._progress.advance(self._step)
 
             stop = self._stop()
             over = stop is _Stop.TIME_IS_UP or self._step == self.total_steps
-            epochs, steps = divmod(self._step, self.steps_per_epoch)
-            if over or steps % config.log_every == 0:  # also where an epoch ends: steps is 0
+            evaluation = over or self._evaluation_is_due()
+            if evaluation or self._step % self.steps_per_epoch % config.log_every == 0:  # also at the end of an epoch
                 self._log()
-            if over or (steps == 0 and epochs % config.evaluate_every == 0):
+            if evaluation:
                 self._evaluate()
                 self._save()
-                self._draw()
+                self._sample()
             elif stop is _Stop.SIGNAL or (config.save_every and self._step % config.save_every == 0):
                 self._save()
             if stop is _Stop.SIGNAL:
@@ -231,12 +233,17 @@ class Trainer:
             self._evaluate()
             self._save()
 
-    def _order(self, epoch: int) -> Tensor:
-        """(num_examples,): the order of an epoch, the same on all processes."""
-        return permutation(self.recipe.num_examples, generator=self._order_stream.fork(epoch))
+    def _evaluation_is_due(self) -> bool:
+        if self.config.evaluate_steps is not None:
+            return self._step % self.config.evaluate_steps == 0
+        epochs, steps = divmod(self._step, self.steps_per_epoch)
+        return steps == 0 and epochs % self.config.evaluate_every == 0
+
+    def _out_of_patience(self) -> bool:
+        return self.config.patience is not None and self._worse >= self.config.patience
 
     def _train_step(self, batch: Tensor) -> None:
-        """One step on the examples `batch` of all processes together."""
+        """One step on the rows `batch` of all processes together."""
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
         # Dropout and whatever else a model draws from torch's generators depends on the step alone.
         self._seed_torch(self._step * processes + process)
@@ -244,12 +251,12 @@ class Trainer:
         for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-        share = self.batch_size // processes
+        share = self._share()
         metrics = self.recipe.train_step(
             Step(
                 index=self._step,
-                rows=batch[process * share :][:share],
-                first_row=process * share,
+                rows=batch[share],
+                first_row=share.start,
                 batch_size=self.batch_size,
                 modules=self._wrapped,
                 noise_seed=self._noise_stream.seed,
@@ -259,6 +266,12 @@ class Trainer:
         self._names = list(metrics)
         self._window.append(torch.stack(list(metrics.values())))
         self._step += 1
+
+    def _share(self) -> slice:
+        """Which rows of the global batch are this process's."""
+        rows = self.batch_size // self.accelerator.num_processes
+        first = self.accelerator.process_index * rows
+        return slice(first, first + rows)
 
     def _update(self, name: str, loss: Tensor) -> None:
         optimizer = self._optimizers[name]
@@ -296,7 +309,8 @@ class Trainer:
         """Write the mean of the metrics since the last time; the device is waited for only here."""
         window = self._averaged_window()
         self._window = []
-        rate = (self._step - self._clock_step) * self.batch_size / max(time.monotonic() - self._clock, 1e-9)
+        units = (self._step - self._clock_step) * self.batch_size * self.recipe.units_per_example
+        rate = units / max(time.monotonic() - self._clock, 1e-9)
         metrics = dict(zip(self._names, window.double().mean(0).tolist(), strict=True))
         self._record("train", self._step, metrics, rate)
         self._restart_clock()
@@ -318,8 +332,13 @@ class Trainer:
                 raise self._not_finite(f"{name} on the test data is {value} after step {self._step}")
         self._record("test", self._step, metrics)
         value = metrics[self.recipe.criterion]
+        self._worse += 1
         if self._best is None or value < self._best["value"]:
-            self._best = {"step": self._step, "value": value}
+            self._best, self._worse = {"step": self._step, "value": value}, 0
+        if self._out_of_patience():
+            self._progress.message(
+                f"no better {self.recipe.criterion} in {_evaluations(self._worse)}: the run ends here"
+            )
         for module in self._wrapped.values():
             module.train()
         self._restart_clock()
@@ -333,7 +352,7 @@ class Trainer:
         values = dict(metrics)
         if rate is not None:
             values["learning_rate"] = next(iter(self._optimizers.values())).param_groups[0]["lr"]
-            values["examples_per_second"] = round(rate, 1)
+            values[f"{self.recipe.unit}_per_second"] = round(rate, 1)
         if self._events is not None:
             self._events.write(split, step, values)
         place: dict[str, str | int] = {"split": split, "epoch": epoch, "step": step}
@@ -348,6 +367,8 @@ class Trainer:
         }
         if not all_finite(tensors.values()):
             raise self._not_finite(f"a weight became infinite or NaN by step {self._step}")
+        for name, rows in self.recipe.carried().items():
+            tensors[f"carried.{name}"] = self.accelerator.gather(rows)
         if self._window:
             self._window = list(self._averaged_window())
             tensors["metrics.window"] = torch.stack(self._window)
@@ -356,6 +377,7 @@ class Trainer:
         state: dict[str, Any] = {
             "step": self._step,
             "best": self._best,
+            "worse": self._worse,
             "seconds": self._seconds(),
             "window": self._names,
             "optimizers": {},
@@ -372,9 +394,12 @@ class Trainer:
             self.recipe.save_pretrained(self.out / "model")
         self._restart_clock()
 
-    def _draw(self) -> None:
+    def _sample(self) -> None:
         if self._main:
-            self.recipe.save_sample(self.out / "samples" / f"step-{self._step:08d}.png")
+            name = f"step-{self._step:08d}{self.recipe.sample_suffix}"
+            shown = self.recipe.save_sample(self.out / "samples" / name)
+            if shown is not None:
+                self._progress.message(shown)
         self._restart_clock()
 
     def _load_latest(self) -> None:
@@ -391,9 +416,13 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         state = checkpoint.state
         self._step, self._best, self._names = state["step"], state["best"], state["window"]
+        self._worse = state["worse"]
         self._seconds_before = state["seconds"]
         if "metrics.window" in checkpoint.tensors:
             self._window = list(checkpoint.tensors["metrics.window"].to(self.accelerator.device))
+        if carried := checkpoint.part("carried"):
+            share = self._share()
+            self.recipe.carry({name: rows[share].to(self.accelerator.device) for name, rows in carried.items()})
         self._progress.message(f"resumed {self.out} at step {self._step} of {self.total_steps}")
 
     def _load_modules(self, path: Path, checkpoint: Checkpoint) -> None:
@@ -462,7 +491,8 @@ class Trainer:
         if not self._main:
             yield
             return
-        columns = ("split", "epoch", "step", *self.recipe.metrics, "learning_rate", "examples_per_second", "seconds")
+        speed = f"{self.recipe.unit}_per_second"
+        columns = ("split", "epoch", "step", *self.recipe.metrics, "learning_rate", speed, "seconds")
         self._metrics = MetricsFile(self.out / "metrics.csv", columns, self._step)
         if self.config.tensorboard:
             self._events = EventLog(self.out / "events", self._step)
@@ -545,6 +575,10 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     return Accelerator(cpu=cpu, mixed_precision=config.mixed_precision)
+
+
+def _evaluations(count: int) -> str:
+    return "an evaluation" if count == 1 else f"{count} evaluations"
 
 
 def _divisible_batch(batch_size: int, examples: int, processes: int) -> int:

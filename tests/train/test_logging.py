@@ -39,7 +39,7 @@ def test_an_unknown_column_is_a_bug_and_says_so(tmp_path: Path) -> None:
 
 def test_lines_give_one_line_an_evaluation_with_the_time_left() -> None:
     stream, times = io.StringIO(), iter([100.0, 130.0])
-    lines = Lines(stream, lambda: next(times))
+    lines = Lines("tokens", stream, lambda: next(times))
     lines.start(step=100, total=400)
     lines.advance(200)
     lines.report("train", 2, 200, {"loss": 101.234, "kl": 3.0}, 1234.5)
@@ -49,7 +49,7 @@ def test_lines_give_one_line_an_evaluation_with_the_time_left() -> None:
     lines.stop()
     # 100 steps in 30 s: 200 more take 60 s.
     assert stream.getvalue().splitlines() == [
-        "step 200/400  epoch 2  train loss 101.23  1,234 examples/s  test negative_elbo 99.50  kl 3.25  1:00 left",
+        "step 200/400  epoch 2  train loss 101.23  1,234 tokens/s  test negative_elbo 99.50  kl 3.250  1:00 left",
         "step 200/400  epoch 2  final negative_elbo 99.50",
     ]
 
@@ -73,7 +73,7 @@ def test_a_bar_counts_steps_and_prints_evaluations(capsys: pytest.CaptureFixture
     error = capsys.readouterr().err
     assert "step 20  epoch 1  test loss 11.50" in error
     assert "20/40" in error
-    assert "loss 12.35  1,000/s" in error or "loss 12.34  1,000/s" in error
+    assert "loss 12.35  1,000 examples/s" in error or "loss 12.34  1,000 examples/s" in error
 
 
 def test_auto_looks_at_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from toys import Regression
+from toys import Leaky, Regression
 
 from fastgen.train import Interrupted, NonFiniteLossError, Step, Trainer, TrainingConfig, read_metrics, read_run
 
-TIMES = ("seconds", "examples_per_second")
+TIMES = ("seconds", "examples_per_second", "values_per_second")
 
 
 def train(recipe: Regression, out: Path, resume: bool = False, **options: Any) -> Trainer:
@@ -155,6 +155,78 @@ def test_ctrl_c_and_resume_give_the_same_bits(when: int, save_every: int | None,
     assert [index for index, _ in resumed.steps] == list(range(when, 21))
     assert all(torch.equal(a, b) for a, b in zip(whole.weights(), resumed.weights(), strict=True))
     assert rows(out) == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", [1, 5, 8, 9])
+def test_carried_state_goes_on_after_a_stop(when: int, tmp_path: Path) -> None:
+    """Eight steps an epoch; the state starts anew with each."""
+    whole = Leaky()
+    train(whole, tmp_path / "whole", epochs=2, learning_rate=0.05).fit()
+    assert whole.rows[:3] == [[0, 8, 16, 24, 32], [1, 9, 17, 25, 33], [2, 10, 18, 26, 34]]
+    assert whole.rows[8:] == whole.rows[:8]
+
+    class Stopped(Leaky):
+        def train_step(self, step: Step) -> dict[str, torch.Tensor]:
+            if step.index == when - 1:
+                signal.raise_signal(signal.SIGINT)
+            return super().train_step(step)
+
+    with pytest.raises(Interrupted):
+        train(Stopped(), tmp_path / "run", epochs=2, learning_rate=0.05).fit()
+    resumed = Leaky(seed=3)  # other weights: all must come from the checkpoint
+    resumed.x, resumed.y = whole.x, whole.y
+    train(resumed, tmp_path / "run", epochs=2, learning_rate=0.05, resume=True).fit()
+    assert resumed.rows == whole.rows[when:]
+    assert resumed.hidden is not None
+    assert torch.equal(resumed.carried()["hidden"], whole.carried()["hidden"])
+    assert all(torch.equal(a, b) for a, b in zip(whole.weights(), resumed.weights(), strict=True))
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_samples_that_are_text_are_shown_and_speed_has_its_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(
+        Leaky(), TrainingConfig(epochs=1, batch_size=5, device="cpu"), out=tmp_path / "run", progress="lines"
+    )
+    trainer.fit()
+    lines = capsys.readouterr().err.splitlines()
+    assert "a sample for step-00000008.txt" in lines
+    assert any(" values/s " in line for line in lines)
+    assert (tmp_path / "run" / "samples" / "step-00000008.txt").exists()
+    assert float(read_metrics(tmp_path / "run" / "metrics.csv")[0]["values_per_second"]) > 0
+
+
+def test_evaluations_may_be_counted_in_steps(tmp_path: Path) -> None:
+    train(Regression(), tmp_path / "run", epochs=2, evaluate_steps=4).fit()
+    table = rows(tmp_path / "run")
+    assert [row["step"] for row in table if row["split"] == "test"] == ["4", "8", "12", "14"]
+    assert [row["step"] for row in table if row["split"] == "train"] == [
+        "2",
+        "4",
+        "6",
+        "7",
+        "8",
+        "9",
+        "11",
+        "12",
+        *("13", "14"),
+    ]
+
+
+def test_a_run_ends_when_it_gets_no_better(tmp_path: Path) -> None:
+    class Worse(Regression):
+        losses = iter([3.0, 2.0, 2.5, 2.0, 2.75, 1.0, 2.0, 2.0])
+
+        def evaluate(self, accelerator: Any, generator: Any, *, final: bool = False) -> dict[str, float]:
+            return {"loss": 2.0 if final else next(self.losses)}
+
+    result = train(Worse(), tmp_path / "run", epochs=9, patience=3).fit()
+    assert (result.step, result.best_step) == (5 * 7, 2 * 7)
+    # Its patience is over; with more of it the run goes on, and the count with it.
+    assert train(Worse(), tmp_path / "run", epochs=9, patience=3, resume=True).fit().step == 5 * 7
+    result = train(Worse(), tmp_path / "run", epochs=8, patience=4, resume=True).fit()
+    assert (result.step, result.best_step) == (8 * 7, 6 * 7)
 
 
 def test_a_resumed_run_may_end_where_it_stopped(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,58 @@ class Regression(Recipe):
 
     def weights(self) -> list[Tensor]:
         return [p.detach().clone() for module in self.modules().values() for p in module.parameters()]
+
+
+class Leaky(Regression):
+    """Predicts the running mean of parallel streams with a hidden state that goes on from step to step."""
+
+    model_type = "leaky"
+    metrics = ("loss",)
+    unit, units_per_example = "values", 4
+    sample_suffix = ".txt"
+
+    def __init__(self, examples: int = 40, seed: int = 0) -> None:
+        super().__init__(examples * self.units_per_example, seed)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            self.head = nn.Linear(9, 1)
+        self.rows: list[list[int]] = []
+        self.hidden: Tensor | None = None
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.x) // self.units_per_example
+
+    def order(self, batch_size: int, generator: Generator) -> Tensor:
+        steps = self.num_examples // batch_size
+        return torch.arange(steps * batch_size).view(batch_size, steps).t()
+
+    def carried(self) -> dict[str, Tensor]:
+        return {} if self.hidden is None else {"hidden": self.hidden}
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        self.hidden = tensors["hidden"]
+
+    def optimizers(self, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
+        return {"sgd": torch.optim.SGD([*self.body.parameters(), *self.head.parameters()], lr=config.learning_rate)}
+
+    def train_step(self, step: Step) -> dict[str, Tensor]:
+        self.rows.append(step.rows.tolist())
+        hidden = torch.zeros(len(step.rows), 1) if self.hidden is None or 0 in step.rows else self.hidden
+        for t in range(self.units_per_example):
+            features = torch.cat([step.modules["body"](self.x[step.rows * self.units_per_example + t]), hidden], -1)
+            hidden = 0.5 * hidden + 0.5 * step.modules["head"](features)
+        loss = (hidden - self.y[step.rows * self.units_per_example]).square().mean()
+        step.update("sgd", loss)
+        self.hidden = hidden.detach()
+        return {"loss": loss.detach()}
+
+    def evaluate(self, accelerator: Any, generator: Generator, *, final: bool = False) -> dict[str, float]:
+        return {"loss": float(self.head.weight.detach().abs().sum())}
+
+    def save_sample(self, path: Path) -> str | None:
+        super().save_sample(path)
+        return f"a sample for {path.name}"
 
 
 def images(count: int = 60, shape: tuple[int, int, int] = (1, 8, 8), classes: int = 3, seed: int = 0) -> ImageSet:
