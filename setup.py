@@ -41,7 +41,7 @@ AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uni
 SOURCE_FLAGS = {
     "csrc/cpu/isa.cpp": ["-O2"],
     "csrc/cpu/kernels_generic.cpp": KERNEL_FLAGS,
-    "csrc/cpu/kernels_avx2.cpp": [*KERNEL_FLAGS, "-mavx2", "-mf16c"],
+    "csrc/cpu/kernels_avx2.cpp": [*KERNEL_FLAGS, "-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu/kernels_avx512.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
 }
 CPU_SOURCES = [s for s in SOURCE_FLAGS if X86 or "avx" not in s]

@@ -14,11 +14,18 @@
 
 namespace fastgen {
 
-template <class F, int N, class T>
+// kFused: each step is one multiply_add, for what promises accuracy and not bits (see activations.h).
+template <bool kFused = false, class F, int N, class T>
 FASTGEN_FN F horner(F x, const T (&c)[N]) {
   F value(c[N - 1]);
   FASTGEN_UNROLL
-  for (int i = N - 2; i >= 0; --i) value = value * x + F(c[i]);
+  for (int i = N - 2; i >= 0; --i) {
+    if constexpr (kFused) {
+      value = multiply_add(value, x, F(c[i]));
+    } else {
+      value = value * x + F(c[i]);
+    }
+  }
   return value;
 }
 
@@ -105,12 +112,12 @@ FASTGEN_FN F cosine_of(F y, double) {
 }
 
 // (exp(r) - 1 - r) / r^2
-template <class F>
+template <bool kFused = false, class F>
 FASTGEN_FN F exp_tail(F r, float) {
   constexpr float c[] = {0.5f, 0.166665778f, 0.0416665561f, 0.00836317334f, 0.00139261759f};
-  return horner(r, c);
+  return horner<kFused>(r, c);
 }
-template <class F>
+template <bool kFused = false, class F>
 FASTGEN_FN F exp_tail(F r, double) {
   constexpr double c[] = {0.5,
                           0.1666666666666667,
@@ -123,7 +130,7 @@ FASTGEN_FN F exp_tail(F r, double) {
                           2.7557273661348637e-07,
                           2.510520637395701e-08,
                           2.0914679376583935e-09};
-  return horner(r, c);
+  return horner<kFused>(r, c);
 }
 
 // k ln 2 - log1p(f)

@@ -23,12 +23,12 @@ uint64_t saved_state() {
 void detect() {
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return;
-  const bool osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
+  const bool osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1, fma = c >> 12 & 1;
   if (!osxsave || !avx) return;
   const uint64_t state = saved_state();
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
   const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
-  has_avx2 = ymm && f16c && (b >> 5 & 1);
+  has_avx2 = ymm && f16c && fma && (b >> 5 & 1);
   const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
   has_avx512 = has_avx2 && zmm && f && dq && bw && vl;
 }

@@ -1,4 +1,4 @@
-// The operations of vec_generic.h on 256-bit registers. Needs AVX2 and F16C.
+// The operations of vec_generic.h on 256-bit registers. Needs AVX2, FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -52,7 +52,10 @@ FASTGEN_FN F32 operator*(F32 a, F32 b) { return _mm256_mul_ps(a.v, b.v); }
 FASTGEN_FN F64 operator+(F64 a, F64 b) { return _mm256_add_pd(a.v, b.v); }
 FASTGEN_FN F64 operator-(F64 a, F64 b) { return _mm256_sub_pd(a.v, b.v); }
 FASTGEN_FN F64 operator*(F64 a, F64 b) { return _mm256_mul_pd(a.v, b.v); }
+FASTGEN_FN F32 operator/(F32 a, F32 b) { return _mm256_div_ps(a.v, b.v); }
 FASTGEN_FN F64 operator/(F64 a, F64 b) { return _mm256_div_pd(a.v, b.v); }
+FASTGEN_FN F32 multiply_add(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+FASTGEN_FN F64 multiply_add(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
 FASTGEN_FN F32 root(F32 a) { return _mm256_sqrt_ps(a.v); }
 FASTGEN_FN F64 root(F64 a) { return _mm256_sqrt_pd(a.v); }
 FASTGEN_FN F32 smaller(F32 a, F32 b) { return _mm256_min_ps(a.v, b.v); }

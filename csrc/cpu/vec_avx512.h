@@ -45,7 +45,10 @@ FASTGEN_FN F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.v, b.v); }
 FASTGEN_FN F64 operator+(F64 a, F64 b) { return _mm512_add_pd(a.v, b.v); }
 FASTGEN_FN F64 operator-(F64 a, F64 b) { return _mm512_sub_pd(a.v, b.v); }
 FASTGEN_FN F64 operator*(F64 a, F64 b) { return _mm512_mul_pd(a.v, b.v); }
+FASTGEN_FN F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.v, b.v); }
 FASTGEN_FN F64 operator/(F64 a, F64 b) { return _mm512_div_pd(a.v, b.v); }
+FASTGEN_FN F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+FASTGEN_FN F64 multiply_add(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
 FASTGEN_FN F32 root(F32 a) { return _mm512_sqrt_ps(a.v); }
 FASTGEN_FN F64 root(F64 a) { return _mm512_sqrt_pd(a.v); }
 FASTGEN_FN F32 absolute(F32 a) { return _mm512_abs_ps(a.v); }

@@ -39,6 +39,12 @@ FASTGEN_LANEWISE(&)
 FASTGEN_LANEWISE(^)
 #undef FASTGEN_LANEWISE
 
+// a b + c: with one rounding where the instruction set has it, with two here.
+template <class T, int N>
+FASTGEN_FN Lanes<T, N> multiply_add(Lanes<T, N> a, Lanes<T, N> b, Lanes<T, N> c) {
+  return a * b + c;
+}
+
 template <class T, int N>
 FASTGEN_FN Lanes<T, N> operator<<(Lanes<T, N> a, int count) {
   for (int i = 0; i < N; ++i) a.v[i] = T(a.v[i] << count);

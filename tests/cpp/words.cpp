@@ -5,6 +5,7 @@
 
 #include "../../csrc/cpu/random.inl"
 #include "../../csrc/cpu/reparameterize.inl"
+#include "../../csrc/common/activations.h"
 
 using namespace fastgen;
 
@@ -50,7 +51,9 @@ void elementary(int which, const T* x, int64_t count, T* y) {
     load(x + i, v);
     store(y + i, which == 0   ? exponential_function<T, U>(v)
                  : which == 1 ? exp_minus_1<T, U>(v)
-                              : exp_minus_1_minus<T, U>(v));
+                 : which == 2 ? exp_minus_1_minus<T, U>(v)
+                 : which == 3 ? sigmoid<T, U>(v)
+                              : hyperbolic_tangent<T, U>(v));
   }
 }
 
@@ -93,7 +96,7 @@ EXPORT void draw64(int which, const uint64_t* even, const uint64_t* odd, int64_t
   draw<double>(which, even, odd, count, p, y, y_odd);
 }
 
-// which: 0 exp(x), 1 exp(x) - 1, 2 exp(x) - 1 - x.
+// which: 0 exp(x), 1 exp(x) - 1, 2 exp(x) - 1 - x, 3 sigmoid(x), 4 tanh(x).
 EXPORT void elementary32(int which, const float* x, int64_t count, float* y) { elementary<float>(which, x, count, y); }
 EXPORT void elementary64(int which, const double* x, int64_t count, double* y) {
   elementary<double>(which, x, count, y);

@@ -309,6 +309,32 @@ def test_exponential_functions_of_what_is_not_finite(words_library, isa, width):
         np.testing.assert_array_equal(y[:3], np.array(values, kind))
 
 
+@pytest.mark.parametrize(
+    ("which", "exact"), [(3, lambda x: 1 / (1 + np.exp(-x))), (4, np.tanh)], ids=["sigmoid", "tanh"]
+)
+def test_activations(words_library, isa, width, which, exact):
+    """Within 3 units in the last place, exact limits, NaN passes."""
+    kind = WIDTHS[width][1]
+    limits = np.array([math.inf, -math.inf, math.nan, 0.0, -0.0, 2e4, -2e4], kind)
+    x = padded(np.concatenate([limits, arguments(kind)]))
+    y = np.empty_like(x)
+    getattr(words_library(isa), f"elementary{width}")(which, pointer(x), ctypes.c_int64(len(x)), pointer(y))
+    low, middle = (0.0, [0.5, 0.5]) if which == 3 else (-1.0, [0.0, -0.0])
+    np.testing.assert_array_equal(y[:7], np.array([1.0, low, math.nan, *middle, 1.0, low], kind))
+    assert which == 3 or math.copysign(1, y[4]) == -1
+    assert (np.abs(y[~np.isnan(y)]) <= 1).all()
+    if np.finfo(np.longdouble).nmant < 63:
+        return
+    with np.errstate(all="ignore"):
+        wanted = exact(x.astype(np.longdouble))
+        # exp(-x) is infinite in float32 from 88.7 on, as in PyTorch: there the result is 0, and near it, subnormal.
+        unit = np.spacing(np.maximum(np.abs(wanted), 4 * np.finfo(kind).tiny).astype(kind))
+        error = np.abs(y.astype(np.longdouble) - wanted) / unit
+    normal = np.abs(wanted) >= 4 * np.finfo(kind).tiny
+    assert float(np.nanmax(np.where(normal, error, 0))) < 3.0
+    assert float(np.nanmax(np.abs(y[~normal]))) <= 4 * np.finfo(kind).tiny
+
+
 # ---------------------------------------------------------------------------------------------------
 # Half types: all 2^16 of them widened; roundings around every one of them.
 
