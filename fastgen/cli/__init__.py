@@ -21,8 +21,8 @@ _NO_MEMORY = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    Bad input is one line on stderr and exit code 2, Ctrl-C is 130. With FASTGEN_TRACEBACK=1 in the environment
-    every error shows where it came from.
+    Bad input is one line on stderr and exit code 2, Ctrl-C one line and 130. With FASTGEN_TRACEBACK=1 in the
+    environment every error shows where it came from.
 
     Args:
         arguments: default those of the process.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import signal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,8 +17,15 @@ from fastgen.cli.train import train
 __all__ = ["app"]
 
 
-class _InOrder(TyperGroup):
-    """Lists the commands in the order in which a user comes to need them."""
+class _Commands(TyperGroup):
+    """Lists the commands in the order in which a user comes to need them, and ends on Ctrl-C by one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # before typer sees it: some versions of it make an error of it
+            typer.echo("aborted", err=True)
+            raise typer.Exit(128 + signal.SIGINT) from None
 
     def list_commands(self, ctx: object) -> list[str]:
         order = ("train", "generate", "bench", "doctor")
@@ -26,7 +34,7 @@ class _InOrder(TyperGroup):
 
 app = typer.Typer(
     name="fastgen",
-    cls=_InOrder,
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

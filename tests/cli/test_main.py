@@ -178,3 +178,50 @@ def test_a_missing_extra_is_named_before_anything_is_written(
     message = error(capsys, "train", "vae", "--data", "images.npy")
     assert message == f"{missing} is not installed: pip install 'fastgen-torch[train]'"
     assert not Path("runs").exists()
+
+
+def program(before: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed program, after the statements `before`."""
+    start = f"import sys\n{before}\nfrom _fastgen_cli import main\nsys.exit(main())"
+    command = [sys.executable, "-c", start, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_the_program_is_the_command_line() -> None:
+    ended = program("", "--version")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"fastgen {__version__}\n", "")
+
+
+def test_a_variable_that_cannot_be_is_one_line() -> None:
+    ended = program("", "doctor", FASTGEN_CPU_ISA="bogus")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: FASTGEN_CPU_ISA: expected one of generic, avx2, avx512, got 'bogus'\n"
+    assert "Traceback" in program("", "doctor", FASTGEN_CPU_ISA="bogus", FASTGEN_TRACEBACK="1").stderr
+
+
+@pytest.mark.parametrize("module", ["torch", "fastgen.cli.app"])
+def test_ctrl_c_during_the_imports_is_one_line(module: str) -> None:
+    # The finder presses Ctrl-C and swallows it, as code with a bare `except` does.
+    ended = program(f"""
+import os, signal, time
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "{module}":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            except BaseException:
+                pass
+sys.meta_path.insert(0, Finder())
+""")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "aborted\n")
+
+
+def test_ctrl_c_in_a_command_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastgen.cli.doctor.diagnose", interrupted)
+    assert main(["doctor"]) == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "aborted\n")
