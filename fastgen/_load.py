@@ -1,6 +1,6 @@
 """Loads the op libraries and tells which path each op takes.
 
-Without a library, or on a device that has no kernels, the ops run as `reference.py` states them: equal
+Without a library, or on a device that has no kernels, the ops run as `fastgen.reference` states them: equal
 results, only slower. `build_info()` says so, and why.
 """
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import fastgen._ops  # noqa: F401  registers torch.ops.fastgen
-from fastgen.reference import philox4x32
+from fastgen.reference.random import philox4x32
 
 __all__ = [
     "Generator",

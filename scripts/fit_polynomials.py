@@ -1,4 +1,4 @@
-"""Fit the polynomials of `csrc/common/math.h` and of `fastgen/reference.py`.
+"""Fit the polynomials of `csrc/common/math.h` and of `fastgen/reference/random.py`.
 
 The random stream promises the same bits on every CPU and device, so its elementary functions are
 ours: Chebyshev fits (within a small factor of minimax) on reduced ranges, rounded to the working

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen import random, reference
+from fastgen import random
+from fastgen.reference import random as reference
 
 Wide = Any  # arrays of np.longdouble
 

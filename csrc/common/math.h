@@ -1,5 +1,5 @@
 // Elementary functions with the same bits on every CPU and GPU: single IEEE operations in a fixed order,
-// no fused multiply-add (compile with contraction off). `fastgen/reference.py` states the same algebra in
+// no fused multiply-add (compile with contraction off). `fastgen/reference/random.py` states the same algebra in
 // PyTorch; `scripts/fit_polynomials.py` makes the coefficients.
 //
 // F is a float (double) or a vector of them, U the unsigned integers of the same width and lane count.
@@ -148,7 +148,7 @@ FASTGEN_FN F minus_log(F k, F f, double) {
   return k * F(C::kLn2High) - (f - (half_square - y));
 }
 
-// -log(1 - U), U = (x + 1/2) / 2^bits, accurate in both tails (see fastgen/reference.py).
+// -log(1 - U), U = (x + 1/2) / 2^bits, accurate in both tails (see fastgen/reference/random.py).
 template <class T, class F, class U>
 FASTGEN_FN F standard_exponential(U x) {
   using C = Constants<T>;

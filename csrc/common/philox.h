@@ -45,7 +45,7 @@ FASTGEN_FN void philox4x32_10(U64 (&c0)[N], U64 (&c1)[N], U64 (&c2)[N], U64 (&c3
   }
 }
 
-// The counter of a stream: (block low, block high, 0, width), see fastgen/reference.py.
+// The counter of a stream: (block low, block high, 0, width), see fastgen/reference/random.py.
 constexpr uint64_t kWidth32 = 0, kWidth64 = 1;
 
 }  // namespace fastgen

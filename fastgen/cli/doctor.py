@@ -210,6 +210,7 @@ _REPARAMETERIZE_TENSORS: dict[str, tuple[str, ...]] = {
     "reparameterize_kl": ("mu", "logvar"),
     "reparameterize_kl_backward": ("grad_z", "grad_kl", "mu", "logvar"),
 }
+_RECURRENT_OPS = ("recurrent", "recurrent_backward", "recurrent_cell", "recurrent_cell_backward")
 
 
 def self_test(device: str) -> Iterator[Check]:
@@ -220,6 +221,8 @@ def self_test(device: str) -> Iterator[Check]:
         yield _verdict(f"{device}: {op}", _random_errors(op, device), "equals the reference to the bit")
     for op in _REPARAMETERIZE_TENSORS:
         yield _verdict(f"{device}: {op}", _reparameterize_errors(op, device), "fits the formula in fp64")
+    for op in _RECURRENT_OPS:
+        yield _verdict(f"{device}: {op}", _recurrent_errors(op, device), "fits the formula in fp64")
 
 
 def _verdict(name: str, errors: Iterator[str], good: str) -> Check:
@@ -296,6 +299,57 @@ def _reparameterize_errors(op: str, device: str) -> Iterator[str]:
             error = (actual.cpu().double() - expected).abs()
             if not bool((error <= allowed).all()):
                 yield f"off by up to {float(error.max()):.3g} in {dtype}, numbers up to {scale:.3g}"
+
+
+def _recurrent_errors(op: str, device: str) -> Iterator[str]:
+    import torch
+
+    from fastgen import reference
+    from fastgen.reference.recurrent import Mode, work_dtype
+
+    steps, rows, width, hidden = 5, 3, 7, 19
+    draw = torch.Generator().manual_seed(0)
+    for mode in Mode:
+        shapes = {
+            "grad": (steps, rows, hidden),
+            "x": (steps, rows, width),
+            "w_ih": (mode.gates * hidden, width),
+            "w_hh": (mode.gates * hidden, hidden),
+            "b_ih": (mode.gates * hidden,),
+            "b_hh": (mode.gates * hidden,),
+            "h": (rows, hidden),
+            "c": (rows, hidden),
+        }
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            names = {name: (0.4 * torch.randn(shape, generator=draw)).to(dtype) for name, shape in shapes.items()}
+            grad, x, *weights, h, c = (value.double() for value in names.values())
+            cell = c if mode == Mode.LSTM else None
+            if op.startswith("recurrent_cell"):
+                arguments: tuple[Any, ...] = (mode, x[0], h, cell, *weights)
+                if op == "recurrent_cell_backward":
+                    arguments = (mode, grad[0], None, h, cell, *reference.recurrent_cell(*arguments))
+            else:
+                operands: tuple[Any, ...] = (x, None, *weights, None, h, cell, None)
+                flags = (False, False)
+                arguments = (mode, *operands, *flags, True)
+                if op == "recurrent_backward":
+                    output, _, _, gates, cells = reference.recurrent(*arguments)
+                    # The cells stay in the dtype of the algebra.
+                    arguments = (mode, grad, None, None, *operands, output, gates, cells, *flags, 0b11011111)
+            cells_at = 16 if op == "recurrent_backward" else -1
+            given = [
+                value.to(device, work_dtype(dtype) if i == cells_at and value.numel() else dtype)
+                if isinstance(value, torch.Tensor)
+                else value
+                for i, value in enumerate(arguments)
+            ]
+            got, want = getattr(torch.ops.fastgen, op)(*given), getattr(reference, op)(*arguments)
+            for actual, expected in zip(got, want, strict=True):
+                allowed = 8 * torch.finfo(dtype).eps * (1 + expected.abs())
+                error = (actual.cpu().double() - expected).abs()
+                if not bool((error <= allowed).all()):
+                    yield f"{mode.name}: off by up to {float(error.max()):.3g} in {dtype}"
+                    break
 
 
 def _tuple(value: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

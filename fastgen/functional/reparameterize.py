@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen import _ops
+from fastgen._ops import reparameterize as ops
 from fastgen.random import AnyGenerator, fresh_seed_offset, seed_offset_for
 
 _FULL = (torch.float32, torch.float64)
@@ -95,7 +95,7 @@ def reparameterize(mu: Tensor, logvar: Tensor, *, generator: AnyGenerator = None
     Raises:
         TypeError, ValueError: for a dtype, shape, device or generator that does not fit, naming it.
     """
-    return _ops.reparameterize(*_prepare(mu, logvar, generator, eps))
+    return ops.reparameterize(*_prepare(mu, logvar, generator, eps))
 
 
 def reparameterize_kl(
@@ -114,4 +114,4 @@ def reparameterize_kl(
     mu, logvar, seed_offset, eps = _prepare(mu, logvar, generator, eps)
     if mu.dim() == 0:
         raise ValueError("mu: expected at least one dimension to sum the divergence over, got a 0-d tensor")
-    return _ops.reparameterize_kl(mu, logvar, seed_offset, eps)
+    return ops.reparameterize_kl(mu, logvar, seed_offset, eps)

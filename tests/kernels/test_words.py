@@ -10,8 +10,8 @@ import pytest
 import torch
 from support import ISAS, assert_same_bits, call
 
-from fastgen import reference
 from fastgen.random import Generator
+from fastgen.reference import random as reference
 
 BITS, UNIFORM, NORMAL, EXPONENTIAL, BERNOULLI = range(5)
 WIDTHS = {

@@ -1,4 +1,4 @@
-"""The registered ops under PyTorch's own checks and transforms."""
+"""The ops of random.py and reparameterize.py under PyTorch's own checks and transforms."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from support import FLOATS, call
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from fastgen import _ops, random
+from fastgen import random
 from fastgen._load import use_cpu_isa
+from fastgen._ops import random as random_ops
+from fastgen._ops import reparameterize as reparameterize_ops
 from fastgen.functional import reparameterize, reparameterize_kl
 from fastgen.random import Generator
 
@@ -54,7 +56,7 @@ def samples() -> list[tuple[str, tuple]]:
     return out
 
 
-@pytest.mark.parametrize("name", _ops.SCHEMAS)
+@pytest.mark.parametrize("name", [*random_ops.SCHEMAS, *reparameterize_ops.SCHEMAS])
 def test_opcheck(name):
     """Schema (nothing is written or aliased but what it says), fake kernel (shapes, strides, dtypes) and dispatch."""
     mine = [args for op, args in samples() if op == name]

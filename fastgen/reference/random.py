@@ -1,12 +1,9 @@
-"""Every op of fastgen in plain PyTorch.
+"""The random stream: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-This is the definition of each op: the fallback where no kernel was built for a device, and, in
-double precision, the oracle of the tests. The random numbers are made of integer operations and of
-single IEEE additions, multiplications, divisions and square roots in a fixed order, so they have the
-same bits here, in every CPU kernel and on a GPU. `csrc/common/` holds the same algorithm; its
-coefficients come from `scripts/fit_polynomials.py`.
+The numbers are made of integer operations and of single IEEE additions, multiplications, divisions and
+square roots in a fixed order, so they have the same bits here, in every CPU kernel and on a GPU.
+`csrc/common/` holds the same algorithm; its coefficients come from `scripts/fit_polynomials.py`.
 
-Random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 The key is the seed; the counter is (block, 0, width) with a 64-bit block number. Element `e` of the
 stream is word `e % 4` of block `e // 4` for 32-bit draws (width 0: fp32, bf16, fp16, bool) and the
 64-bit word `e % 2` of block `e // 2` for 64-bit draws (width 1: fp64, int64), `e = offset + index`.
@@ -271,65 +268,3 @@ def normal(seed_offset: Tensor, size: list[int], dtype: torch.dtype, mean: float
     if (mean, std) != (0.0, 1.0):  # 0 + z would lose the sign of a zero
         z = mean + std * z
     return _finish(z, seed_offset, size, dtype)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reparameterised sampling. Exactly one of `seed_offset` and `eps` is given. Results are contiguous.
-
-
-def noise_for(like: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
-    """The standard normals of a call, in the dtype the algebra runs in: fp64, or fp32 for the rest."""
-    work = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if eps is not None:
-        return eps.to(work)
-    return torch.ops.fastgen.normal(seed_offset, like.shape, work, 0.0, 1.0)
-
-
-def reparameterize(mu: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
-    noise = noise_for(mu, seed_offset, eps)
-    sigma = torch.exp(0.5 * logvar.to(noise.dtype))
-    return (mu.to(noise.dtype) + sigma * noise).to(mu.dtype).contiguous()
-
-
-def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, 1)) summed over the last dimension (Kingma & Welling, 2014, app. B)."""
-    work = torch.float64 if mu.dtype == torch.float64 else torch.float32
-    mu_w, logvar_w = mu.to(work), logvar.to(work)
-    return (0.5 * (mu_w * mu_w + (torch.expm1(logvar_w) - logvar_w)).sum(-1)).to(mu.dtype).contiguous()
-
-
-def reparameterize_kl(
-    mu: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return reparameterize(mu, logvar, seed_offset, eps), kl_divergence(mu, logvar)
-
-
-def reparameterize_backward(grad_z: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
-    """dL/dlogvar of `reparameterize`; dL/dmu is grad_z itself."""
-    noise = noise_for(logvar, seed_offset, eps)
-    sigma = torch.exp(0.5 * logvar.to(noise.dtype))
-    return (0.5 * (grad_z.to(noise.dtype) * (sigma * noise))).to(logvar.dtype).contiguous()
-
-
-def reparameterize_kl_backward(
-    grad_z: Tensor | None,
-    grad_kl: Tensor | None,
-    mu: Tensor,
-    logvar: Tensor,
-    seed_offset: Tensor | None,
-    eps: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(dL/dmu, dL/dlogvar) = (gz + gk mu, (gz sigma eps + gk (sigma^2 - 1)) / 2)."""
-    work = torch.float64 if mu.dtype == torch.float64 else torch.float32
-    mu_w, logvar_w = mu.to(work), logvar.to(work)
-    grad_mu, grad_logvar = torch.zeros_like(mu_w), torch.zeros_like(mu_w)
-    if grad_z is not None:
-        noise = noise_for(mu, seed_offset, eps)
-        gz = grad_z.to(work)
-        grad_mu = grad_mu + gz
-        grad_logvar = grad_logvar + 0.5 * (gz * (torch.exp(0.5 * logvar_w) * noise))
-    if grad_kl is not None:
-        gk = grad_kl.to(work).unsqueeze(-1)
-        grad_mu = grad_mu + gk * mu_w
-        grad_logvar = grad_logvar + 0.5 * (gk * torch.expm1(logvar_w))
-    return grad_mu.to(mu.dtype).contiguous(), grad_logvar.to(mu.dtype).contiguous()

@@ -1,54 +1,22 @@
-"""The registered ops `torch.ops.fastgen.*` (schemas, shapes), and the differentiable calls around them.
-
-The schemas stand here and nowhere else, so that the package imports and compiles with or without the
-binary; `csrc/torch/` adds kernels for the CPU and CUDA dispatch keys, and `reference.py` serves every
-device that has none. `seed_offset` is an int64 tensor (2,) on the device of the result; the random
-ops also take (S, 2) and then give S streams, stacked.
-"""
+"""Reparameterised sampling: the ops and their gradients of every order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastgen import reference
+from fastgen._ops.library import differentiable, register
 
-_RANDOM = "(Tensor seed_offset, SymInt[] size, ScalarType dtype{}) -> Tensor"
 SCHEMAS = {
-    "claim": "(Tensor(a!) state, SymInt count) -> Tensor",
-    "random_bits": _RANDOM.format(""),
-    "uniform": _RANDOM.format(", float low, float high"),
-    "normal": _RANDOM.format(", float mean, float std"),
-    "exponential": _RANDOM.format(", float rate"),
-    "bernoulli": _RANDOM.format(", float p"),
     "reparameterize": "(Tensor mu, Tensor logvar, Tensor? seed_offset, Tensor? eps) -> Tensor",
     "reparameterize_backward": "(Tensor grad_z, Tensor logvar, Tensor? seed_offset, Tensor? eps) -> Tensor",
     "reparameterize_kl": "(Tensor mu, Tensor logvar, Tensor? seed_offset, Tensor? eps) -> (Tensor, Tensor)",
     "reparameterize_kl_backward": "(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor? seed_offset, "
     "Tensor? eps) -> (Tensor, Tensor)",
 }
-RANDOM_OPS = ("random_bits", "uniform", "normal", "exponential", "bernoulli")
-
-_library = torch.library.Library("fastgen", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Shapes
-
-
-def _fake_random(seed_offset: Tensor, size: list[int], dtype: torch.dtype, *_: float) -> Tensor:
-    return seed_offset.new_empty([*seed_offset.shape[:-1], *size], dtype=dtype)
-
-
-def _fake_claim(state: Tensor, count: int) -> Tensor:
-    return state.new_empty(state.shape)
 
 
 def _fake_z(mu: Tensor, logvar: Tensor, seed_offset: Tensor | None, eps: Tensor | None) -> Tensor:
@@ -70,81 +38,16 @@ def _fake_gradients(
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
-_fakes: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(RANDOM_OPS, _fake_random),
-    "claim": _fake_claim,
-    "reparameterize": _fake_z,
-    "reparameterize_backward": _fake_z,
-    "reparameterize_kl": _fake_z_kl,
-    "reparameterize_kl_backward": _fake_gradients,
-}
-for _name, _fake in _fakes.items():
-    torch.library.register_fake(f"fastgen::{_name}", _fake, lib=_library)
-
-
-# ---------------------------------------------------------------------------------------------------
-# vmap of the random ops: one stream a sample, stacked.
-
-
-def _stacked_streams(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
-    def rule(info: Any, in_dims: tuple[Any, ...], seed_offset: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        seeds = seed_offset.movedim(in_dims[0], 0)
-        return op(seeds.reshape(-1, 2), *rest).unflatten(0, seeds.shape[:-1]), 0
-
-    return rule
-
-
-for _name in RANDOM_OPS:
-    torch.library.register_vmap(f"fastgen::{_name}", _stacked_streams(getattr(torch.ops.fastgen, _name)), lib=_library)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Gradients. The ops themselves are not differentiable; `differentiable` puts an autograd.Function around
-# one. (`torch.library.register_autograd` would do, at 4 us more for each call without a gradient and 8 us
-# with: as much as the whole of a small op.)
-
-
-def differentiable(
-    op: Callable[..., Any],
-    plain: Callable[..., Any],
-    gradient: Callable[..., tuple[Tensor | None, ...]],
-    keep: tuple[int, ...],
-) -> Callable[..., Any]:
-    """`op` with a gradient.
-
-    Args:
-        op: takes tensors (or None) only.
-        plain: the same in plain PyTorch. Under torch.func and in forward-mode differentiation it runs in place
-            of the op, so that vmap, jvp, jacfwd and hessian nest as they like; the noise is the op's.
-        gradient: (ctx, *grads) -> gradients of the inputs; undefined gradients come as None.
-        keep: which inputs `gradient` finds in ctx.saved_tensors.
-    """
-
-    class Op(torch.autograd.Function):
-        backward = staticmethod(gradient)
-
-        @staticmethod
-        def forward(ctx: Any, *args: Tensor | None) -> Any:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*[args[i] for i in keep])
-            return op(*args)
-
-    recording = torch.is_grad_enabled
-
-    def call(*args: Tensor | None) -> Any:
-        if _transforming() or forward_ad._current_level >= 0:
-            return plain(*args)
-        if recording():
-            for value in args:
-                if value is not None and value.requires_grad:
-                    return Op.apply(*args)
-        return op(*args)
-
-    return call
-
-
-# Private to torch; without it every call is taken for a transformed one, which is right, only slower.
-_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+register(
+    SCHEMAS,
+    reference,
+    {
+        "reparameterize": _fake_z,
+        "reparameterize_backward": _fake_z,
+        "reparameterize_kl": _fake_z_kl,
+        "reparameterize_kl_backward": _fake_gradients,
+    },
+)
 
 
 # A backward is itself an op that regenerates the noise; its own gradient is plain PyTorch on the same

@@ -1,0 +1,77 @@
+"""The op library `torch.ops.fastgen`: one way to register an op, and one to make it differentiable.
+
+The schemas stand in this package and nowhere else, so that fastgen imports and compiles with or without
+the binary; `csrc/torch/` adds kernels for the CPU and CUDA dispatch keys, and `fastgen.reference` serves
+every device that has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+SCHEMAS: dict[str, str] = {}  # every op that is registered
+
+library = torch.library.Library("fastgen", "DEF")
+
+
+def register(schemas: dict[str, str], plain: ModuleType, fakes: dict[str, Callable[..., Any]]) -> None:
+    """Define ops by schema, with their functions in plain PyTorch and their shapes, each by the op's name."""
+    for name, schema in schemas.items():
+        library.define(name + schema)
+        library.impl(name, getattr(plain, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastgen::{name}", fakes[name], lib=library)
+    SCHEMAS.update(schemas)
+
+
+# The ops themselves are not differentiable; `differentiable` puts an autograd.Function around one.
+# (`torch.library.register_autograd` would do, at 4 us more for each call without a gradient and 8 us with:
+# as much as the whole of a small op.)
+
+
+def differentiable(
+    op: Callable[..., Any],
+    plain: Callable[..., Any],
+    gradient: Callable[..., tuple[Tensor | None, ...]],
+    keep: tuple[int, ...],
+) -> Callable[..., Any]:
+    """`op` with a gradient.
+
+    Args:
+        op: takes tensors (or None) only.
+        plain: the same in plain PyTorch. Under torch.func and in forward-mode differentiation it runs in place
+            of the op, so that vmap, jvp, jacfwd and hessian nest as they like; the noise is the op's.
+        gradient: (ctx, *grads) -> gradients of the inputs; undefined gradients come as None.
+        keep: which inputs `gradient` finds in ctx.saved_tensors.
+    """
+
+    class Op(torch.autograd.Function):
+        backward = staticmethod(gradient)
+
+        @staticmethod
+        def forward(ctx: Any, *args: Tensor | None) -> Any:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*[args[i] for i in keep])
+            return op(*args)
+
+    recording = torch.is_grad_enabled
+
+    def call(*args: Tensor | None) -> Any:
+        if transforming() or forward_ad._current_level >= 0:
+            return plain(*args)
+        if recording():
+            for value in args:
+                if value is not None and value.requires_grad:
+                    return Op.apply(*args)
+        return op(*args)
+
+    return call
+
+
+# Private to torch; without it every call is taken for a transformed one, which is right, only slower.
+transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)

@@ -1,0 +1,46 @@
+"""Every op of fastgen in plain PyTorch, one file a family.
+
+This is the definition of each op: the fallback where no kernel was built for a device, and, in double
+precision, the oracle of the tests.
+"""
+
+from fastgen.reference.random import (
+    below,
+    bernoulli,
+    claim,
+    exponential,
+    normal,
+    philox4x32,
+    random_bits,
+    uniform,
+)
+from fastgen.reference.recurrent import recurrent, recurrent_backward, recurrent_cell, recurrent_cell_backward
+from fastgen.reference.reparameterize import (
+    kl_divergence,
+    noise_for,
+    reparameterize,
+    reparameterize_backward,
+    reparameterize_kl,
+    reparameterize_kl_backward,
+)
+
+__all__ = [
+    "below",
+    "bernoulli",
+    "claim",
+    "exponential",
+    "kl_divergence",
+    "noise_for",
+    "normal",
+    "philox4x32",
+    "random_bits",
+    "recurrent",
+    "recurrent_backward",
+    "recurrent_cell",
+    "recurrent_cell_backward",
+    "reparameterize",
+    "reparameterize_backward",
+    "reparameterize_kl",
+    "reparameterize_kl_backward",
+    "uniform",
+]
