@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fastgen.cli.command import Command, option_name
 from fastgen.data import ImageSet, load_images
 from fastgen.models import VAEConfig
 from fastgen.train import Interrupted, Trainer, TrainingConfig, TrainingResult, VAERecipe, read_run
@@ -27,6 +26,9 @@ _TRAINING = TrainingConfig()
 _MODEL = VAEConfig()
 _BUILT_IN = ("mnist", "digits")
 
+# Options that are named otherwise than the fields they set.
+_OPTIONS = {"learning_rate": "lr", "kl_warmup_steps": "kl_warmup"}
+
 
 def _option(help: str, *, default: object = None, panel: str, metavar: str | None = None) -> Any:
     """An option that is None unless it is given; `default` is what the library then takes."""
@@ -35,7 +37,7 @@ def _option(help: str, *, default: object = None, panel: str, metavar: str | Non
     return typer.Option(help=help, show_default=False, rich_help_panel=panel, metavar=metavar)
 
 
-@train.command("vae", cls=Command)
+@train.command("vae")
 def vae(
     data: Annotated[
         str | None,
@@ -216,7 +218,8 @@ def vae(
         trainer = _new_vae(source, model, training, report, out, quiet)
     else:
         for name in (*source, *model, *report, *_given(out=out), *(training.keys() - set(CHANGEABLE))):
-            raise ValueError(f"--resume: goes on with the run as it was started, but {option_name(name)} was given too")
+            option = _OPTIONS.get(name, name).replace("_", "-")
+            raise ValueError(f"--resume: goes on with the run as it was started, but --{option} was given too")
         trainer = _resumed_vae(resume, training, quiet)
     try:
         result = trainer.fit()

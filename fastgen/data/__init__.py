@@ -1,5 +1,7 @@
 """Readers of training data, one file a modality, and the sets they give."""
 
 from fastgen.data.images import ImageSet, load_images
+from fastgen.data.streams import Streams
+from fastgen.data.text import TextSet, TokenSet, load_text
 
-__all__ = ["ImageSet", "load_images"]
+__all__ = ["ImageSet", "Streams", "TextSet", "TokenSet", "load_images", "load_text"]

