@@ -69,7 +69,7 @@ def fit(
     """
     if not isinstance(model, (VAE, VAEConfig)):
         raise TypeError(f"model: expected a VAE or a VAEConfig, got {type(model).__name__}")
-    config = TrainingConfig(**options)
+    config = VAERecipe.training_config(**options)
     train, held_out = data.split(seed=config.seed) if test is None else (data, test)
     recipe = VAERecipe(model, train, held_out, seed=config.seed)
-    return Trainer(recipe, config, out=out, resume=resume, name=train.name, progress=progress).fit()
+    return Trainer(recipe, config, out=out, resume=resume, progress=progress).fit()

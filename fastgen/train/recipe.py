@@ -68,6 +68,8 @@ class Recipe(abc.ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Fields of `TrainingConfig` for which the family has defaults of its own; see `training_config`."""
 
+    data_name: str = "data"
+    """What the data is called in the name of the run folder."""
     unit: str = "examples"
     """What the speed of training is counted in."""
     units_per_example: int = 1

@@ -110,10 +110,9 @@ class Trainer:
     Args:
         recipe: what to train.
         config: how.
-        out: run folder, default `runs/<model>-<name>-<time>`. An existing one is never overwritten.
+        out: run folder, default `runs/<model>-<data>-<time>`. An existing one is never overwritten.
         resume: continue the run in `out` from its latest checkpoint. Model, data and config must be those
             it was started with, but how long it goes on and the device may change.
-        name: what the default folder is called after, usually the data.
         record: more entries for config.json, such as where the data came from.
         progress: "auto" (a bar in a terminal, else lines), "bar", "lines" or "quiet".
 
@@ -130,7 +129,6 @@ class Trainer:
         *,
         out: str | os.PathLike[str] | None = None,
         resume: bool = False,
-        name: str = "data",
         record: Mapping[str, Any] | None = None,
         progress: ProgressMode = "auto",
     ) -> None:
@@ -174,7 +172,7 @@ class Trainer:
         self._window: list[Tensor] = []  # of each step since the last row of metrics.csv, the metrics _names
         self._seconds_before = 0.0  # spent by earlier processes of this run
         self._signal = 0
-        self.out = self._open_folder(out, resume, name, record or {})
+        self.out = self._open_folder(out, resume, record or {})
         self._checkpoints = CheckpointFolder(self.out / "checkpoints", config.keep_checkpoints)
         if resume:
             self._load_latest()
@@ -435,9 +433,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------
     # Beginning and end
 
-    def _open_folder(
-        self, out: str | os.PathLike[str] | None, resume: bool, name: str, record: Mapping[str, Any]
-    ) -> Path:
+    def _open_folder(self, out: str | os.PathLike[str] | None, resume: bool, record: Mapping[str, Any]) -> Path:
         """The run folder, with its config.json; the same on all processes."""
         with extra("train"):
             from accelerate.utils import broadcast_object_list
@@ -460,7 +456,7 @@ class Trainer:
                 check_same_run(folder, before, description)
                 description = {**before, "training": description["training"]}
             else:
-                folder = new_folder(out, f"{self.recipe.model_type}-{name}")
+                folder = new_folder(out, f"{self.recipe.model_type}-{self.recipe.data_name}")
                 description["created"] = datetime.now().astimezone().isoformat(timespec="seconds")
             write_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
         shared = [folder]

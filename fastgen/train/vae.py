@@ -73,6 +73,7 @@ class VAERecipe(Recipe):
         self._num_importance_samples = _validate.integer("num_importance_samples", num_importance_samples, 1)
         self._num_pictures = _validate.integer("num_pictures", num_pictures, 1)
         self._train, self._test, self._seed = train, test, seed
+        self.data_name = train.name
         self.model = model if isinstance(model, VAE) else _initialised(model, seed)
 
     @property

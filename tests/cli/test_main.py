@@ -136,7 +136,7 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr("fastgen.cli.train.load_images", broken)
+    monkeypatch.setattr("fastgen.cli.train.vae.load_images", broken)
     with pytest.raises(KeyError):
         main(["train", "vae", "--data", "digits"])
 

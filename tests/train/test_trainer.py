@@ -333,7 +333,7 @@ def test_folders_are_never_overwritten(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(FileNotFoundError, match="full: not a run folder"):
         train(Regression(), tmp_path / "full", resume=True)
     monkeypatch.chdir(tmp_path)
-    folder = Trainer(Regression(), TrainingConfig(device="cpu"), name="points", progress="quiet").out
+    folder = Trainer(Regression(), TrainingConfig(device="cpu"), progress="quiet").out
     assert folder.parent == Path("runs")
     assert folder.name.startswith("regression-points-20")
 

@@ -19,6 +19,7 @@ class Regression(Recipe):
     """A network with dropout on noisy inputs, two optimisers that take turns: what a recipe may do."""
 
     model_type = "regression"
+    data_name = "points"
     metrics = ("loss", "penalty")
     criterion = "loss"
 

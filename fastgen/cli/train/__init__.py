@@ -1,0 +1,12 @@
+"""`fastgen train`: a command for each family of models."""
+
+from __future__ import annotations
+
+import typer
+
+from fastgen.cli.train.vae import train_vae
+
+__all__ = ["train"]
+
+train = typer.Typer(no_args_is_help=True, help="Train a model.")
+train.command("vae")(train_vae)

@@ -1,0 +1,80 @@
+"""Options that all commands of `fastgen train` have. Those whose defaults differ are in the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastgen.train import TrainingConfig
+
+__all__ = [
+    "Device",
+    "EvaluateEvery",
+    "EvaluateSteps",
+    "KeepCheckpoints",
+    "LogEvery",
+    "MaxSeconds",
+    "MaxSteps",
+    "MixedPrecision",
+    "Out",
+    "Patience",
+    "Quiet",
+    "Resume",
+    "SaveEvery",
+    "Schedule",
+    "Seed",
+    "Tensorboard",
+    "WarmupSteps",
+    "WeightDecay",
+    "option",
+]
+
+_DEFAULT = TrainingConfig()
+
+
+def option(help: str, *, default: object = None, panel: str, metavar: str | None = None) -> Any:
+    """An option that is None unless it is given; `default` is what the library then takes."""
+    if default is not None:
+        help += f"  [default: {default}]"
+    return typer.Option(help=help, show_default=False, rich_help_panel=panel, metavar=metavar)
+
+
+MaxSteps = Annotated[int | None, option("Stop after so many steps.", panel="Training")]
+MaxSeconds = Annotated[
+    float | None, option("Stop after so many seconds. Such a run cannot be repeated exactly.", panel="Training")
+]
+Patience = Annotated[
+    int | None,
+    option("Stop after so many evaluations without a better one.", default="goes on to the end", panel="Training"),
+]
+Schedule = Annotated[
+    str | None, option("cosine (falls to 0) or constant.", default=_DEFAULT.schedule, panel="Training")
+]
+WarmupSteps = Annotated[
+    int | None, option("Steps up to the highest rate.", default=_DEFAULT.warmup_steps, panel="Training")
+]
+WeightDecay = Annotated[float | None, option("Of AdamW, decoupled.", default=_DEFAULT.weight_decay, panel="Training")]
+Seed = Annotated[int | None, option("Of weights, split, order and noise.", default=_DEFAULT.seed, panel="Training")]
+Device = Annotated[str | None, option("auto, cpu or cuda.", default=_DEFAULT.device, panel="Training")]
+MixedPrecision = Annotated[str | None, option("no, bf16 or fp16.", default=_DEFAULT.mixed_precision, panel="Training")]
+Out = Annotated[Path | None, option("New folder for the run.", default="runs/MODEL-DATA-TIME", panel="Run")]
+Resume = Annotated[
+    Path | None,
+    option("Continue the run in this folder, with its own data and settings.", panel="Run", metavar="RUN"),
+]
+LogEvery = Annotated[int | None, option("Steps between rows of metrics.", default=_DEFAULT.log_every, panel="Run")]
+EvaluateEvery = Annotated[
+    int | None, option("Epochs between evaluations.", default=_DEFAULT.evaluate_every, panel="Run")
+]
+EvaluateSteps = Annotated[int | None, option("Steps between evaluations, in place of epochs.", panel="Run")]
+SaveEvery = Annotated[int | None, option("Steps between checkpoints.", default="after evaluations", panel="Run")]
+KeepCheckpoints = Annotated[
+    int | None, option("Latest checkpoints to keep.", default=_DEFAULT.keep_checkpoints, panel="Run")
+]
+Tensorboard = Annotated[
+    bool | None,
+    typer.Option("--tensorboard/--no-tensorboard", help="Write events.  [default: yes]", rich_help_panel="Run"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.", rich_help_panel="Run")]

@@ -1,0 +1,153 @@
+"""What the commands of `fastgen train` have in common: from the options given to a finished run."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import typer
+
+from fastgen.train import Interrupted, Recipe, Trainer, TrainingConfig, TrainingResult, read_run
+from fastgen.train.config import CHANGEABLE
+from fastgen.train.run_folder import check_new_folder
+
+__all__ = ["Family", "Options", "integers", "run", "size", "tell"]
+
+Options = dict[str, Any]
+
+# Options that are named otherwise than the fields they set.
+_FIELDS = {
+    "importance_samples": "num_importance_samples",
+    "kl_warmup": "kl_warmup_steps",
+    "lr": "learning_rate",
+}
+_TRAINING = {field.name for field in dataclasses.fields(TrainingConfig)}
+
+
+class Family(abc.ABC):
+    """How one family of models is made from the options of its command."""
+
+    recipe: ClassVar[type[Recipe]]
+    expected_data: ClassVar[str]
+    """What `--data` may be, in words."""
+    built_in: ClassVar[tuple[str, ...]]
+    """Names that `--data` takes for data of other packages."""
+    source: ClassVar[tuple[str, ...]]
+    """The options that say what the data is: a run keeps them to find it again."""
+    report: ClassVar[tuple[str, ...]]
+    """The fields of evaluation and report; what is neither in them, the source nor training is the model's."""
+
+    @abc.abstractmethod
+    def new(self, source: Options, model: Options, report: Options, config: TrainingConfig, quiet: bool) -> Recipe:
+        """The recipe of a new run."""
+
+    @abc.abstractmethod
+    def again(self, record: Mapping[str, Any], config: TrainingConfig, quiet: bool) -> Recipe:
+        """The recipe of a run, from its config.json; KeyError or TypeError where that is not of this version."""
+
+    @abc.abstractmethod
+    def summary(self, result: TrainingResult) -> str:
+        """The result in a line."""
+
+    @abc.abstractmethod
+    def next_command(self, result: TrainingResult) -> list[str]:
+        """What to do with the result."""
+
+
+def run(family: Family, options: Mapping[str, Any]) -> None:
+    """Train as the options of the command say; those not given are None."""
+    quiet, out, resume = options["quiet"], options["out"], options["resume"]
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("quiet", "out", "resume"):
+        given.pop(name, None)
+    fields = {_FIELDS.get(name, name): value for name, value in given.items()}
+    training = {name: value for name, value in fields.items() if name in _TRAINING}
+    source = {name: value for name, value in fields.items() if name in family.source}
+    report = {name: value for name, value in fields.items() if name in family.report}
+    model = {name: value for name, value in fields.items() if not {name} & {*training, *source, *report}}
+    if resume is None:
+        if "data" not in source:
+            raise ValueError(f"--data: expected {family.expected_data}; or --resume RUN")
+        if out is not None:
+            check_new_folder(out)  # before the data is read, which may take minutes
+        if source["data"] not in family.built_in:
+            source["data"] = str(Path(source["data"]).absolute())
+        trainer = _new(family, source, model, report, training, out, quiet)
+    else:
+        for name in (*given, *(["out"] if out is not None else [])):
+            if name not in CHANGEABLE:
+                option = name.replace("_", "-")
+                raise ValueError(f"--resume: goes on with the run as it was started, but --{option} was given too")
+        trainer = _resumed(family, resume, training, quiet)
+    try:
+        result = trainer.fit()
+    except Interrupted as stopped:
+        command = shlex.join(["fastgen", "train", family.recipe.model_type, "--resume", str(stopped.out)])
+        if trainer.accelerator.is_main_process:
+            typer.echo(f"{stopped}; to go on: {command}", err=True)
+        raise typer.Exit(128 + stopped.signal) from None
+    if trainer.accelerator.is_main_process and not quiet:
+        typer.echo(family.summary(result))
+        for path in result.files:
+            typer.echo(f"  {path}")
+        typer.echo(f"next: {shlex.join(family.next_command(result))}")
+
+
+def _new(
+    family: Family,
+    source: Options,
+    model: Options,
+    report: Options,
+    training: Options,
+    out: Path | None,
+    quiet: bool,
+) -> Trainer:
+    config = family.recipe.training_config(**training)
+    recipe = family.new(source, model, report, config, quiet)
+    record = {"source": source, "command": ["fastgen", *sys.argv[1:]]}
+    return Trainer(recipe, config, out=out, record=record, progress="quiet" if quiet else "auto")
+
+
+def _resumed(family: Family, folder: Path, training: Options, quiet: bool) -> Trainer:
+    record = read_run(folder)
+    if "source" not in record:
+        raise ValueError(f"{folder}: was started from Python; continue it there, with fit(..., out=..., resume=True)")
+    if record.get("model_type", family.recipe.model_type) != family.recipe.model_type:
+        command = shlex.join(["fastgen", "train", str(record["model_type"]), "--resume", str(folder)])
+        raise ValueError(f"{folder}: holds a run of another model; continue it with: {command}")
+    try:
+        config = TrainingConfig(**{**record["training"], **training})
+        recipe = family.again(record, config, quiet)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: its config.json is not of this version of fastgen ({error})") from None
+    return Trainer(recipe, config, out=folder, resume=True, progress="quiet" if quiet else "auto")
+
+
+def tell(text: str, quiet: bool) -> None:
+    """A line on stderr, of one process."""
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        typer.echo(text, err=True)
+
+
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """The ints of an option such as 512,256."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--{name}: expected ints with commas between them, got {text!r}") from None
+
+
+def size(name: str, text: str) -> int | float:
+    """A count (int) or a fraction (float)."""
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    raise ValueError(f"--{name}: expected a count or a fraction, got {text!r}")
