@@ -62,7 +62,7 @@ def differentiable(
     recording = torch.is_grad_enabled
 
     def call(*args: Tensor | None) -> Any:
-        if transforming() or forward_ad._current_level >= 0:
+        if plain_only():
             return plain(*args)
         if recording():
             for value in args:
@@ -75,3 +75,8 @@ def differentiable(
 
 # Private to torch; without it every call is taken for a transformed one, which is right, only slower.
 transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def plain_only() -> bool:
+    """Whether a call must be made of PyTorch's own ops: under torch.func, and in forward-mode differentiation."""
+    return transforming() or forward_ad._current_level >= 0

@@ -5,13 +5,17 @@ What the arguments and results are, shape by shape, stands in `fastgen/reference
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastgen import reference
-from fastgen._ops.library import register
+from fastgen._ops.library import plain_only, register, transforming
 from fastgen.reference.recurrent import Mode, work_dtype
 
-__all__ = ["SCHEMAS", "Mode"]
+__all__ = ["SCHEMAS", "Mode", "plain_only", "recurrent", "recurrent_cell"]
 
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 _SEQUENCE = f"Tensor input, Tensor? batch_sizes, {_WEIGHTS}, Tensor? w_hr, Tensor h_0, Tensor? c_0, Tensor? h_mask"
@@ -126,3 +130,148 @@ register(
         "recurrent_cell_backward": _fake_recurrent_cell_backward,
     },
 )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Gradients. A first derivative is an op. Where more is asked for (create_graph=True, batched gradients), it
+# is taken by autograd through the reference instead, whose own derivatives of every order follow: correct
+# everywhere, at the speed of plain PyTorch. Under torch.func and in forward mode the reference runs from the
+# start, as in `differentiable`.
+
+
+class _Recurrent(torch.autograd.Function):
+    """Saves the operands, the output, and the gates and cells that the backward kernel reads; nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: int, batch_first: bool, reverse: bool, *operands: Tensor | None) -> Any:
+        output, h_n, c_n, gates, cells = _recurrent(mode, *operands, batch_first, reverse, True)
+        ctx.save_for_backward(*operands, output, gates, cells)
+        ctx.options = mode, batch_first, reverse
+        ctx.set_materialize_grads(False)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        mode, batch_first, reverse = ctx.options
+        *operands, output, gates, cells = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        if grads[0] is None and grads[1] is None and grads[2] is None:
+            return (None,) * (3 + len(wanted))
+        if _higher_order():
+
+            def forward(*operands: Tensor | None) -> tuple[Tensor, ...]:
+                return _plain(mode, *operands, batch_first, reverse, False)[:3]
+
+            return None, None, None, *_through(forward, operands, wanted, grads)
+        # The operands without the sequence's batch_sizes and h_mask are those that have gradients, in order.
+        needs = sum(1 << i for i, want in enumerate((wanted[0], *wanted[2:-1])) if want)
+        first, *rest = _recurrent_backward(mode, *grads, *operands, output, gates, cells, batch_first, reverse, needs)
+        results = (first, None, *rest, None)
+        return None, None, None, *(grad if want else None for grad, want in zip(results, wanted, strict=True))
+
+
+class _RecurrentCell(torch.autograd.Function):
+    """The op gives the gradients before the four products, which are taken here."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: int, *operands: Tensor | None) -> Any:
+        h_1, c_1, gates = _recurrent_cell(mode, *operands)
+        ctx.save_for_backward(*operands, h_1, c_1, gates)
+        ctx.mode = mode
+        ctx.set_materialize_grads(False)
+        return h_1, c_1
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None) -> Any:
+        mode = ctx.mode
+        *operands, h_1, c_1, gates = ctx.saved_tensors
+        _, *wanted = ctx.needs_input_grad
+        if grad_h is None and grad_c is None:
+            return (None,) * (1 + len(wanted))
+        if _higher_order():
+
+            def forward(*operands: Tensor | None) -> tuple[Tensor, ...]:
+                return _plain_cell(mode, *operands)[:2]
+
+            return None, *_through(forward, operands, wanted, (grad_h, grad_c))
+        input, h, c, w_ih, w_hh, _, _ = operands
+        from_input, from_state, direct, to_c = _recurrent_cell_backward(mode, grad_h, grad_c, h, c, h_1, c_1, gates)
+        if mode != Mode.GRU:
+            from_state = from_input
+        to_h = None
+        if wanted[1]:
+            to_h = torch.addmm(direct, from_state, w_hh) if mode == Mode.GRU else torch.mm(from_state, w_hh)
+        return (
+            None,
+            torch.mm(from_input, w_ih) if wanted[0] else None,
+            to_h,
+            to_c if wanted[2] else None,
+            torch.mm(from_input.t(), input) if wanted[3] else None,
+            torch.mm(from_state.t(), h) if wanted[4] else None,
+            from_input.sum(0) if wanted[5] else None,
+            from_state.sum(0) if wanted[6] else None,
+        )
+
+
+def _higher_order() -> bool:
+    """Whether the gradient that a backward pass is about to give will itself be differentiated, or is batched."""
+    # A compiled graph has first derivatives only.
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transforming())
+
+
+def _through(
+    forward: Callable[..., tuple[Tensor, ...]],
+    operands: list[Tensor | None],
+    wanted: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `forward` by autograd, differentiable themselves."""
+    with torch.enable_grad():
+        # Views, so that what one operand owes to another (or to the same tensor passed twice) is not followed.
+        views = [None if x is None else x.view_as(x) for x in operands]
+        pairs = [(y, g) for y, g in zip(forward(*views), grads, strict=True) if g is not None]
+        found = torch.autograd.grad(
+            [y for y, _ in pairs],
+            [x for x, want in zip(views, wanted, strict=True) if want and x is not None],
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    remaining = iter(found)
+    return tuple(next(remaining) if want else None for want in wanted)
+
+
+def recurrent(mode: int, batch_first: bool, reverse: bool, *operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, h_n, c_n) of the op `recurrent`, differentiable.
+
+    operands: input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask. h_mask has no gradient.
+    """
+    if plain_only():
+        return _plain(mode, *operands, batch_first, reverse, False)[:3]
+    if torch.is_grad_enabled():
+        for value in operands:
+            if value is not None and value.requires_grad:
+                return _Recurrent.apply(mode, batch_first, reverse, *operands)
+    return _recurrent(mode, *operands, batch_first, reverse, False)[:3]
+
+
+def recurrent_cell(mode: int, *operands: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(h_1, c_1) of the op `recurrent_cell`, differentiable.
+
+    operands: input, h, c, w_ih, w_hh, b_ih, b_hh.
+    """
+    if plain_only():
+        return _plain_cell(mode, *operands)[:2]
+    if torch.is_grad_enabled():
+        for value in operands:
+            if value is not None and value.requires_grad:
+                return _RecurrentCell.apply(mode, *operands)
+    return _recurrent_cell(mode, *operands)[:2]
+
+
+_plain: Callable[..., Any] = reference.recurrent
+_plain_cell: Callable[..., Any] = reference.recurrent_cell
+_recurrent = torch.ops.fastgen.recurrent.default
+_recurrent_backward = torch.ops.fastgen.recurrent_backward.default
+_recurrent_cell = torch.ops.fastgen.recurrent_cell.default
+_recurrent_cell_backward = torch.ops.fastgen.recurrent_cell_backward.default

@@ -1,5 +1,26 @@
 """Functions of fastgen; the same kernels stand behind `fastgen.nn` and `fastgen.models`."""
 
+from fastgen.functional.recurrent import (
+    gru,
+    gru_cell,
+    lstm,
+    lstm_cell,
+    rnn_relu,
+    rnn_relu_cell,
+    rnn_tanh,
+    rnn_tanh_cell,
+)
 from fastgen.functional.reparameterize import reparameterize, reparameterize_kl
 
-__all__ = ["reparameterize", "reparameterize_kl"]
+__all__ = [
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "reparameterize",
+    "reparameterize_kl",
+    "rnn_relu",
+    "rnn_relu_cell",
+    "rnn_tanh",
+    "rnn_tanh_cell",
+]

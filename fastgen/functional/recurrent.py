@@ -1,0 +1,483 @@
+"""The recurrent family: LSTM, GRU and Elman RNN, stacked, over whole sequences, and single steps.
+
+Equations and sources: `fastgen/reference/recurrent.py`. Arguments, layouts and gate order are PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen._ops import recurrent as ops
+from fastgen._ops.recurrent import Mode
+from fastgen.random import AnyGenerator, seed_offset_for
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    flat_weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+    generator: AnyGenerator = None,
+    state_dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked LSTM layers over a sequence (Hochreiter & Schmidhuber, 1997; projections: Sak et al., 2014).
+
+    Args:
+        input: (T, B, I), (B, T, I) with `batch_first`, or (N, I) with `batch_sizes`; T at least 1. float32,
+            float64, bfloat16 or float16 (computed in float32). Under autocast all but float64 becomes the
+            autocast dtype.
+        hx: (h_0, c_0) of shapes (num_layers * D, B, P) and (num_layers * D, B, H), D = 2 if bidirectional
+            else 1; None for zeros.
+        flat_weights: w_ih (4 H, I or D P), w_hh (4 H, P), with `bias` b_ih (4 H,), b_hh (4 H,), and with a
+            projection w_hr (P, H), for each layer and in it for each direction. P = H without a projection.
+        dropout: probability of a dropout between layers while `training`, drawn from `generator`.
+        batch_sizes: int64 (T,) on the CPU, descending: the rows of each step of a packed sequence, as in
+            `torch.nn.utils.rnn.PackedSequence`. Row b of a reversed direction begins at its own last step.
+        generator: a `fastgen.random.Generator`, a `torch.Generator`, or None for torch's default one. Each
+            dropout takes as many elements as its operand has, in row-major order.
+        state_dropout_mask: (num_layers * D, B, P), multiplies the h that enters the recurrent product, the
+            same at every step (Gal & Ghahramani, 2016); it brings its own scale and has no gradient.
+
+    Returns:
+        (output, h_n, c_n): output as input with D P for I; h_n and c_n as hx, each row's last states.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as PyTorch for what is no tensor, a dtype, a size; naming it.
+    """
+    if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+        raise RuntimeError(f"hx: expected two states (h_0, c_0), got {_described(hx)}")
+    h_0, c_0 = (None, None) if hx is None else hx
+    return _layers(
+        Mode.LSTM,
+        input,
+        h_0,
+        c_0,
+        flat_weights,
+        bias,
+        num_layers,
+        dropout if training else 0.0,
+        bidirectional,
+        batch_first,
+        batch_sizes,
+        generator,
+        state_dropout_mask,
+    )
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+    generator: AnyGenerator = None,
+    state_dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Stacked GRU layers over a sequence (Cho et al., 2014, with the reset gate after the product, as in PyTorch).
+
+    Args:
+        hx: h_0 of shape (num_layers * D, B, H), or None for zeros.
+        flat_weights: w_ih (3 H, I or D H), w_hh (3 H, H), with `bias` b_ih (3 H,), b_hh (3 H,), for each layer
+            and in it for each direction.
+
+    The others, and the errors, as for `lstm`.
+
+    Returns:
+        (output, h_n).
+    """
+    return _layers(
+        Mode.GRU,
+        input,
+        hx,
+        None,
+        flat_weights,
+        bias,
+        num_layers,
+        dropout if training else 0.0,
+        bidirectional,
+        batch_first,
+        batch_sizes,
+        generator,
+        state_dropout_mask,
+    )[:2]
+
+
+def rnn_tanh(
+    input: Tensor,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+    generator: AnyGenerator = None,
+    state_dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Stacked Elman layers with tanh (Elman, 1990). Arguments and results as for `gru`, with H rows for 3 H."""
+    return _layers(
+        Mode.RNN_TANH,
+        input,
+        hx,
+        None,
+        flat_weights,
+        bias,
+        num_layers,
+        dropout if training else 0.0,
+        bidirectional,
+        batch_first,
+        batch_sizes,
+        generator,
+        state_dropout_mask,
+    )[:2]
+
+
+def rnn_relu(
+    input: Tensor,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+    generator: AnyGenerator = None,
+    state_dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Stacked Elman layers with max(0, x). Arguments and results as for `rnn_tanh`."""
+    return _layers(
+        Mode.RNN_RELU,
+        input,
+        hx,
+        None,
+        flat_weights,
+        bias,
+        num_layers,
+        dropout if training else 0.0,
+        bidirectional,
+        batch_first,
+        batch_sizes,
+        generator,
+        state_dropout_mask,
+    )[:2]
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM.
+
+    Args:
+        input: (B, I), of the dtypes of `lstm`.
+        hx: (h, c), each (B, H).
+        w_ih, w_hh: (4 H, I), (4 H, H).
+        b_ih, b_hh: (4 H,), both or neither.
+
+    Returns:
+        The next (h, c). A row's result does not depend on the batch it is in.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `lstm`.
+    """
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise RuntimeError(f"hx: expected two states (h, c), got {_described(hx)}")
+    return _cell(Mode.LSTM, input, *hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of a GRU: the next h (B, H). As `lstm_cell`, with one state and 3 H rows for 4 H."""
+    return _cell(Mode.GRU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def rnn_tanh_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of an Elman RNN with tanh: the next h (B, H). As `lstm_cell`, with one state and H rows for 4 H."""
+    return _cell(Mode.RNN_TANH, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def rnn_relu_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of an Elman RNN with max(0, x), as `rnn_tanh_cell`."""
+    return _cell(Mode.RNN_RELU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def _layers(
+    mode: Mode,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    generator: AnyGenerator,
+    state_dropout_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, h_n, c_n), c_n empty unless LSTM."""
+    _check_input(input, batch_sizes, batch_first)
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout}")
+    directions = 2 if bidirectional else 1
+    total = num_layers * directions
+    unprojected = 4 if bias else 2
+    count = len(flat_weights)
+    projected = mode is Mode.LSTM and count == total * (unprojected + 1)
+    each = unprojected + projected
+    if count != total * each or total == 0:
+        raise RuntimeError(
+            f"flat_weights: expected {unprojected}{' or, projected, 5' if mode is Mode.LSTM and bias else ''} tensors "
+            f"for each of {num_layers} layers in {directions} directions, got {count}"
+        )
+    if _autocast(input):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, h_0, c_0, state_dropout_mask = _cast(dtype, input, h_0, c_0, state_dropout_mask)
+        flat_weights = _cast(dtype, *flat_weights)
+
+    if batch_sizes is None:
+        batch = input.shape[0 if batch_first else 1]
+    elif h_0 is not None and torch.compiler.is_compiling():
+        batch = h_0.shape[1]  # a graph cannot depend on the number in batch_sizes
+    else:
+        batch = int(batch_sizes[0])
+    hidden, state = flat_weights[0].shape[0] // mode.gates, flat_weights[1].shape[-1]
+    h: Sequence[Tensor]
+    c: Sequence[Tensor | None] = [None] * total
+    mask: Sequence[Tensor | None] = [None] * total
+    if h_0 is None:
+        h = [input.new_zeros(batch, state)] * total
+        if mode is Mode.LSTM:
+            c = [input.new_zeros(batch, hidden)] * total if projected else h
+    else:
+        _check("h_0", h_0, (total, batch, state), input)
+        h = h_0.unbind(0)
+        if c_0 is not None:
+            _check("c_0", c_0, (total, batch, hidden), input)
+            c = c_0.unbind(0)
+    if state_dropout_mask is not None:
+        _check("state_dropout_mask", state_dropout_mask, (total, batch, state), input)
+        if state_dropout_mask.requires_grad:
+            raise RuntimeError("state_dropout_mask: expected a tensor without gradient, got one that requires it")
+        mask = state_dropout_mask.unbind(0)
+
+    h_n, c_n = [], []
+    for layer in range(num_layers):
+        if layer > 0 and dropout > 0:
+            input = _dropout(input, dropout, generator)
+        outputs = []
+        for k in range(layer * directions, (layer + 1) * directions):
+            w_ih, w_hh, *more = flat_weights[k * each : (k + 1) * each]
+            b_ih, b_hh = (more[0], more[1]) if bias else (None, None)
+            w_hr = more[-1] if projected else None
+            _check_weights(mode, input, hidden, state, w_ih, w_hh, b_ih, b_hh, w_hr)
+            output, h_k, c_k = ops.recurrent(
+                mode,
+                batch_first,
+                k % directions == 1,
+                input,
+                batch_sizes,
+                w_ih,
+                w_hh,
+                b_ih,
+                b_hh,
+                w_hr,
+                h[k],
+                c[k],
+                mask[k],
+            )
+            outputs.append(output)
+            h_n.append(h_k)
+            c_n.append(c_k)
+        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    if total == 1:
+        return input, h_n[0].unsqueeze(0), c_n[0].unsqueeze(0)
+    return input, torch.stack(h_n), torch.stack(c_n)
+
+
+def _cell(
+    mode: Mode,
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _check_tensor("input", input)
+    if input.dim() != 2:
+        raise RuntimeError(f"input: expected 2 dimensions (B, I), got {tuple(input.shape)}")
+    if _autocast(input):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, h, c, w_ih, w_hh, b_ih, b_hh = _cast(dtype, input, h, c, w_ih, w_hh, b_ih, b_hh)
+    hidden = w_hh.shape[-1]
+    _check_weights(mode, input, hidden, hidden, w_ih, w_hh, b_ih, b_hh, None)
+    _check("h", h, (input.shape[0], hidden), input)
+    if c is not None:
+        _check("c", c, (input.shape[0], hidden), input)
+    return ops.recurrent_cell(mode, input, h, c, w_ih, w_hh, b_ih, b_hh)
+
+
+class _Dropout(torch.autograd.Function):
+    """x * mask / (1 - p) with the mask of the stream's elements; it is drawn again for the gradient, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed_offset: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(seed_offset)
+        ctx.p = p
+        return _masked(x, seed_offset, p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (seed_offset,) = ctx.saved_tensors
+        return _Dropout.apply(grad, seed_offset, ctx.p), None, None
+
+
+def _masked(x: Tensor, seed_offset: Tensor, p: float) -> Tensor:
+    mask = torch.ops.fastgen.bernoulli(seed_offset, x.shape, torch.bool, 1.0 - p)
+    return x * mask * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def _dropout(x: Tensor, p: float, generator: AnyGenerator) -> Tensor:
+    seed_offset = seed_offset_for(generator, x.numel(), x.device)
+    if ops.plain_only():
+        return _masked(x, seed_offset, p)
+    return _Dropout.apply(x, seed_offset, p)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checks. Their classes are those of the errors that torch.nn raises for the same mistakes.
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} values"
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: expected float32, float64, bfloat16 or float16, got {str(value.dtype).removeprefix('torch.')}"
+        )
+
+
+def _check(name: str, value: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    """That an operand has the shape, and the dtype and device of the input."""
+    try:
+        if value.shape == shape and value.dtype is input.dtype and value.device == input.device:
+            return
+    except AttributeError:
+        _check_tensor(name, value)
+    if value.dtype is not input.dtype:
+        raise ValueError(f"{name}: expected {input.dtype} as input is, got {value.dtype}")
+    if value.device != input.device:
+        raise RuntimeError(f"{name}: expected a tensor on {input.device} as input is, got one on {value.device}")
+    raise RuntimeError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def _check_input(input: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> None:
+    _check_tensor("input", input)
+    if batch_sizes is not None:
+        if input.dim() != 2:
+            raise RuntimeError(f"input: expected 2 dimensions (N, I) with batch_sizes, got {tuple(input.shape)}")
+        if batch_sizes.dtype is not torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
+            raise RuntimeError(
+                f"batch_sizes: expected int64 (T,) on the CPU, got {batch_sizes.dtype} {tuple(batch_sizes.shape)} "
+                f"on {batch_sizes.device}"
+            )
+        if batch_sizes.shape[0] == 0:
+            raise RuntimeError("batch_sizes: expected at least one step, got none")
+    elif input.dim() != 3:
+        raise RuntimeError(f"input: expected 3 dimensions, got {tuple(input.shape)}")
+    elif input.shape[1 if batch_first else 0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # torch's words
+
+
+def _check_weights(
+    mode: Mode,
+    input: Tensor,
+    hidden: int,
+    state: int,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+) -> None:
+    rows = mode.gates * hidden
+    _check("w_ih", w_ih, (rows, input.shape[-1]), input)
+    _check("w_hh", w_hh, (rows, state), input)
+    if (b_ih is None) != (b_hh is None):
+        raise RuntimeError("b_ih, b_hh: expected both or neither, got one")
+    if b_ih is not None and b_hh is not None:
+        _check("b_ih", b_ih, (rows,), input)
+        _check("b_hh", b_hh, (rows,), input)
+    if w_hr is not None:
+        _check("w_hr", w_hr, (state, hidden), input)
+    elif state != hidden:
+        raise RuntimeError(f"w_hh: expected {hidden} columns, as many as units, got {state}")
+
+
+def _autocast(input: Tensor) -> bool:
+    return input.dtype is not torch.float64 and not input.is_meta and torch.is_autocast_enabled(input.device.type)
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [None if x is None else x.to(dtype) for x in tensors]
