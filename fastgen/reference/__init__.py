@@ -4,6 +4,7 @@ This is the definition of each op: the fallback where no kernel was built for a 
 precision, the oracle of the tests.
 """
 
+from fastgen.reference.generate import linear_rows, rnn_generate
 from fastgen.reference.random import (
     below,
     bernoulli,
@@ -30,6 +31,7 @@ __all__ = [
     "claim",
     "exponential",
     "kl_divergence",
+    "linear_rows",
     "noise_for",
     "normal",
     "philox4x32",
@@ -42,5 +44,6 @@ __all__ = [
     "reparameterize_backward",
     "reparameterize_kl",
     "reparameterize_kl_backward",
+    "rnn_generate",
     "uniform",
 ]

@@ -1,0 +1,34 @@
+"""Generation: a product whose rows do not depend on each other, and many tokens a call.
+
+What the arguments are stands in `fastgen/reference/generate.py`. Both are for inference: they have no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastgen import reference
+from fastgen._ops.library import register
+
+__all__ = ["SCHEMAS"]
+
+SCHEMAS = {
+    "linear_rows": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
+    "rnn_generate": "(int mode, Tensor(a!) tokens, Tensor(b!) position, Tensor given, Tensor end, Tensor(c!) status, "
+    "Tensor(d!) h, Tensor(e!)? c, Tensor(f!)? seen, Tensor embedding, Tensor[] weights, Tensor? projection, "
+    "Tensor output_weight, Tensor? output_bias, Tensor seed_offset, float temperature, int top_k, float top_p, "
+    "float min_p, float repetition_penalty, Tensor stop, int steps) -> ()",
+}
+
+
+def _fake_linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+def _fake_rnn_generate(*_: Any) -> None:
+    return None
+
+
+register(SCHEMAS, reference, {"linear_rows": _fake_linear_rows, "rnn_generate": _fake_rnn_generate})
