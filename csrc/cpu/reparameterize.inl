@@ -75,14 +75,31 @@ struct RowSum {
   }
 };
 
-// Asks for memory that is wanted after the noise has been made: without it the processor would first compute,
-// then wait. Sparse and constant rows are left to themselves.
-template <class Storage>
-FASTGEN_FN void prefetch(const Operand& operand, const Shape& shape, int64_t row, int64_t column, int64_t length) {
-  if (operand.data == nullptr || operand.inner_stride != 1) return;
-  const Storage* p = static_cast<const Storage*>(operand.data) + row_offset(shape, operand.outer_stride, row) + column;
-  for (int64_t i = 0; i < length; i += 64 / int64_t(sizeof(Storage))) __builtin_prefetch(p + i);
-}
+// Asks for the memory of `kCount` operands while the noise for them is made: without it the processor would
+// first compute, then wait. Sparse and constant rows are left to themselves.
+template <class Storage, int kCount>
+struct AskAhead {
+  static constexpr int64_t kBytes = kStep<typename WorkType<Storage>::T> * int64_t(sizeof(Storage));
+  const char* p[kCount];
+
+  template <class... Operands>
+  FASTGEN_MEMBER AskAhead(const Shape& shape, int64_t row, int64_t column, const Operands&... operands)
+      : p{start(shape, row, column, operands)...} {}
+
+  FASTGEN_MEMBER static const char* start(const Shape& shape, int64_t row, int64_t column, const Operand& operand) {
+    if (operand.data == nullptr || operand.inner_stride != 1) return nullptr;
+    const Storage* data = static_cast<const Storage*>(operand.data);
+    return reinterpret_cast<const char*>(data + row_offset(shape, operand.outer_stride, row) + column);
+  }
+
+  FASTGEN_MEMBER void operator()(int64_t step) const {
+    FASTGEN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if (p[i] == nullptr) continue;
+      for (int64_t b = 0; b < kBytes; b += 64) __builtin_prefetch(p[i] + step * kBytes + b);
+    }
+  }
+};
 
 // Calls body(row, column, length, piece, noise) for the pieces [begin, end); noise points at the normals of
 // the piece, or is null where the caller brings its own.
@@ -99,8 +116,8 @@ FASTGEN_FN void for_each_piece(const Shape& shape, uint64_t seed, uint64_t offse
     const int64_t length = shape.inner - column < kPiece ? shape.inner - column : kPiece;
     const int64_t count = end - piece < rows_per_tile ? end - piece : rows_per_tile;
     if (draw) {
-      body.prefetch(row, column, length);
-      fill<T>(noise, offset + uint64_t(row * shape.inner + column), count * length, key, StandardNormal<T>());
+      fill<T>(noise, offset + uint64_t(row * shape.inner + column), count * length, key, StandardNormal<T>(),
+              body.ahead(row, column));
     }
     for (int64_t k = 0; k < count; ++k) body(row + k, column, length, piece + k, draw ? noise + k * length : nullptr);
     piece += count;
@@ -122,9 +139,8 @@ struct Forward {
   using U = typename Work<T>::U;
   const ReparameterizeParams& p;
 
-  FASTGEN_MEMBER void prefetch(int64_t row, int64_t column, int64_t length) const {
-    fastgen::prefetch<Storage>(p.mu, p.shape, row, column, length);
-    fastgen::prefetch<Storage>(p.logvar, p.shape, row, column, length);
+  FASTGEN_MEMBER AskAhead<Storage, 2> ahead(int64_t row, int64_t column) const {
+    return {p.shape, row, column, p.mu, p.logvar};
   }
 
   FASTGEN_MEMBER void operator()(int64_t row, int64_t column, int64_t length, int64_t piece, const T* noise) const {
@@ -161,10 +177,8 @@ struct Backward {
   using U = typename Work<T>::U;
   const ReparameterizeBackwardParams& p;
 
-  FASTGEN_MEMBER void prefetch(int64_t row, int64_t column, int64_t length) const {
-    fastgen::prefetch<Storage>(p.grad_z, p.shape, row, column, length);
-    fastgen::prefetch<Storage>(p.mu, p.shape, row, column, length);
-    fastgen::prefetch<Storage>(p.logvar, p.shape, row, column, length);
+  FASTGEN_MEMBER AskAhead<Storage, 3> ahead(int64_t row, int64_t column) const {
+    return {p.shape, row, column, p.grad_z, p.mu, p.logvar};
   }
 
   FASTGEN_MEMBER void operator()(int64_t row, int64_t column, int64_t length, int64_t, const T* noise) const {
