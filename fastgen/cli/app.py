@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from fastgen._version import __version__
 from fastgen.cli.bench import bench
+from fastgen.cli.command import Command
 from fastgen.cli.doctor import doctor
 from fastgen.cli.generate import generate
 from fastgen.cli.train import train
@@ -66,6 +67,6 @@ def _fastgen(
 
 
 app.add_typer(train, name="train")
-app.command()(generate)
-app.command()(bench)
-app.command()(doctor)
+app.command(cls=Command)(generate)
+app.command(cls=Command)(bench)
+app.command(cls=Command)(doctor)

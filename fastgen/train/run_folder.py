@@ -90,7 +90,7 @@ def check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
         if not isinstance(old, dict) or not isinstance(new, dict):
             raise ValueError(f"{section}: expected {old!r}, as {folder} was started with, got {new!r}")
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key) and not (section == "training" and key in CHANGEABLE):
-                raise ValueError(
-                    f"{key}: expected {old.get(key)!r}, as {folder} was started with, got {new.get(key)!r}"
-                )
+            if old.get(key) == new.get(key) or (section == "training" and key in CHANGEABLE):
+                continue
+            what = f"data: expected {key}" if section == "data" else f"{key}: expected"
+            raise ValueError(f"{what} {old.get(key)!r}, as {folder} was started with, got {new.get(key)!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,21 +99,43 @@ def test_train_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert "damaged.npy" in error(capsys, "train", "vae", "--data", "damaged.npy")
     assert "occupied: not empty" in error(capsys, *vae, "--out", "occupied")
     assert "thesis.tex" in error(capsys, *vae, "--out", "occupied/thesis.tex")
-    assert error(capsys, *vae, "--epochs", "0") == "epochs: expected an int of at least 1, got 0"
-    assert error(capsys, *vae, "--latent-dim", "0").startswith("latent_dim: expected an int of at least 1")
+    assert error(capsys, *vae, "--epochs", "0") == "--epochs: expected an int of at least 1, got 0"
+    assert error(capsys, *vae, "--latent-dim", "0").startswith("--latent-dim: expected an int of at least 1")
+    assert error(capsys, *vae, "--lr", "0") == "--lr: expected a finite number above 0, got 0.0"
+    assert error(capsys, *vae, "--kl-warmup", "-1") == "--kl-warmup: expected an int of at least 0, got -1"
+    assert error(capsys, *vae, "--image-size", "0").startswith("--image-size: expected an int of at least 1")
+    assert error(capsys, *vae, "--channels", "0,4").startswith("--channels: expected a sequence of ints")
+    assert error(capsys, *vae, "--image-channels", "2").startswith("--image-channels: expected 1, 3 or None")
     assert (
         error(capsys, *vae, "--hidden-sizes", "5,x")
         == "--hidden-sizes: expected ints with commas between them, got '5,x'"
     )
     assert error(capsys, *vae, "--test-size", "some") == "--test-size: expected a count or a fraction, got 'some'"
-    assert "test_size" in error(capsys, *vae, "--test-size", "20")
+    assert error(capsys, *vae, "--test-size", "20") == "--test-size: expected 1 to 19 of the 20 images, got 20"
     assert error(capsys, *vae, "--conditional").startswith("--conditional: expected data with labels")
-    assert "num_importance_samples" in error(capsys, *vae, "--importance-samples", "0")
+    assert error(capsys, *vae, "--importance-samples", "0").startswith("--importance-samples: expected an int")
     assert "no such run folder" in error(capsys, "train", "vae", "--resume", "absent")
     assert "not a run folder" in error(capsys, "train", "vae", "--resume", "occupied")
     given = error(capsys, "train", "vae", "--resume", "occupied", "--lr", "0.1")
     assert given == "--resume: goes on with the run as it was started, but --lr was given too"
     assert not Path("runs").exists()
+
+
+def test_advice_names_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((40, 8, 8), np.uint8))
+    vae = ("train", "vae", "--data", str(tmp_path / "images.npy"), "--no-tensorboard", "--warmup-steps", "0")
+    message = error(capsys, *vae, "--likelihood", "gaussian", "--lr", "1e30", "--out", str(tmp_path / "run"), "--quiet")
+    assert message.endswith("try a lower --lr (1e+30 now), --max-grad-norm, or --mixed-precision 'no'")
+
+
+def test_other_data_at_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "images.npy", tmp_path / "batch_size"
+    np.save(path, np.zeros((40, 8, 8), np.uint8))
+    arguments = ("train", "vae", "--data", str(path), "--out", str(out), "--epochs", "1", "--quiet")
+    assert main([*arguments, "--importance-samples", "1"]) == 0
+    np.save(path, np.ones((40, 8, 8), np.uint8))
+    message = error(capsys, "train", "vae", "--resume", str(out), "--quiet")
+    assert re.fullmatch(r"--data: expected checksum '\w{8}', as .*/batch_size was started with, got '\w{8}'", message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

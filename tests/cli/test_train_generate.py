@@ -120,14 +120,14 @@ def test_generate_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "begun" / "metrics.csv").touch()
     out = ("--out", str(tmp_path / "x.png"))
 
-    assert read_error(capsys, "generate", str(run), "--n", "0", *out) == "n: expected an int of at least 1, got 0"
+    assert read_error(capsys, "generate", str(run), "--n", "0", *out) == "--n: expected an int of at least 1, got 0"
     assert "absent: no such folder" in read_error(capsys, "generate", str(tmp_path / "absent"), *out)
     assert "neither a run folder nor a model" in read_error(capsys, "generate", str(tmp_path / "full"), *out)
     assert "no model yet" in read_error(capsys, "generate", str(tmp_path / "begun"), *out)
-    assert "labels: expected" in read_error(capsys, "generate", str(run), "--labels", "10", *out)
+    assert read_error(capsys, "generate", str(run), "--labels", "10", *out) == "--labels: expected 0 to 9, got 10"
     assert "--labels: expected ints" in read_error(capsys, "generate", str(run), "--labels", "one", *out)
-    assert "temperature" in read_error(capsys, "generate", str(run), "--temperature", "-1", *out)
-    assert "seed" in read_error(capsys, "generate", str(run), "--seed", "-1", *out)
+    assert "--temperature: expected" in read_error(capsys, "generate", str(run), "--temperature", "-1", *out)
+    assert "--seed: expected" in read_error(capsys, "generate", str(run), "--seed", "-1", *out)
     assert "--columns" in read_error(capsys, "generate", str(run), "--columns", "0", *out)
     assert "--device: expected auto, cpu or cuda" in read_error(capsys, "generate", str(run), "--device", "tpu", *out)
     full = read_error(capsys, "generate", str(run), "--out", str(tmp_path / "full"))

@@ -310,7 +310,7 @@ def test_a_run_does_not_go_on_with_other_settings(options: dict[str, Any], messa
     before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(ValueError, match=message):
         train(Regression(), tmp_path / "run", resume=True, **options)
-    with pytest.raises(ValueError, match=r"examples: expected 37, as .* was started with, got 38"):
+    with pytest.raises(ValueError, match=r"data: expected examples 37, as .* was started with, got 38"):
         train(Regression(examples=38), tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 

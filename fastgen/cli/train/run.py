@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import typer
 
+from fastgen.cli.command import FIELDS
 from fastgen.train import Interrupted, Recipe, Trainer, TrainingConfig, TrainingResult, read_run
 from fastgen.train.config import CHANGEABLE
 from fastgen.train.run_folder import check_new_folder
@@ -21,12 +22,6 @@ __all__ = ["Family", "Options", "integers", "run", "size", "tell"]
 
 Options = dict[str, Any]
 
-# Options that are named otherwise than the fields they set.
-_FIELDS = {
-    "importance_samples": "num_importance_samples",
-    "kl_warmup": "kl_warmup_steps",
-    "lr": "learning_rate",
-}
 _TRAINING = {field.name for field in dataclasses.fields(TrainingConfig)}
 
 
@@ -66,7 +61,7 @@ def run(family: Family, options: Mapping[str, Any]) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     for name in ("quiet", "out", "resume"):
         given.pop(name, None)
-    fields = {_FIELDS.get(name, name): value for name, value in given.items()}
+    fields = {FIELDS.get(name, name): value for name, value in given.items()}
     training = {name: value for name, value in fields.items() if name in _TRAINING}
     source = {name: value for name, value in fields.items() if name in family.source}
     report = {name: value for name, value in fields.items() if name in family.report}

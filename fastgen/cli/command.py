@@ -1,0 +1,45 @@
+"""Commands whose errors name the options that were typed, not the fields and arguments that these set."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from typer.core import TyperCommand
+
+__all__ = ["FIELDS", "Command"]
+
+# Options that are named otherwise than the fields they set.
+FIELDS = {
+    "importance_samples": "num_importance_samples",
+    "kl_warmup": "kl_warmup_steps",
+    "lr": "learning_rate",
+}
+_NAMES = {field: name for name, field in FIELDS.items()}
+
+
+class Command(TyperCommand):
+    """A command that translates the errors of the library: `learning_rate: ...` is `--lr: ...` here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, ArithmeticError, OSError) as error:
+            options = {option for parameter in self.params for option in parameter.opts}
+            text = str(error)
+            translated = _with_options(text, options)
+            if translated == text:
+                raise
+            raise ValueError(translated) from error
+
+
+def _with_options(text: str, options: set[str]) -> str:
+    """`text` with the fields of `options` replaced: the one that it begins with, and further on those that only
+    a field can be, by their underscore, and that are no part of a path or a quotation."""
+
+    def replace(match: re.Match[str]) -> str:
+        option = "--" + _NAMES.get(match[0], match[0]).replace("_", "-")
+        return option if option in options else match[0]
+
+    text = re.sub(r"^[a-z_]+(?=:)", replace, text)
+    return re.sub(r"(?<![\w/.'-])[a-z]+(_[a-z]+)+(?![\w/.'-])", replace, text)
