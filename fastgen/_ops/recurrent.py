@@ -241,6 +241,13 @@ def _through(
     return tuple(next(remaining) if want else None for want in wanted)
 
 
+def _distinct(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The operands, in a graph as views: Dynamo does not take one tensor twice, such as (h, h) for the states."""
+    if not torch.compiler.is_compiling():
+        return operands
+    return tuple(None if x is None else x.view_as(x) for x in operands)
+
+
 def recurrent(mode: int, batch_first: bool, reverse: bool, *operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(output, h_n, c_n) of the op `recurrent`, differentiable.
 
@@ -251,7 +258,7 @@ def recurrent(mode: int, batch_first: bool, reverse: bool, *operands: Tensor | N
     if torch.is_grad_enabled():
         for value in operands:
             if value is not None and value.requires_grad:
-                return _Recurrent.apply(mode, batch_first, reverse, *operands)
+                return _Recurrent.apply(mode, batch_first, reverse, *_distinct(operands))
     return _recurrent(mode, *operands, batch_first, reverse, False)[:3]
 
 
@@ -265,7 +272,7 @@ def recurrent_cell(mode: int, *operands: Tensor | None) -> tuple[Tensor, Tensor]
     if torch.is_grad_enabled():
         for value in operands:
             if value is not None and value.requires_grad:
-                return _RecurrentCell.apply(mode, *operands)
+                return _RecurrentCell.apply(mode, *_distinct(operands))
     return _recurrent_cell(mode, *operands)[:2]
 
 

@@ -15,9 +15,10 @@ not exist, or is not asked for, is an empty tensor of shape (0,).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,24 @@ class Mode(IntEnum):
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the algebra and of the states between steps."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Autocast would take the products out of the work dtype; it has been applied before, to the operands."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return call
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -104,6 +123,7 @@ def _cell_backward(
     return grad, grad, None, None
 
 
+@_without_autocast
 def recurrent_cell(
     mode: int,
     input: Tensor,
@@ -153,6 +173,7 @@ def recurrent_cell_backward(
 # A sequence
 
 
+@_without_autocast
 def recurrent(
     mode: int,
     input: Tensor,
@@ -213,6 +234,7 @@ def recurrent(
     )
 
 
+@_without_autocast
 def recurrent_backward(
     mode: int,
     grad_output: Tensor | None,
