@@ -77,6 +77,21 @@ def test_the_same_out_again_offers_to_resume(run: Path, capsys: pytest.CaptureFi
     assert (run / "metrics.csv").read_bytes() == before
 
 
+def test_a_resumed_run_may_take_a_cheaper_final_evaluation(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main([*TRAIN, "--out", str(out), "--max-steps", "2", "--quiet"]) == 0
+    before = read_metrics(out / "metrics.csv")[-1]
+    assert main(["train", "vae", "--resume", str(out), "--importance-images", "20", "--quiet"]) == 0
+    after = read_metrics(out / "metrics.csv")[-1]
+    assert before["negative_elbo"] == after["negative_elbo"]
+    assert before["negative_iwae"] != after["negative_iwae"]
+    assert read_run(out)["evaluation"] == {
+        "num_importance_samples": 10,
+        "num_importance_images": 20,
+        "num_pictures": 64,
+    }
+
+
 def test_a_damaged_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"training": {"epocs": 3}, "source": {"data": "digits"}}))
     message = read_error(capsys, "train", "vae", "--resume", str(tmp_path))
