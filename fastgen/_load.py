@@ -147,6 +147,15 @@ if os.environ.get("FASTGEN_CPU_ISA"):
     set_cpu_isa(os.environ["FASTGEN_CPU_ISA"])
 
 
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{op}", key)
+
+
+def kernel_devices(op: str) -> frozenset[str]:
+    """The device types, of "cpu" and "cuda", on which `op` has a kernel."""
+    return frozenset(key.lower() for key in ("CPU", "CUDA") if _has_kernel(op, key))
+
+
 def build_info() -> dict[str, Any]:
     """What this installation holds and uses.
 
@@ -161,7 +170,7 @@ def build_info() -> dict[str, Any]:
         library, kernels = (_cpu, cpu_isa()) if key == "CPU" else (_cuda, "cuda")
         if not library:
             return f"reference ({library.error})"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{name}", key):
+        if not _has_kernel(name, key):
             return "reference (no kernel for this op)"
         return str(kernels)
 

@@ -1,0 +1,104 @@
+"""Swaps PyTorch's modules in an existing model for fastgen's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.nn.utils import parametrize
+
+from fastgen import nn
+
+__all__ = ["Swap", "accelerate"]
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_FASTER: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.LSTM: nn.LSTM,
+    torch.nn.GRU: nn.GRU,
+    torch.nn.RNN: nn.RNN,
+    torch.nn.LSTMCell: nn.LSTMCell,
+    torch.nn.GRUCell: nn.GRUCell,
+    torch.nn.RNNCell: nn.RNNCell,
+}
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What `accelerate` did with one module.
+
+    Attributes:
+        name: in the model; empty for the model itself.
+        before: the module's class.
+        left: why it was left as it is; None if it was swapped.
+    """
+
+    name: str
+    before: type[torch.nn.Module]
+    left: str | None = None
+
+    def __str__(self) -> str:
+        what = f"{self.name or '(the model)'}: {self.before.__name__}"
+        return f"{what} swapped" if self.left is None else f"{what} left, {self.left}"
+
+
+def accelerate(module: Model, *, report: Callable[[Swap], object] | None = None) -> Model:
+    """Give the LSTMs, GRUs, RNNs and their cells in `module` fastgen's `forward`, in place.
+
+    A module that is swapped stays the object that it is; only its class changes. So parameters and their
+    optimiser state, buffers, hooks, names, parametrisations, training mode and whatever refers to the module
+    are untouched, a module that is used twice is swapped once, and a second call finds nothing to do.
+    Subclasses are left alone, as their `forward` may differ.
+
+    Args:
+        module: the model, or an LSTM itself.
+        report: called with a `Swap` for each recurrent module, swapped or left; `print` prints a line each, a
+            list's `append` collects them.
+
+    Returns:
+        `module`.
+
+    Example:
+        >>> model = fastgen.accelerate(model, report=print)
+        encoder.rnn: LSTM swapped
+        decoder.rnn: AttentiveLSTM left, it is a subclass of LSTM
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    for name, child in module.named_modules():
+        swap = _consider(name, child)
+        if swap is not None:
+            if swap.left is None:
+                _swap(child)
+            if report is not None:
+                report(swap)
+    return module
+
+
+def _consider(name: str, module: torch.nn.Module) -> Swap | None:
+    """What to do with a module; None if it is none of those that fastgen has."""
+    before: type[torch.nn.Module] = parametrize.type_before_parametrizations(module)
+    base = next((base for base in _FASTER if issubclass(before, base)), None)
+    if base is None:
+        return None
+    if issubclass(before, _FASTER[base]):
+        return Swap(name, before, "it is fastgen's already")
+    if before is not base:
+        return Swap(name, before, f"it is a subclass of {base.__name__}")
+    if "forward" in module.__dict__:
+        return Swap(name, before, "its forward has been replaced")
+    return Swap(name, before)
+
+
+def _swap(module: torch.nn.Module) -> None:
+    module.__dict__.pop("_flat_weights", None)  # fastgen's is a property
+    if not parametrize.is_parametrized(module):
+        module.__class__ = _FASTER[type(module)]
+        return
+    # PyTorch gives each parametrised module a class of its own, that holds the properties.
+    own = type(module)
+    (base,) = own.__bases__
+    names = {"__dict__", "__weakref__", "__doc__"}
+    module.__class__ = type(own.__name__, (_FASTER[base],), {k: v for k, v in vars(own).items() if k not in names})

@@ -1,0 +1,287 @@
+"""LSTM, GRU, RNN and their cells: PyTorch's classes with another `forward`.
+
+Constructors, parameters, initial values, state dicts, shapes and errors are PyTorch's by inheritance. A call
+that fastgen has no kernel for (its device or dtype), and one that PyTorch refuses, goes to PyTorch's own
+`forward`: it computes the first as it always did, and words the error of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from fastgen import functional, random
+from fastgen._load import kernel_devices
+from fastgen._ops.library import transforming
+from fastgen._validate import number
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+SEQUENCE_DEVICES, CELL_DEVICES = kernel_devices("recurrent"), kernel_devices("recurrent_cell")
+
+
+def _ours(x: Tensor, devices: frozenset[str]) -> bool:
+    """Whether fastgen is to compute with `x`: where it has kernels, and what PyTorch's modules cannot be in."""
+    return x.device.type in devices or transforming() or forward_ad._current_level >= 0
+
+
+def _alike(x: Tensor, others: Iterable[Tensor | None]) -> bool:
+    """Whether `x` has a dtype that we take, and the others its device and, but under autocast, its dtype."""
+
+    def fits(other: Tensor | None) -> bool:
+        if other is None or other.device != x.device:
+            return False
+        return other.dtype == x.dtype or torch._C._is_any_autocast_enabled()
+
+    return x.dtype in _DTYPES and all(map(fits, others))
+
+
+def _unpack(hx: Any) -> list[Tensor]:
+    """The states in a list: of (h, c) both, of h one, of None none."""
+    if hx is None:
+        return []
+    return list(hx) if isinstance(hx, (tuple, list)) else [hx]
+
+
+def _mask(*size: int, p: float, like: Tensor) -> Tensor:
+    """What a dropout of probability `p` multiplies by: 0, or 1 / (1 - p)."""
+    return random.dropout_mask(*size, p=p, dtype=like.dtype, device=like.device) / (1 - p)
+
+
+class _Sequence(torch.nn.RNNBase):
+    """The `forward` of LSTM, GRU and RNN, and the options that PyTorch does not have."""
+
+    # What a module has that PyTorch built and `fastgen.accelerate` took over.
+    input_dropout: float = 0.0
+    state_dropout: float = 0.0
+    weight_dropout: float = 0.0
+
+    def __init__(
+        self,
+        *args: Any,
+        input_dropout: float = 0.0,
+        state_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.input_dropout = number("input_dropout", input_dropout, minimum=0, below=1)
+        self.state_dropout = number("state_dropout", state_dropout, minimum=0, below=1)
+        self.weight_dropout = number("weight_dropout", weight_dropout, minimum=0, below=1)
+
+    # PyTorch stores this list and looks at each call whether a weight has been replaced since. Read when it is
+    # needed, it is never out of date, and keeps nothing alive that a parametrisation once computed.
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: object) -> None:
+        pass
+
+    def extra_repr(self) -> str:
+        names = ("input_dropout", "state_dropout", "weight_dropout")
+        ours = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *ours])
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        x, batch_sizes, order, inverse = input if isinstance(input, PackedSequence) else (input, None, None, None)
+        states, weights = _unpack(hx), self._flat_weights
+        drops = self.training and (self.input_dropout or self.state_dropout or self.weight_dropout)
+        if not self._fits(x, batch_sizes, states, weights) or not (drops or _ours(x, SEQUENCE_DEVICES)):
+            return super().forward(input, hx)
+
+        unbatched = batch_sizes is None and x.dim() == 2
+        batch_dim = 0 if self.batch_first else 1
+        if unbatched:
+            x, states = x.unsqueeze(batch_dim), [s.unsqueeze(1) for s in states]
+        elif order is not None:
+            states = [s.index_select(1, order) for s in states]
+        state_dtype = states[0].dtype if states else x.dtype
+        state_mask = None
+        if drops:
+            x, weights, state_mask = self._drop(x, weights, batch_sizes, order)
+
+        output, *states = _SEQUENCES[self.mode](
+            x,
+            None if hx is None else self._pack(states),
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+            batch_sizes=batch_sizes,
+            state_dropout_mask=state_mask,
+        )
+        if self.mode == "GRU":  # under autocast PyTorch gives its results, of all, the wider dtype of state and product
+            output, *states = (r.to(torch.promote_types(r.dtype, state_dtype)) for r in (output, *states))
+        if unbatched:
+            return output.squeeze(batch_dim), self._pack([s.squeeze(1) for s in states])
+        if inverse is not None:
+            states = [s.index_select(1, inverse) for s in states]
+        if batch_sizes is not None:
+            return PackedSequence(output, batch_sizes, order, inverse), self._pack(states)
+        return output, self._pack(states)
+
+    def _pack(self, states: list[Tensor]) -> Any:
+        return tuple(states) if self.mode == "LSTM" else states[0]
+
+    def _fits(self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], weights: list[Any]) -> bool:
+        """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not."""
+        if x.dim() not in ((2, 3) if batch_sizes is None else (2,)) or x.size(-1) != self.input_size or x.numel() == 0:
+            return False
+        if not _alike(x, [*states, *weights]):
+            return False
+        if not states:
+            return True
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        if batch_sizes is not None:
+            batch = [int(batch_sizes[0])]
+        else:
+            batch = [x.size(0 if self.batch_first else 1)] if x.dim() == 3 else []
+        sizes = [self.proj_size or self.hidden_size, *([self.hidden_size] if self.mode == "LSTM" else [])]
+        return [list(s.shape) for s in states] == [[layers, *batch, size] for size in sizes]
+
+    def _drop(
+        self, x: Tensor, weights: list[Any], batch_sizes: Tensor | None, order: Tensor | None
+    ) -> tuple[Tensor, list[Any], Tensor | None]:
+        """Input and weights after dropout, and the mask of the state; each row has its own, packed or not."""
+        rows = x.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+        if self.input_dropout:
+            mask = _mask(rows, self.input_size, p=self.input_dropout, like=x)
+            if batch_sizes is None:
+                mask = mask.unsqueeze(1 if self.batch_first else 0)
+            else:
+                # Step t holds the first batch_sizes[t] rows in sorted order, one step after the other.
+                first = batch_sizes.cumsum(0) - batch_sizes
+                row = torch.arange(x.size(0)) - first.repeat_interleave(batch_sizes)
+                row = row.to(x.device)
+                mask = mask[row if order is None else order[row]]
+            x = x * mask
+        if self.weight_dropout:
+            for i, name in enumerate(self._flat_weights_names):
+                if name.startswith("weight_hh"):
+                    weights[i] = weights[i] * _mask(*weights[i].shape, p=self.weight_dropout, like=weights[i])
+        state_mask = None
+        if self.state_dropout:
+            layers = self.num_layers * (2 if self.bidirectional else 1)
+            state_mask = _mask(layers, rows, self.proj_size or self.hidden_size, p=self.state_dropout, like=x)
+            if order is not None:
+                state_mask = state_mask.index_select(1, order)
+        return x, weights, state_mask
+
+
+_SEQUENCES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "LSTM": functional.lstm,
+    "GRU": functional.gru,
+    "RNN_TANH": functional.rnn_tanh,
+    "RNN_RELU": functional.rnn_relu,
+}
+
+
+class LSTM(_Sequence, torch.nn.LSTM):
+    """`torch.nn.LSTM` on fastgen's kernels, with three kinds of dropout of its own.
+
+    Arguments, inputs and outputs are those of `torch.nn.LSTM`. The keyword arguments below are probabilities
+    (0 <= p < 1, 0 by default). They act in training mode, scale what they keep by 1 / (1 - p), and draw from
+    the default stream of `fastgen.random`, so that `torch.manual_seed` repeats them, as does what `dropout=`
+    drops between layers. Parameters and state dict stay PyTorch's. Packed or padded, a sequence gets the same
+    masks.
+
+    Args:
+        input_dropout: of a feature of the input, the same features at every time step, drawn for each sequence
+            (Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks",
+            2016, section 4).
+        state_dropout: of a component of the hidden state on its way into the next step, the same components at
+            every step, drawn for each sequence, layer and direction (ibid.). The output is not masked.
+        weight_dropout: of an element of the hidden-to-hidden weights, drawn once a call (DropConnect: Merity,
+            Keskar & Socher, "Regularizing and Optimizing LSTM Language Models", 2018, section 2).
+
+    Raises:
+        ValueError: for a probability out of range; else what `torch.nn.LSTM` raises.
+    """
+
+
+class GRU(_Sequence, torch.nn.GRU):
+    """`torch.nn.GRU` on fastgen's kernels; `input_dropout`, `state_dropout`, `weight_dropout` as of `LSTM`."""
+
+
+class RNN(_Sequence, torch.nn.RNN):
+    """`torch.nn.RNN` on fastgen's kernels; `input_dropout`, `state_dropout`, `weight_dropout` as of `LSTM`."""
+
+
+def has_kernels(module: Any) -> bool:
+    """Whether `module` is one of ours on a device with kernels, so that `torch.compile` will see one op of it."""
+    return isinstance(module, _Sequence) and all(p.device.type in SEQUENCE_DEVICES for p in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------
+# One step
+
+
+class _Cell(torch.nn.RNNCellBase):
+    """The `forward` of LSTMCell, GRUCell and RNNCell."""
+
+    _states = 1
+
+    def _function(self) -> Callable[..., Any] | None:
+        """What computes the step; None where PyTorch is to say that it knows none."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        states, function = _unpack(hx), self._function()
+        weights = [self.weight_ih, self.weight_hh, *([self.bias_ih, self.bias_hh] if self.bias else [])]
+        # Under autocast PyTorch's cells keep a state of full precision from step to step; so let them.
+        ours = _ours(input, CELL_DEVICES) and not torch._C._is_any_autocast_enabled()
+        if function is None or not ours or not self._fits(input, states, weights):
+            return super().forward(input, hx)
+
+        unbatched = input.dim() == 1
+        if unbatched:
+            input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
+        if not states:
+            states = [input.new_zeros(input.size(0), self.hidden_size) for _ in range(self._states)]
+        result = function(input, tuple(states) if self._states == 2 else states[0], *weights)
+        if not unbatched:
+            return result
+        return tuple(s.squeeze(0) for s in result) if self._states == 2 else result.squeeze(0)
+
+    def _fits(self, x: Tensor, states: list[Tensor], weights: list[Tensor]) -> bool:
+        """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not."""
+        if x.dim() not in (1, 2) or x.size(-1) != self.input_size or x.numel() == 0:
+            return False
+        shape = [*x.shape[:-1], self.hidden_size]
+        fits = not states or [list(s.shape) for s in states] == [shape] * self._states
+        return fits and _alike(x, [*states, *weights])
+
+
+class LSTMCell(_Cell, torch.nn.LSTMCell):
+    """`torch.nn.LSTMCell` on fastgen's kernel."""
+
+    _states = 2
+
+    def _function(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return functional.lstm_cell
+
+
+class GRUCell(_Cell, torch.nn.GRUCell):
+    """`torch.nn.GRUCell` on fastgen's kernel."""
+
+    def _function(self) -> Callable[..., Tensor]:
+        return functional.gru_cell
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
+    """`torch.nn.RNNCell` on fastgen's kernel."""
+
+    def _function(self) -> Callable[..., Tensor] | None:
+        return {"tanh": functional.rnn_tanh_cell, "relu": functional.rnn_relu_cell}.get(self.nonlinearity)
