@@ -72,4 +72,56 @@ FASTGEN_FN int64_t row_offset(const Shape& shape, const int64_t (&stride)[kMaxDi
 
 FASTGEN_FN int64_t pieces_per_row(const Shape& shape) { return (shape.inner + kPiece - 1) / kPiece; }
 
+// The recurrent family (fastgen/reference/recurrent.py): gates in torch's order, LSTM i, f, g, o and GRU r, z, n.
+enum class CellMode : int64_t { kLstm, kGru, kTanh, kRelu };
+
+FASTGEN_FN int gate_count(CellMode mode) { return mode == CellMode::kLstm ? 4 : mode == CellMode::kGru ? 3 : 1; }
+// Values a unit keeps for the backward pass: the activated gates, for a GRU W_hn h + b_hn as well.
+FASTGEN_FN int saved_gates(CellMode mode) { return mode == CellMode::kLstm || mode == CellMode::kGru ? 4 : 0; }
+
+// One layer in one direction. Row (t, b) of the results has the number
+//   t * row_step + b * row_batch        padded
+//   step_rows[t] + b                    packed: step t has the first batch_sizes[t] rows of the batch
+// Weights, biases and states are contiguous; null is "has none".
+struct RecurrentParams {
+  CellMode mode;
+  DType dtype;
+  bool reverse;
+  int64_t steps, batch, input_size, hidden_size, output_size;  // T, B, I, H, P
+  const int64_t* batch_sizes;                                  // [T]
+  const int64_t* step_rows;                                    // [T]
+  int64_t row_step, row_batch;
+  const void* input;                // rows of I with unit stride
+  int64_t input_step, input_batch;  // elements from one step, and from one row of the batch, to the next
+  const void *w_ih, *w_hh;          // [G H, I], [G H, P]
+  const void *b_ih, *b_hh;          // [G H]
+  const void* w_hr;                 // [P, H]
+  const void *h_0, *c_0;            // [B, P], [B, H]
+  const void* h_mask;               // [B, P], multiplies the h that is fed into the recurrent product
+  void* output;                     // rows of P
+  void *h_n, *c_n;                  // [B, P], [B, H]
+  void *gates, *cells;              // rows of saved_gates * H, and of H in the work type
+  void* packed;                     // the weights in panels, RecurrentSizes::packed bytes
+};
+
+// What the kernels of one instruction set need for given parameters.
+struct RecurrentSizes {
+  int64_t blocks;  // of units, and of outputs of the projection: how finely a step can be split
+  int64_t projection_blocks;
+  int64_t packed;   // bytes of the packed weights
+  int64_t chunk;    // steps whose input products are taken at once
+  int64_t scratch;  // bytes of scratch for the given number of rows
+};
+
+// A piece of the work, over half-open ranges. kRows does everything for some rows of the batch; the other phases are
+// its parts, for where all rows go together and a step is split over blocks of units.
+enum class RecurrentPhase { kPack, kRows, kStart, kGather, kInput, kStep, kProject, kFinish };
+struct RecurrentWork {
+  RecurrentPhase phase;
+  int64_t first_row, end_row;      // of the batch
+  int64_t first_step, end_step;    // in the order of processing
+  int64_t first_block, end_block;  // kPack: of all panels
+  void* scratch;                   // for end_row - first_row rows
+};
+
 }  // namespace fastgen

@@ -12,6 +12,8 @@ struct KernelTable {
   void (*reparameterize)(const ReparameterizeParams&, int64_t begin, int64_t end);                   // pieces
   void (*reparameterize_add_pieces)(const ReparameterizeParams&, int64_t begin, int64_t end);        // rows
   void (*reparameterize_backward)(const ReparameterizeBackwardParams&, int64_t begin, int64_t end);  // pieces
+  RecurrentSizes (*recurrent_sizes)(const RecurrentParams&, int64_t rows);
+  void (*recurrent)(const RecurrentParams&, const RecurrentWork&);
 };
 
 constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay

@@ -4,9 +4,11 @@
 // After vec_avx2.h, which defines Isa:
 #include "random.inl"
 #include "reparameterize.inl"
+#include "recurrent.inl"
 
 namespace fastgen {
 
-const KernelTable kAvx2Kernels = {"avx2", random, reparameterize, reparameterize_add_pieces, reparameterize_backward};
+const KernelTable kAvx2Kernels = {
+    "avx2", random, reparameterize, reparameterize_add_pieces, reparameterize_backward, recurrent_sizes, recurrent};
 
 }  // namespace fastgen

@@ -4,10 +4,11 @@
 // After vec_avx512.h, which defines Isa:
 #include "random.inl"
 #include "reparameterize.inl"
+#include "recurrent.inl"
 
 namespace fastgen {
 
-const KernelTable kAvx512Kernels = {"avx512", random, reparameterize, reparameterize_add_pieces,
-                                    reparameterize_backward};
+const KernelTable kAvx512Kernels = {
+    "avx512", random, reparameterize, reparameterize_add_pieces, reparameterize_backward, recurrent_sizes, recurrent};
 
 }  // namespace fastgen

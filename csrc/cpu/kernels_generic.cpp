@@ -4,10 +4,11 @@
 // After vec_generic.h, which defines Isa:
 #include "random.inl"
 #include "reparameterize.inl"
+#include "recurrent.inl"
 
 namespace fastgen {
 
-const KernelTable kGenericKernels = {"generic", random, reparameterize, reparameterize_add_pieces,
-                                     reparameterize_backward};
+const KernelTable kGenericKernels = {
+    "generic", random, reparameterize, reparameterize_add_pieces, reparameterize_backward, recurrent_sizes, recurrent};
 
 }  // namespace fastgen

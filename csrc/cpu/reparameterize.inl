@@ -5,6 +5,7 @@
 //   z = mu + s eps                    kl = sum over the row of (mu^2 + (exp(logvar) - 1 - logvar)) / 2
 //   grad_mu = gz + gk mu              grad_logvar = (gz s eps + gk (exp(logvar) - 1)) / 2
 #include "../common/params.h"
+#include "lanes.inl"
 
 namespace fastgen {
 namespace {
@@ -27,28 +28,15 @@ struct Row {
   }
 
   FASTGEN_MEMBER F get(int64_t i, int count) const {
-    F out;
-    if (stride == 1) {
-      if (count == kWidth) {
-        load(p + i, out);
-      } else {
-        load_first(p + i, count, out);
-      }
-      return out;
-    }
+    if (stride == 1) return take<F>(p + i, count);
     if (stride == 0) return same;
+    F out;
     Storage lanes[kWidth] = {};
     for (int k = 0; k < count; ++k) lanes[k] = p[(i + k) * stride];
     load(lanes, out);
     return out;
   }
 };
-
-template <class Storage, class F>
-FASTGEN_FN void put(Storage* out, F value, int count) {
-  if (count == kLanes<typename WorkType<Storage>::T>) return store(out, value);
-  store_first(out, count, value);
-}
 
 // Sums are kept in 64 bytes of lanes whatever the vector width, and added up in one order: the same bits
 // on every instruction set.

@@ -208,6 +208,7 @@ FASTGEN_FN double sum(F64 a) {
 struct Isa {
   static constexpr int kBlocks = 4;
   static constexpr int kChains = 2;  // as many counters as the registers hold at once
+  static constexpr int kSums = 12;   // vectors of a product that the registers hold at once
   using U64 = fastgen::U64;
   using F64 = fastgen::F64;
   using U32 = fastgen::U32;

@@ -197,6 +197,7 @@ FASTGEN_FN double sum(F64 a) {
 struct Isa {
   static constexpr int kBlocks = 8;
   static constexpr int kChains = 4;  // as many counters as the registers hold at once
+  static constexpr int kSums = 24;   // vectors of a product that the registers hold at once
   using U64 = fastgen::U64;
   using F64 = fastgen::F64;
   using U32 = fastgen::U32;

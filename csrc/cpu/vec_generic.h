@@ -228,6 +228,7 @@ FASTGEN_FN Lanes<T, N> keep_first(Lanes<T, N> a, int count) {
 struct Isa {
   static constexpr int kBlocks = FASTGEN_GENERIC_BLOCKS;  // Philox blocks a vector step makes
   static constexpr int kChains = 1;                       // steps whose rounds run side by side
+  static constexpr int kSums = 8;                         // vectors of a product that the registers hold at once
   using U64 = Lanes<uint64_t, kBlocks>;
   using F64 = Lanes<double, kBlocks>;
   using U32 = Lanes<uint32_t, 2 * kBlocks>;

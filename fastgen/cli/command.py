@@ -11,6 +11,7 @@ __all__ = ["FIELDS", "Command"]
 
 # Options that are named otherwise than the fields they set.
 FIELDS = {
+    "importance_images": "num_importance_images",
     "importance_samples": "num_importance_samples",
     "kl_warmup": "kl_warmup_steps",
     "lr": "learning_rate",

@@ -11,6 +11,7 @@ import typer
 from fastgen._files import atomic_path
 from fastgen._images import image_grid, save_png, to_uint8
 from fastgen.models import VAE, from_pretrained
+from fastgen.train import read_run
 
 __all__ = ["generate"]
 
@@ -32,8 +33,8 @@ def generate(
     labels: Annotated[
         str | None,
         typer.Option(
-            help="Classes to draw, for a conditional model: one number, or several with commas, taken in turn.  "
-            "[default: all in turn]",
+            help="Classes to draw, for a conditional model: names of the data's classes or numbers from 0; several "
+            "with commas are taken in turn.  [default: all in turn]",
             show_default=False,
         ),
     ] = None,
@@ -51,7 +52,9 @@ def generate(
 
         fastgen generate runs/digits --n 64 --seed 1 --out grid.png
 
-        fastgen generate runs/digits/model --n 10 --labels 3 --out threes.png
+        fastgen generate runs/digits --n 10 --labels 3 --out threes.png
+
+        fastgen generate runs/pets --n 20 --labels cat,dog --out pets.png
 
         fastgen generate runs/digits --n 10000 --out samples.npy
     """
@@ -62,9 +65,11 @@ def generate(
         raise ValueError(f"--out: expected a .png, a .npy or a folder for single .png files, got {out}")
     if kind not in (".png", ".npy") and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: expected a .png, a .npy or a new folder to draw into")
-    model = from_pretrained(_model_folder(run), device=_device(device))
+    folder = _model_folder(run)
+    model = from_pretrained(folder, device=_device(device))
     assert isinstance(model, VAE)  # the one family there is
-    images = model.generate(n, seed=seed, labels=_labels(labels, n), temperature=temperature).float()
+    given = None if labels is None else _labels(labels, _class_names(folder, model.config.num_classes), n)
+    images = model.generate(n, seed=seed, labels=given, temperature=temperature).float()
     if kind == ".npy":
         import numpy
 
@@ -98,11 +103,26 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _labels(text: str | None, n: int) -> list[int] | None:
-    if text is None:
-        return None
+def _class_names(folder: Path, count: int) -> list[str]:
+    """The names of the model's classes, which the run folder around it keeps; none for a model on its own."""
     try:
-        given = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels: expected ints with commas between them, got {text!r}") from None
+        names = read_run(folder.absolute().parent)["data"]["classes"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return list(names) if len(names) == count else []
+
+
+def _labels(text: str, names: list[str], n: int) -> list[int]:
+    """The n labels of the option: names first, so that a class called 1 is not mistaken for the second one."""
+    given = []
+    # A name may have a comma itself.
+    for part in [text] if text in names else text.split(","):
+        if part.strip() in names:
+            given.append(names.index(part.strip()))
+        elif part.strip().isdecimal() and not (names and all(name.isdecimal() for name in names)):
+            given.append(int(part))
+        else:
+            shown = ", ".join(names if len(names) <= 20 else [*names[:18], "...", names[-1]])
+            known = f"classes of {shown}" if names else "numbers of classes"
+            raise ValueError(f"--labels: expected {known}, with commas between them, got {text!r}")
     return [given[index % len(given)] for index in range(n)]

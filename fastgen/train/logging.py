@@ -18,6 +18,7 @@ from fastgen._files import write_text
 __all__ = ["EventLog", "MetricsFile", "Progress", "ProgressMode", "make_progress", "read_metrics"]
 
 Number = int | float
+_QUIET_SECONDS = 10.0  # between two lines about the same evaluation
 ProgressMode = Literal["auto", "bar", "lines", "quiet"]
 
 
@@ -96,6 +97,10 @@ class Progress(abc.ABC):
         """New figures: `rate` in examples (or whatever the unit is) a second."""
 
     @abc.abstractmethod
+    def evaluate(self, done: int, total: int) -> None:
+        """How far the final evaluation is."""
+
+    @abc.abstractmethod
     def message(self, text: str) -> None: ...
 
     @abc.abstractmethod
@@ -112,6 +117,9 @@ class Quiet(Progress):
         pass
 
     def report(self, split: str, epoch: int, step: int, metrics: Mapping[str, Number], rate: float | None) -> None:
+        pass
+
+    def evaluate(self, done: int, total: int) -> None:
         pass
 
     def message(self, text: str) -> None:
@@ -133,6 +141,8 @@ class Lines(Progress):
         self._train = ""
         self._started = 0.0
         self._first = self._total = 0
+        self._evaluation: tuple[float, int] | None = None  # when and where it was looked at first
+        self._told = 0.0
 
     def start(self, step: int, total: int) -> None:
         self._first, self._total, self._started = step, total, self._clock()
@@ -152,6 +162,16 @@ class Lines(Progress):
             left = f"  {_duration(seconds)} left"
         train = f"{self._train}  " if self._train and split == "test" else ""
         self.message(f"step {step}/{self._total}  epoch {epoch}  {train}{split} {_figures(metrics)}{left}")
+
+    def evaluate(self, done: int, total: int) -> None:
+        now = self._clock()
+        if self._evaluation is None:
+            self._evaluation, self._told = (now, done), now
+        began, before = self._evaluation
+        if now - self._told >= _QUIET_SECONDS and before < done < total:
+            self._told = now
+            left = (now - began) / (done - before) * (total - done)
+            self.message(f"final evaluation  {done:,}/{total:,}  {_duration(left)} left")
 
     def message(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -180,6 +200,7 @@ class Bar(Progress):
             console=self._console,
         )
         self._task = self._progress.add_task("train", total=None, figures="")
+        self._evaluation: progress.TaskID | None = None
 
     def start(self, step: int, total: int) -> None:
         self._progress.update(self._task, total=total, completed=step)
@@ -195,6 +216,11 @@ class Bar(Progress):
             self._progress.update(self._task, description=f"epoch {epoch}", figures=f"{name} {_figure(value)}{speed}")
         else:
             self.message(f"step {step}  epoch {epoch}  {split} {_figures(metrics)}")
+
+    def evaluate(self, done: int, total: int) -> None:
+        if self._evaluation is None:
+            self._evaluation = self._progress.add_task("final evaluation", total=total, figures="")
+        self._progress.update(self._evaluation, completed=done)
 
     def message(self, text: str) -> None:
         self._console.print(text, markup=False)

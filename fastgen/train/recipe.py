@@ -73,6 +73,8 @@ class Recipe(abc.ABC):
     unit: str = "examples"
     """What the speed of training is counted in."""
     units_per_example: int = 1
+    progress: Callable[[int, int], None] = staticmethod(lambda done, total: None)
+    """Called in a final evaluation that takes long, with what is done of how much; a trainer shows it."""
     sample_suffix: str = ".png"
     """The ending of the files that `save_sample` writes."""
 

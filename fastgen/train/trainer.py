@@ -141,6 +141,7 @@ class Trainer:
         self.accelerator = _accelerator(config)
         self._main = self.accelerator.is_main_process
         self._progress = make_progress(progress if self._main else "quiet", recipe.unit)
+        recipe.progress = self._progress.evaluate
 
         self.batch_size = _divisible_batch(config.batch_size, recipe.num_examples, self.accelerator.num_processes)
         self.steps_per_epoch = recipe.num_examples // self.batch_size
@@ -454,7 +455,8 @@ class Trainer:
                 folder = Path(out)
                 before = read_run(folder)
                 check_same_run(folder, before, description)
-                description = {**before, "training": description["training"]}
+                now = {name: description[name] for name in ("training", "evaluation") if name in description}
+                description = {**before, **now}
             else:
                 folder = new_folder(out, f"{self.recipe.model_type}-{self.recipe.data_name}")
                 description["created"] = datetime.now().astimezone().isoformat(timespec="seconds")

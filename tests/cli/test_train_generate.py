@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastgen.cli import main
-from fastgen.models import VAE
+from fastgen.models import VAE, VAEConfig
 from fastgen.train import read_metrics, read_run
 
 TRAIN = [
@@ -77,6 +77,21 @@ def test_the_same_out_again_offers_to_resume(run: Path, capsys: pytest.CaptureFi
     assert (run / "metrics.csv").read_bytes() == before
 
 
+def test_a_resumed_run_may_take_a_cheaper_final_evaluation(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main([*TRAIN, "--out", str(out), "--max-steps", "2", "--quiet"]) == 0
+    before = read_metrics(out / "metrics.csv")[-1]
+    assert main(["train", "vae", "--resume", str(out), "--importance-images", "20", "--quiet"]) == 0
+    after = read_metrics(out / "metrics.csv")[-1]
+    assert before["negative_elbo"] == after["negative_elbo"]
+    assert before["negative_iwae"] != after["negative_iwae"]
+    assert read_run(out)["evaluation"] == {
+        "num_importance_samples": 10,
+        "num_importance_images": 20,
+        "num_pictures": 64,
+    }
+
+
 def test_a_damaged_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"training": {"epocs": 3}, "source": {"data": "digits"}}))
     message = read_error(capsys, "train", "vae", "--resume", str(tmp_path))
@@ -112,6 +127,41 @@ def test_arrays_and_folders_have_the_models_own_images(run: Path, tmp_path: Path
         assert np.abs(np.array(picture) / 255 - expected[5, 0].numpy()).max() <= 0.5 / 255 + 1e-6
 
 
+@pytest.mark.parametrize(
+    ("names", "text", "labels"),
+    [
+        (("cat", "dog", "fox"), "dog,cat", [1, 0]),
+        (("cat", "dog", "fox"), "2, dog", [2, 1]),
+        (("cat", "dog, wet"), "dog, wet", [1]),
+        (("1", "2", "3"), "1", [0]),  # the class of that name, not the one of that number
+    ],
+)
+def test_labels_are_names_or_numbers(
+    names: tuple[str, ...], text: str, labels: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = VAEConfig(input_shape=(1, 8, 8), hidden_sizes=(8,), architecture="mlp", num_classes=len(names))
+    (tmp_path / "config.json").write_text(json.dumps({"training": {}, "data": {"classes": names}}))
+    model = VAE(config)
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "x.npy"
+    assert main(["generate", str(tmp_path), "--n", "4", "--seed", "3", "--labels", text, "--out", str(out)]) == 0
+    expected = model.generate(4, seed=3, labels=(labels * 4)[:4])
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), expected)
+    capsys.readouterr()
+
+    # On its own the model knows numbers alone.
+    model.save_pretrained(tmp_path / "alone")
+    arguments = ["generate", str(tmp_path / "alone"), "--n", "4", "--seed", "3", "--out", str(tmp_path / "y.npy")]
+    (tmp_path / "config.json").unlink()
+    assert main([*arguments, "--labels", ",".join(map(str, labels))]) == 0
+    assert (tmp_path / "y.npy").read_bytes() == out.read_bytes()
+    capsys.readouterr()
+    assert read_error(capsys, *arguments, "--labels", "cat") == (
+        "--labels: expected numbers of classes, with commas between them, got 'cat'"
+    )
+    assert read_error(capsys, *arguments, "--labels", "7") == (f"--labels: expected 0 to {len(names) - 1}, got 7")
+
+
 def test_generate_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -124,8 +174,9 @@ def test_generate_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "absent: no such folder" in read_error(capsys, "generate", str(tmp_path / "absent"), *out)
     assert "neither a run folder nor a model" in read_error(capsys, "generate", str(tmp_path / "full"), *out)
     assert "no model yet" in read_error(capsys, "generate", str(tmp_path / "begun"), *out)
-    assert read_error(capsys, "generate", str(run), "--labels", "10", *out) == "--labels: expected 0 to 9, got 10"
-    assert "--labels: expected ints" in read_error(capsys, "generate", str(run), "--labels", "one", *out)
+    classes = "--labels: expected classes of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, with commas between them"
+    assert read_error(capsys, "generate", str(run), "--labels", "10", *out) == f"{classes}, got '10'"
+    assert read_error(capsys, "generate", str(run), "--labels", "3,one", *out) == f"{classes}, got '3,one'"
     assert "--temperature: expected" in read_error(capsys, "generate", str(run), "--temperature", "-1", *out)
     assert "--seed: expected" in read_error(capsys, "generate", str(run), "--seed", "-1", *out)
     assert "--columns" in read_error(capsys, "generate", str(run), "--columns", "0", *out)

@@ -54,10 +54,31 @@ def test_lines_give_one_line_an_evaluation_with_the_time_left() -> None:
     ]
 
 
+def test_lines_tell_of_a_long_final_evaluation_now_and_then() -> None:
+    stream, times = io.StringIO(), iter([100.0, 104.0, 111.0, 112.0, 122.0])
+    lines = Lines("examples", stream, lambda: next(times))
+    for done in (50, 500, 1050, 1100, 2000):
+        lines.evaluate(done, 2000)
+    # 1,000 in 11 s: 950 more take 10 s. The last call is the end, of which the figures tell.
+    assert stream.getvalue().splitlines() == ["final evaluation  1,050/2,000  0:10 left"]
+
+
+def test_a_bar_for_the_final_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = make_progress("bar")
+    bar.start(10, 10)
+    bar.evaluate(50, 120)
+    bar.evaluate(100, 120)
+    bar.stop()
+    error = capsys.readouterr().err
+    assert "final evaluation" in error
+    assert "100/120" in error
+
+
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     quiet = make_progress("quiet")
     quiet.start(0, 10)
     quiet.report("test", 1, 10, {"loss": 1.0}, None)
+    quiet.evaluate(1, 2)
     quiet.message("hello")
     quiet.stop()
     assert capsys.readouterr() == ("", "")

@@ -133,6 +133,33 @@ def test_evaluation_does_not_depend_on_how_it_is_batched(monkeypatch: pytest.Mon
     assert parts == pytest.approx(whole, rel=1e-6)
 
 
+def test_the_importance_weighted_bound_of_a_part_of_the_images() -> None:
+    from accelerate import Accelerator
+
+    def bound(count: int | None) -> float:
+        recipe = VAERecipe(config, train, test, num_importance_samples=7, num_importance_images=count)
+        return recipe.evaluate(Accelerator(cpu=True), Generator(1), final=True)["negative_iwae"]
+
+    config, (train, test) = VAEConfig(**SMALL), images(150).split(120)
+    model = VAERecipe(config, train, test).model
+    pixels, _ = test.batch(torch.arange(0, 120, 2))  # every second one: evenly spaced
+    expected = -model.importance_weighted_bound(pixels, num_samples=7, generator=Generator(1)).double().mean()
+    assert bound(60) == pytest.approx(float(expected), rel=1e-6)
+    assert bound(120) == bound(500) == bound(None) != bound(60)
+
+
+def test_the_final_evaluation_tells_how_far_it_is() -> None:
+    from accelerate import Accelerator
+
+    recipe = VAERecipe(VAEConfig(**SMALL), *images(150).split(120), num_importance_samples=2)
+    seen: list[tuple[int, int]] = []
+    recipe.progress = lambda done, total: seen.append((done, total))
+    recipe.evaluate(Accelerator(cpu=True), Generator(1))
+    assert seen == []
+    recipe.evaluate(Accelerator(cpu=True), Generator(1), final=True)
+    assert seen == [(50, 120), (100, 120), (120, 120)]
+
+
 def test_weight_decay_spares_vectors() -> None:
     from fastgen.train import TrainingConfig
 

@@ -75,11 +75,12 @@ def run(family: Family, options: Mapping[str, Any]) -> None:
             source["data"] = str(Path(source["data"]).absolute())
         trainer = _new(family, source, model, report, training, out, quiet)
     else:
+        changeable = {*CHANGEABLE, *family.report}
         for name in (*given, *(["out"] if out is not None else [])):
-            if name not in CHANGEABLE:
+            if FIELDS.get(name, name) not in changeable:
                 option = name.replace("_", "-")
                 raise ValueError(f"--resume: goes on with the run as it was started, but --{option} was given too")
-        trainer = _resumed(family, resume, training, quiet)
+        trainer = _resumed(family, resume, training, report, quiet)
     try:
         result = trainer.fit()
     except Interrupted as stopped:
@@ -109,7 +110,7 @@ def _new(
     return Trainer(recipe, config, out=out, record=record, progress="quiet" if quiet else "auto")
 
 
-def _resumed(family: Family, folder: Path, training: Options, quiet: bool) -> Trainer:
+def _resumed(family: Family, folder: Path, training: Options, report: Options, quiet: bool) -> Trainer:
     record = read_run(folder)
     if "source" not in record:
         raise ValueError(f"{folder}: was started from Python; continue it there, with fit(..., out=..., resume=True)")
@@ -118,6 +119,7 @@ def _resumed(family: Family, folder: Path, training: Options, quiet: bool) -> Tr
         raise ValueError(f"{folder}: holds a run of another model; continue it with: {command}")
     try:
         config = TrainingConfig(**{**record["training"], **training})
+        record["evaluation"].update(report)
         recipe = family.again(record, config, quiet)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}: its config.json is not of this version of fastgen ({error})") from None

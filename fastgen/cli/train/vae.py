@@ -108,7 +108,11 @@ def train_vae(
     keep_checkpoints: options.KeepCheckpoints = None,
     importance_samples: Annotated[
         int | None,
-        option("Samples an image for the bound at the end.", default=100, panel="Run"),
+        option("Samples an image for the importance-weighted bound at the end.", default=100, panel="Run"),
+    ] = None,
+    importance_images: Annotated[
+        int | None,
+        option("Held-out images for that bound: fewer are quicker, all are exact.", default="all", panel="Run"),
     ] = None,
     tensorboard: options.Tensorboard = None,
     quiet: options.Quiet = False,
@@ -139,7 +143,7 @@ class _VAE(Family):
     expected_data = "a folder, a file, mnist or digits"
     built_in = ("mnist", "digits")
     source = ("data", "image_size", "image_channels", "test_size")
-    report = ("num_importance_samples",)
+    report = ("num_importance_samples", "num_importance_images")
 
     def new(self, source: Options, model: Options, report: Options, config: TrainingConfig, quiet: bool) -> VAERecipe:
         for name in ("hidden_sizes", "channels"):

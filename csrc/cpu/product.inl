@@ -1,0 +1,157 @@
+// Matrix products, written once over Isa (after a vec_*.h).
+//
+// A tile of rows by vectors of the result stays in registers while the depth runs: one element of the left side is
+// broadcast against a row of the right side, which is packed in panels
+//   [depth][kVectors * lanes]
+// so that a tile reads it as one stream. The left side is read where it stands, by row pointers. An element of the
+// result is one chain of multiply-adds in ascending depth, whatever the tile it falls in: its bits depend neither on
+// the split of the work nor on its neighbours.
+#pragma once
+
+#include "lanes.inl"
+
+namespace fastgen {
+namespace {
+
+// A square of vectors on its diagonal: each round zips row i with row i + lanes / 2.
+template <class F, int kWidth>
+FASTGEN_FN void transpose(F (&x)[kWidth]) {
+  F y[kWidth];
+  FASTGEN_UNROLL
+  for (int round = 1; round < kWidth; round *= 2) {
+    FASTGEN_UNROLL
+    for (int i = 0; i < kWidth / 2; ++i) interleave(x[i], x[i + kWidth / 2], y[2 * i], y[2 * i + 1]);
+    FASTGEN_UNROLL
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
+}
+
+// One vector of columns of a panel from rows of a matrix that run along the depth (the transposed right side):
+// out[k * step + lane] = rows[lane][k]. A null row is zero.
+template <class F, class Storage, class T, int kWidth>
+__attribute__((noinline)) void pack_transposed(const Storage* const (&rows)[kWidth], int64_t depth, int64_t step,
+                                               T* out) {
+  F square[kWidth];
+  for (int64_t k = 0; k < depth; k += kWidth) {
+    const int count = depth - k < kWidth ? int(depth - k) : kWidth;
+    FASTGEN_UNROLL
+    for (int i = 0; i < kWidth; ++i) {
+      square[i] = rows[i] == nullptr ? F(T(0)) : take<F>(rows[i] + k, count);
+    }
+    transpose(square);
+    for (int i = 0; i < count; ++i) store(out + (k + i) * step, square[i]);
+  }
+}
+
+// Arithmetic in T: what the two sides are stored as, and one step of the depth.
+template <class T_>
+struct Multiply {
+  using T = T_;
+  using F = typename Work<T>::F;
+  using Left = T;
+  using Right = T;
+  static constexpr int kDepth = 1;  // elements of the depth that one step takes
+
+  static FASTGEN_MEMBER F spread(const Left* left) { return F(*left); }
+  static FASTGEN_MEMBER void load_right(const Right* right, F& out) { load(right, out); }
+  static FASTGEN_MEMBER F step(F left, F right, F sum) { return multiply_add(left, right, sum); }
+
+  template <class Storage>
+  static FASTGEN_MEMBER void pack(const Storage* const (&rows)[kLanes<T>], int64_t depth, int64_t step, Right* out) {
+    pack_transposed<F>(rows, depth, step, out);
+  }
+  template <class Storage>
+  static FASTGEN_MEMBER void copy_row(const Storage* from, int64_t count, Left* out) {
+    for (int64_t k = 0; k < count; k += kLanes<T>) {
+      const int lanes = count - k < kLanes<T> ? int(count - k) : kLanes<T>;
+      put(out + k, take<F>(from + k, lanes), lanes);
+    }
+  }
+};
+
+template <class T>
+constexpr int64_t round_up(T count, T unit) {
+  return (count + unit - 1) / unit * unit;
+}
+
+// Rows of a tile: as many as the registers hold sums for.
+template <int kVectors>
+constexpr int kTileRows = Isa::kSums / kVectors;
+
+// The left side of a tile: rows by pointer, or interleaved, [depth][rows].
+template <class A, int kRows>
+struct LeftRows {
+  const typename A::Left* row[kRows];
+  FASTGEN_MEMBER explicit LeftRows(const typename A::Left* const* rows) {
+    for (int r = 0; r < kRows; ++r) row[r] = rows[r];
+  }
+  FASTGEN_MEMBER typename A::F at(int r, int64_t k) const { return A::spread(row[r] + k); }
+};
+template <class A, int kRows>
+struct LeftColumns {
+  const typename A::Left* data;
+  FASTGEN_MEMBER explicit LeftColumns(const typename A::Left* packed) : data(packed) {}
+  FASTGEN_MEMBER typename A::F at(int r, int64_t k) const { return A::spread(data + k * kRows + r * A::kDepth); }
+};
+
+// out = start + left . right; start null: zero. Rows of start and out are `*_stride` elements apart.
+template <class A, int kRows, int kVectors, class LeftSide>
+FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* right, int64_t depth,
+                              const typename A::T* start, int64_t start_stride, typename A::T* out,
+                              int64_t out_stride) {
+  using F = typename A::F;
+  constexpr int kWidth = kLanes<typename A::T>;
+  F sum[kRows][kVectors];
+  FASTGEN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      if (start == nullptr) {
+        sum[r][v] = F(typename A::T(0));
+      } else {
+        load(start + r * start_stride + v * kWidth, sum[r][v]);
+      }
+    }
+  }
+  for (int64_t k = 0; k < depth; k += A::kDepth) {
+    F b[kVectors];
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) A::load_right(right + v * kWidth * A::kDepth, b[v]);
+    FASTGEN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const F a = left.at(r, k);
+      FASTGEN_UNROLL
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = A::step(a, b[v], sum[r][v]);
+    }
+    right += kVectors * kWidth * A::kDepth;
+  }
+  FASTGEN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * kWidth, sum[r][v]);
+  }
+}
+
+// The same for 1 <= rows <= kTileRows, known at run time.
+template <class A, int kVectors, int kRows = kTileRows<kVectors>>
+__attribute__((noinline)) void multiply_rows(int rows, const typename A::Left* const* left,
+                                             const typename A::Right* right, int64_t depth, const typename A::T* start,
+                                             int64_t start_stride, typename A::T* out, int64_t out_stride) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      return multiply_rows<A, kVectors, kRows - 1>(rows, left, right, depth, start, start_stride, out, out_stride);
+    }
+  }
+  multiply_tile<A, kRows, kVectors>(LeftRows<A, kRows>(left), right, depth, start, start_stride, out, out_stride);
+}
+
+// Rows of the next tile where `left` are left: tiles of a batch are as equal as they can be.
+template <int kVectors>
+FASTGEN_FN int next_tile(int64_t left) {
+  constexpr int64_t kMost = kTileRows<kVectors>;
+  const int64_t tiles = (left + kMost - 1) / kMost;
+  return int((left + tiles - 1) / tiles);
+}
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,484 @@
+// LSTM, GRU and Elman RNN over a sequence, written once over Isa (after product.inl).
+//
+// The product of all inputs of some steps is taken at once, just before the recurrence wants it, so that it stays in
+// cache. The recurrent weights are packed once; in a panel stand all gates of a block of units,
+//   [block][depth][gate][lanes]
+// so that the tile that leaves the product is all that a cell needs: bias, activations, states and stores follow
+// on it at once. All of it runs in the work type; the states between the steps are never rounded to a half type,
+// except where the product itself takes bf16.
+#include "../common/activations.h"
+#include "product.inl"
+
+namespace fastgen {
+namespace {
+
+// How a cell's gates lie in a panel.
+template <CellMode kMode>
+struct Gates {
+  static constexpr int kCount = kMode == CellMode::kLstm ? 4 : kMode == CellMode::kGru ? 3 : 1;
+  static constexpr int kVectors = kMode == CellMode::kGru ? 3 : 4;  // of a panel's row
+  static constexpr int kUnitVectors = kVectors / kCount;            // of units, each gate
+};
+
+constexpr int kFlatVectors = 4;           // panels without gates: the projection
+constexpr int64_t kChunkBytes = 1 << 18;  // of input products: they stay in L2 beside the recurrent weights
+
+// Memory carved off one block, each piece on a line of its own; from null, it counts bytes.
+class Arena {
+ public:
+  explicit FASTGEN_MEMBER Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  FASTGEN_MEMBER T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up<int64_t>(count * int64_t(sizeof(T)), 64);
+    return piece;
+  }
+  FASTGEN_MEMBER int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+FASTGEN_FN int64_t active_rows(const RecurrentParams& p, int64_t t) {
+  return p.batch_sizes == nullptr ? p.batch : p.batch_sizes[t];
+}
+FASTGEN_FN int64_t row_number(const RecurrentParams& p, int64_t t, int64_t b) {
+  return p.step_rows == nullptr ? t * p.row_step + b * p.row_batch : p.step_rows[t] + b;
+}
+FASTGEN_FN int64_t input_offset(const RecurrentParams& p, int64_t t, int64_t b) {
+  return (p.step_rows == nullptr ? t * p.input_step : p.step_rows[t] * p.input_batch) + b * p.input_batch;
+}
+// The step that comes s-th.
+FASTGEN_FN int64_t time_of(const RecurrentParams& p, int64_t s) { return p.reverse ? p.steps - 1 - s : s; }
+
+template <CellMode kMode, class Storage, class A>
+class Recurrence {
+  using T = typename A::T;
+  using F = typename A::F;
+  using U = typename fastgen::Work<T>::U;
+  using Left = typename A::Left;
+  using Right = typename A::Right;
+  using G = Gates<kMode>;
+  static constexpr int kWidth = kLanes<T>;
+  static constexpr int kVectors = G::kVectors, kColumns = kVectors * kWidth, kUnits = G::kUnitVectors * kWidth;
+  static constexpr int kFlatColumns = kFlatVectors * kWidth;
+  // Without it the input is read where it stands.
+  static constexpr bool kCopyInput = !(sizeof(Storage) == sizeof(Left) && A::kDepth == 1);
+
+ public:
+  explicit Recurrence(const RecurrentParams& params)
+      : p(params),
+        input_depth(round_up<int64_t>(p.input_size, A::kDepth)),
+        state_depth(round_up<int64_t>(p.output_size, A::kDepth)),
+        units_depth(round_up<int64_t>(p.hidden_size, A::kDepth)),
+        state_stride(round_up<int64_t>(p.output_size, kFlatColumns)),
+        unit_stride(round_up<int64_t>(p.hidden_size, kUnits)),
+        blocks(unit_stride / kUnits),
+        projection_blocks(p.w_hr == nullptr ? 0 : state_stride / kFlatColumns) {
+    Arena arena(p.packed);
+    w_ih = arena.take<Right>(blocks * input_depth * kColumns);
+    w_hh = arena.take<Right>(blocks * state_depth * kColumns);
+    w_hr = arena.take<Right>(projection_blocks * units_depth * kFlatColumns);
+    bias = arena.take<T>(blocks * kColumns);
+    bias_hn = arena.take<T>(kMode == CellMode::kGru ? blocks * kUnits : 0);
+    packed_bytes = arena.used();
+  }
+
+  RecurrentSizes sizes(int64_t rows) const {
+    RecurrentSizes sizes;
+    sizes.blocks = blocks;
+    sizes.projection_blocks = projection_blocks;
+    sizes.packed = packed_bytes;
+    sizes.chunk = chunk_steps(rows);
+    sizes.scratch = Scratch(*this, nullptr, rows).bytes;
+    return sizes;
+  }
+
+  void run(const RecurrentWork& work) const {
+    if (work.phase == RecurrentPhase::kPack) {
+      for (int64_t i = work.first_block; i < work.end_block; ++i) pack(i);
+      return;
+    }
+    const Scratch scratch(*this, work.scratch, work.end_row - work.first_row);
+    switch (work.phase) {
+      case RecurrentPhase::kRows: return rows(work, scratch);
+      case RecurrentPhase::kStart: return start(work, scratch);
+      case RecurrentPhase::kGather: return gather(work, scratch);
+      case RecurrentPhase::kInput: return multiply_input(work, scratch);
+      case RecurrentPhase::kStep: return step(work, scratch);
+      case RecurrentPhase::kProject: return project(work, scratch);
+      default: return finish(work, scratch);
+    }
+  }
+
+ private:
+  // State of some rows of the batch, and the inputs of a chunk of steps.
+  struct Scratch {
+    Left* fed[2];      // [rows][state_stride]: the h that the product takes, of the last step and of this one
+    T* h;              // the same unmasked and unrounded, where that is not fed[] itself
+    T* c;              // [rows][unit_stride]
+    Left* raw;         // [rows][unit_stride]: the h before the projection
+    T* from_input;     // [chunk rows][blocks][kColumns]: bias + W_ih x
+    Left* input_copy;  // [chunk rows][input_depth]
+    const Left** input_rows;
+    int64_t* step_start;  // [chunk]: where in the chunk a step's rows begin
+    int64_t bytes;
+
+    FASTGEN_MEMBER Scratch(const Recurrence& of, void* base, int64_t rows) {
+      const int64_t steps = of.chunk_steps(rows);
+      Arena arena(base);
+      fed[0] = arena.take<Left>(rows * of.state_stride);
+      fed[1] = arena.take<Left>(rows * of.state_stride);
+      h = of.keeps_h() ? arena.take<T>(rows * of.state_stride) : nullptr;
+      c = arena.take<T>(kMode == CellMode::kLstm ? rows * of.unit_stride : 0);
+      raw = arena.take<Left>(of.p.w_hr != nullptr ? rows * of.unit_stride : 0);
+      from_input = arena.take<T>(steps * rows * of.blocks * kColumns);
+      input_copy = arena.take<Left>(kCopyInput ? steps * rows * of.input_depth : 0);
+      input_rows = arena.take<const Left*>(steps * rows);
+      step_start = arena.take<int64_t>(steps + 1);
+      bytes = arena.used();
+    }
+  };
+
+  bool keeps_h() const { return p.h_mask != nullptr || sizeof(Left) != sizeof(T); }
+
+  int64_t chunk_steps(int64_t rows) const {
+    const int64_t fitting = kChunkBytes / (blocks * kColumns * int64_t(sizeof(T)));
+    const int64_t wanted =
+        (fitting < 2 * kTileRows<kVectors> ? 2 * kTileRows<kVectors> : fitting) / (rows < 1 ? 1 : rows);
+    return wanted < 1 ? 1 : wanted < p.steps ? wanted : p.steps;
+  }
+
+  // Panels, and biases added up: all of a cell's but W_hn's, which r multiplies.
+  void pack(int64_t i) const {
+    const auto* from_ih = static_cast<const Storage*>(p.w_ih);
+    const auto* from_hh = static_cast<const Storage*>(p.w_hh);
+    const auto* from_hr = static_cast<const Storage*>(p.w_hr);
+    if (i >= blocks) {
+      i -= blocks;
+      for (int v = 0; v < kFlatVectors; ++v) {
+        const Storage* rows[kWidth];
+        for (int lane = 0; lane < kWidth; ++lane) {
+          const int64_t output = i * kFlatColumns + v * kWidth + lane;
+          rows[lane] = output < p.output_size ? from_hr + output * p.hidden_size : nullptr;
+        }
+        A::pack(rows, p.hidden_size, kFlatColumns, w_hr + i * units_depth * kFlatColumns + v * kWidth * A::kDepth);
+      }
+      return;
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const int gate = v / G::kUnitVectors;
+      const Storage *rows_ih[kWidth], *rows_hh[kWidth];
+      for (int lane = 0; lane < kWidth; ++lane) {
+        const int64_t unit = i * kUnits + v % G::kUnitVectors * kWidth + lane;
+        const bool exists = unit < p.hidden_size;
+        const int64_t row = gate * p.hidden_size + unit;
+        rows_ih[lane] = exists ? from_ih + row * p.input_size : nullptr;
+        rows_hh[lane] = exists ? from_hh + row * p.output_size : nullptr;
+        const T from_x = exists && p.b_ih != nullptr ? widen(static_cast<const Storage*>(p.b_ih)[row]) : T(0);
+        const T from_h = exists && p.b_hh != nullptr ? widen(static_cast<const Storage*>(p.b_hh)[row]) : T(0);
+        const bool apart = kMode == CellMode::kGru && gate == 2;
+        bias[i * kColumns + v * kWidth + lane] = apart ? from_x : from_x + from_h;
+        if (apart) bias_hn[i * kUnits + lane] = from_h;
+      }
+      A::pack(rows_ih, p.input_size, kColumns, w_ih + i * input_depth * kColumns + v * kWidth * A::kDepth);
+      A::pack(rows_hh, p.output_size, kColumns, w_hh + i * state_depth * kColumns + v * kWidth * A::kDepth);
+    }
+  }
+
+  void rows(const RecurrentWork& all, const Scratch& scratch) const {
+    RecurrentWork work = all;
+    work.first_block = 0;
+    work.end_block = blocks;
+    RecurrentWork projection = work;
+    projection.end_block = projection_blocks;
+    start(work, scratch);
+    const int64_t chunk = chunk_steps(work.end_row - work.first_row);
+    for (int64_t s = 0; s < p.steps; s += chunk) {
+      work.first_step = s;
+      work.end_step = s + chunk < p.steps ? s + chunk : p.steps;
+      gather(work, scratch);
+      multiply_input(work, scratch);
+      for (projection.first_step = s; projection.first_step < work.end_step; ++projection.first_step) {
+        RecurrentWork one = work;
+        one.first_step = projection.first_step;
+        step(one, scratch);
+        project(projection, scratch);
+      }
+    }
+    finish(work, scratch);
+  }
+
+  // Rows of step t among those of `work`.
+  FASTGEN_MEMBER int64_t rows_at(const RecurrentWork& work, int64_t t) const {
+    const int64_t active = active_rows(p, t);
+    const int64_t end = active < work.end_row ? active : work.end_row;
+    return end > work.first_row ? end - work.first_row : 0;
+  }
+
+  // Initial states, in both halves of fed[]: a packed sequence read in reverse begins later in shorter rows.
+  void start(const RecurrentWork& work, const Scratch& scratch) const {
+    const auto* h_0 = static_cast<const Storage*>(p.h_0);
+    const auto* c_0 = static_cast<const Storage*>(p.c_0);
+    for (int64_t b = work.first_row; b < work.end_row; ++b) {
+      const int64_t at = b - work.first_row;
+      for (int64_t j = 0; j < state_stride; j += kWidth) {
+        const F h = take_upto<F>(h_0 + b * p.output_size, j, p.output_size);
+        const F fed = masked(h, b, j);
+        store(scratch.fed[0] + at * state_stride + j, fed);
+        store(scratch.fed[1] + at * state_stride + j, fed);
+        if (scratch.h != nullptr) store(scratch.h + at * state_stride + j, h);
+      }
+      if constexpr (kMode == CellMode::kLstm) {
+        for (int64_t j = 0; j < unit_stride; j += kWidth) {
+          store(scratch.c + at * unit_stride + j, take_upto<F>(c_0 + b * p.hidden_size, j, p.hidden_size));
+        }
+      }
+    }
+  }
+
+  // Rows of the input of the steps of a chunk, by pointer; widened where the product does not take them as they are.
+  void gather(const RecurrentWork& work, const Scratch& scratch) const {
+    const auto* input = static_cast<const Storage*>(p.input);
+    int64_t n = 0;
+    for (int64_t s = work.first_step; s < work.end_step; ++s) {
+      const int64_t t = time_of(p, s), rows = rows_at(work, t);
+      scratch.step_start[s - work.first_step] = n;
+      for (int64_t b = work.first_row; b < work.first_row + rows; ++b, ++n) {
+        const Storage* from = input + input_offset(p, t, b);
+        if constexpr (kCopyInput) {
+          Left* copy = scratch.input_copy + n * input_depth;
+          A::copy_row(from, p.input_size, copy);
+          scratch.input_rows[n] = copy;
+        } else {
+          scratch.input_rows[n] = from;
+        }
+      }
+    }
+    scratch.step_start[work.end_step - work.first_step] = n;
+  }
+
+  void multiply_input(const RecurrentWork& work, const Scratch& scratch) const {
+    const int64_t count = scratch.step_start[work.end_step - work.first_step];
+    for (int64_t u = work.first_block; u < work.end_block; ++u) {
+      for (int64_t n = 0; n < count;) {
+        const int tile = next_tile<kVectors>(count - n);
+        multiply_rows<A, kVectors>(tile, scratch.input_rows + n, w_ih + u * input_depth * kColumns, input_depth,
+                                   bias + u * kColumns, 0, scratch.from_input + (n * blocks + u) * kColumns,
+                                   blocks * kColumns);
+        n += tile;
+      }
+    }
+  }
+
+  // One step of the units of some blocks. work.first_step must lie in the chunk that begins at a multiple of its size.
+  void step(const RecurrentWork& work, const Scratch& scratch) const {
+    const int64_t s = work.first_step, t = time_of(p, s), rows = rows_at(work, t);
+    const int64_t first = scratch.step_start[s % chunk_steps(work.end_row - work.first_row)];
+    const Left* fed = scratch.fed[s & 1];
+    alignas(64) T tile[Isa::kSums * kWidth];
+    for (int64_t u = work.first_block; u < work.end_block; ++u) {
+      for (int64_t n = 0; n < rows;) {
+        const int count = next_tile<kVectors>(rows - n);
+        const Left* left[kTileRows<kVectors>];
+        for (int r = 0; r < count; ++r) left[r] = fed + (n + r) * state_stride;
+        const T* from_input = scratch.from_input + ((first + n) * blocks + u) * kColumns;
+        const Right* panel = w_hh + u * state_depth * kColumns;
+        if constexpr (kMode == CellMode::kGru) {
+          // W_hn h + b_hn stays by itself: r multiplies it.
+          F value;
+          for (int r = 0; r < count; ++r) {
+            for (int v = 0; v < 2; ++v) {
+              load(from_input + r * blocks * kColumns + v * kWidth, value);
+              store(tile + r * kColumns + v * kWidth, value);
+            }
+            load(bias_hn + u * kUnits, value);
+            store(tile + r * kColumns + 2 * kWidth, value);
+          }
+          multiply_rows<A, kVectors>(count, left, panel, state_depth, tile, kColumns, tile, kColumns);
+        } else {
+          multiply_rows<A, kVectors>(count, left, panel, state_depth, from_input, blocks * kColumns, tile, kColumns);
+        }
+        for (int r = 0; r < count; ++r) {
+          cell(work, scratch, t, n + r, u, tile + r * kColumns, from_input + r * blocks * kColumns);
+        }
+        n += count;
+      }
+    }
+  }
+
+  // A row's units of block u, from what the product left.
+  FASTGEN_MEMBER void cell(const RecurrentWork& work, const Scratch& scratch, int64_t t, int64_t at, int64_t u,
+                           const T* sums, const T* from_input) const {
+    const int64_t row = row_number(p, t, work.first_row + at);
+    F x[kVectors];
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) load(sums + v * kWidth, x[v]);
+    if constexpr (kMode == CellMode::kLstm) {
+      const int64_t unit = u * kUnits;
+      const int count = lanes_from(unit, p.hidden_size);
+      T* state = scratch.c + at * unit_stride + unit;
+      F c;
+      load(state, c);
+      const F i = sigmoid<T, U>(x[0]), f = sigmoid<T, U>(x[1]), g = hyperbolic_tangent<T, U>(x[2]),
+              o = sigmoid<T, U>(x[3]);
+      c = multiply_add(f, c, i * g);
+      store(state, c);
+      const F h = o * hyperbolic_tangent<T, U>(c);
+      if (p.gates != nullptr) {
+        save(row, unit, count, i, f, g, o);
+        put(static_cast<T*>(p.cells) + row * p.hidden_size + unit, c, count);
+      }
+      if (p.w_hr != nullptr) {
+        store(scratch.raw + at * unit_stride + unit, h);
+      } else {
+        emit(work, scratch, t, at, unit, h);
+      }
+    } else if constexpr (kMode == CellMode::kGru) {
+      const int64_t unit = u * kUnits;
+      F from_x, before;
+      load(from_input + 2 * kWidth, from_x);
+      if (scratch.h != nullptr) {
+        load(scratch.h + at * state_stride + unit, before);
+      } else {
+        load(scratch.fed[step_parity(t)] + at * state_stride + unit, before);
+      }
+      const F r = sigmoid<T, U>(x[0]), z = sigmoid<T, U>(x[1]);
+      const F n = hyperbolic_tangent<T, U>(multiply_add(r, x[2], from_x));
+      if (p.gates != nullptr) save(row, unit, lanes_from(unit, p.hidden_size), r, z, n, x[2]);
+      emit(work, scratch, t, at, unit, multiply_add(z, before - n, n));
+    } else {
+      FASTGEN_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t unit = u * kUnits + v * kWidth;
+        if (unit >= p.hidden_size) break;
+        const F h = kMode == CellMode::kTanh ? hyperbolic_tangent<T, U>(x[v]) : larger(F(T(0)), x[v]);
+        emit(work, scratch, t, at, unit, h);
+      }
+    }
+  }
+
+  void project(const RecurrentWork& work, const Scratch& scratch) const {
+    const int64_t t = time_of(p, work.first_step), rows = rows_at(work, t);
+    alignas(64) T tile[Isa::kSums * kWidth];
+    for (int64_t j = work.first_block; j < work.end_block; ++j) {
+      for (int64_t n = 0; n < rows;) {
+        const int count = next_tile<kFlatVectors>(rows - n);
+        const Left* left[kTileRows<kFlatVectors>];
+        for (int r = 0; r < count; ++r) left[r] = scratch.raw + (n + r) * unit_stride;
+        multiply_rows<A, kFlatVectors>(count, left, w_hr + j * units_depth * kFlatColumns, units_depth, nullptr, 0,
+                                       tile, kFlatColumns);
+        for (int r = 0; r < count; ++r) {
+          for (int v = 0; v < kFlatVectors; ++v) {
+            const int64_t output = j * kFlatColumns + v * kWidth;
+            if (output >= p.output_size) break;
+            F h;
+            load(tile + r * kFlatColumns + v * kWidth, h);
+            emit(work, scratch, t, n + r, output, h);
+          }
+        }
+        n += count;
+      }
+    }
+  }
+
+  // A vector of h of step t: to the output, and to where the next step finds it.
+  FASTGEN_MEMBER void emit(const RecurrentWork& work, const Scratch& scratch, int64_t t, int64_t at, int64_t j,
+                           F h) const {
+    const int64_t b = work.first_row + at;
+    put(static_cast<Storage*>(p.output) + row_number(p, t, b) * p.output_size + j, h, lanes_from(j, p.output_size));
+    if (scratch.h != nullptr) store(scratch.h + at * state_stride + j, h);
+    store(scratch.fed[step_parity(t) ^ 1] + at * state_stride + j, masked(h, b, j));
+  }
+
+  void finish(const RecurrentWork& work, const Scratch& scratch) const {
+    int64_t length = p.steps;
+    for (int64_t b = work.first_row; b < work.end_row; ++b) {
+      while (length > 0 && active_rows(p, length - 1) <= b) --length;
+      const int64_t at = b - work.first_row;
+      // The half of fed[] that the row's last step wrote.
+      const Left* fed = scratch.fed[(p.reverse ? p.steps : length) & 1];
+      for (int64_t j = 0; j < p.output_size; j += kWidth) {
+        F h;
+        if (scratch.h != nullptr) {
+          load(scratch.h + at * state_stride + j, h);
+        } else {
+          load(fed + at * state_stride + j, h);
+        }
+        put(static_cast<Storage*>(p.h_n) + b * p.output_size + j, h, lanes_from(j, p.output_size));
+      }
+      if constexpr (kMode == CellMode::kLstm) {
+        for (int64_t j = 0; j < p.hidden_size; j += kWidth) {
+          F c;
+          load(scratch.c + at * unit_stride + j, c);
+          put(static_cast<Storage*>(p.c_n) + b * p.hidden_size + j, c, lanes_from(j, p.hidden_size));
+        }
+      }
+    }
+  }
+
+  FASTGEN_MEMBER void save(int64_t row, int64_t unit, int count, F first, F second, F third, F fourth) const {
+    Storage* gates = static_cast<Storage*>(p.gates) + row * 4 * p.hidden_size + unit;
+    put(gates, first, count);
+    put(gates + p.hidden_size, second, count);
+    put(gates + 2 * p.hidden_size, third, count);
+    put(gates + 3 * p.hidden_size, fourth, count);
+  }
+
+  // Which half of fed[] step t reads.
+  FASTGEN_MEMBER int step_parity(int64_t t) const { return int((p.reverse ? p.steps - 1 - t : t) & 1); }
+
+  static FASTGEN_MEMBER int lanes_from(int64_t first, int64_t size) {
+    return size - first < kWidth ? int(size - first) : kWidth;
+  }
+  template <class V>
+  static FASTGEN_MEMBER V take_upto(const Storage* row, int64_t j, int64_t size) {
+    return j < size ? take<V>(row + j, lanes_from(j, size)) : V(T(0));
+  }
+  FASTGEN_MEMBER F masked(F h, int64_t b, int64_t j) const {
+    if (p.h_mask == nullptr) return h;
+    return h * take_upto<F>(static_cast<const Storage*>(p.h_mask) + b * p.output_size, j, p.output_size);
+  }
+
+  const RecurrentParams& p;
+  const int64_t input_depth, state_depth, units_depth;  // rounded up to whole steps of the product
+  const int64_t state_stride, unit_stride;              // rows of the states, in whole panels
+  const int64_t blocks, projection_blocks;
+  Right *w_ih, *w_hh, *w_hr;
+  T *bias, *bias_hn;
+  int64_t packed_bytes;
+};
+
+// Calls body(Recurrence<mode, storage, arithmetic>).
+template <CellMode kMode, class Body>
+FASTGEN_FN void with_dtype(const RecurrentParams& p, const Body& body) {
+  switch (p.dtype) {
+    case DType::kFloat64: return body(Recurrence<kMode, double, Multiply<double>>(p));
+    case DType::kBFloat16: return body(Recurrence<kMode, BFloat16, Multiply<float>>(p));
+    case DType::kFloat16: return body(Recurrence<kMode, Float16, Multiply<float>>(p));
+    default: return body(Recurrence<kMode, float, Multiply<float>>(p));
+  }
+}
+template <class Body>
+FASTGEN_FN void with_recurrence(const RecurrentParams& p, const Body& body) {
+  switch (p.mode) {
+    case CellMode::kLstm: return with_dtype<CellMode::kLstm>(p, body);
+    case CellMode::kGru: return with_dtype<CellMode::kGru>(p, body);
+    case CellMode::kTanh: return with_dtype<CellMode::kTanh>(p, body);
+    case CellMode::kRelu: return with_dtype<CellMode::kRelu>(p, body);
+  }
+}
+
+RecurrentSizes recurrent_sizes(const RecurrentParams& p, int64_t rows) {
+  RecurrentSizes sizes{};
+  with_recurrence(p, [&](const auto& recurrence) { sizes = recurrence.sizes(rows); });
+  return sizes;
+}
+
+void recurrent(const RecurrentParams& p, const RecurrentWork& work) {
+  with_recurrence(p, [&](const auto& recurrence) { recurrence.run(work); });
+}
+
+}  // namespace
+}  // namespace fastgen
