@@ -1,13 +1,23 @@
 """Generative models: each family is one file, one configuration dataclass and one `torch.nn.Module`."""
 
 from fastgen.models._pretrained import PretrainedConfig, PretrainedModel, from_pretrained
-from fastgen.models.rnn import RNN, GaussianMixture, RNNConfig, RNNOutput, detach_state
+from fastgen.models.rnn import (
+    RNN,
+    GaussianMixture,
+    Generation,
+    GenerationState,
+    RNNConfig,
+    RNNOutput,
+    detach_state,
+)
 from fastgen.models.vae import VAE, VAEConfig, VAEOutput
 
 __all__ = [
     "RNN",
     "VAE",
     "GaussianMixture",
+    "Generation",
+    "GenerationState",
     "PretrainedConfig",
     "PretrainedModel",
     "RNNConfig",

@@ -24,7 +24,7 @@ from fastgen._extras import extra
 from fastgen._version import __version__
 from fastgen.random import Device
 
-__all__ = ["PretrainedConfig", "PretrainedModel", "from_pretrained"]
+__all__ = ["PretrainedConfig", "PretrainedModel", "from_pretrained", "read_tensors", "write_tensors"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -122,13 +122,10 @@ class PretrainedModel(nn.Module):
         Each file is replaced whole or not at all. The configuration comes last: a folder of an
         interrupted first save is not taken for a model.
         """
-        safetensors = _safetensors()
         folder = Path(directory)
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder}: expected a folder to save the model in, got a file")
-        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        with _files.atomic_path(folder / WEIGHTS_FILE) as temporary:
-            safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
         header = {"model_type": self.config.model_type, "fastgen_version": __version__}
         _files.write_text(folder / CONFIG_FILE, json.dumps({**header, **self.config.to_dict()}, indent=2) + "\n")
 
@@ -152,7 +149,7 @@ class PretrainedModel(nn.Module):
             config = cls.config_class.from_dict(fields)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
-        state = _read_weights(folder, torch.device("cpu" if device is None else device))
+        state = read_tensors(_existing(folder, WEIGHTS_FILE), torch.device("cpu" if device is None else device))
         # On the meta device nothing is initialised, so torch's generator stays where it was.
         with torch.device("meta"):
             model = cls(config)
@@ -169,6 +166,24 @@ def from_pretrained(directory: Folder, device: Device = None, dtype: torch.dtype
         known = ", ".join(sorted(_model_classes))
         raise ValueError(f"{folder / CONFIG_FILE}: model_type: expected one of {known}, got {model_type!r}")
     return _model_classes[model_type].from_pretrained(folder, device, dtype)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; whole or not at all."""
+    safetensors = _safetensors()
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with _files.atomic_path(path) as temporary:
+        safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt"})
+
+
+def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, with an error that names it."""
+    safetensors = _safetensors()
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path, device=str(device))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
+    return tensors
 
 
 def _safetensors() -> Any:
@@ -203,16 +218,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not valid JSON (not UTF-8 text)") from None
     return _parse_json(text, path)
-
-
-def _read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    safetensors = _safetensors()
-    path = _existing(folder, WEIGHTS_FILE)
-    try:
-        state: dict[str, Tensor] = safetensors.torch.load_file(path, device=str(device))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
-    return state
 
 
 def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,10 +28,12 @@ from typing_extensions import Self
 import fastgen.nn as nn
 from fastgen import _validate
 from fastgen.models._pretrained import Folder, PretrainedConfig, PretrainedModel
+from fastgen.models._sampling import Generation, GenerationState, Sampling, generate_tokens, generate_values
 from fastgen.random import Device, dropout_mask
+from fastgen.reference.recurrent import Mode
 from fastgen.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
-__all__ = ["RNN", "GaussianMixture", "RNNConfig", "RNNOutput", "State", "detach_state"]
+__all__ = ["RNN", "GaussianMixture", "Generation", "GenerationState", "RNNConfig", "RNNOutput", "State", "detach_state"]
 
 _LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
     "lstm": nn.LSTM,
@@ -143,6 +145,29 @@ class GaussianMixture:
         """(..., F): the mean of the mixture."""
         return (self.log_weights.exp().unsqueeze(-1) * self.means).sum(-2)
 
+    def draw(self, elements: Tensor, temperature: float = 1.0) -> Tensor:
+        """(n, F): a sample for each of n rows, or at temperature 0 the mean; the density is (n, ...).
+
+        Logits of the components are divided by the temperature and variances multiplied by it (Ha & Schmidhuber,
+        "World models", 2018).
+
+        Args:
+            elements: (n, 2) int64, a seed and an element e for each row. The component takes element e of the
+                64-bit stream, number f of the F takes element e F + f of the 32-bit one.
+            temperature: at least 0.
+        """
+        if temperature == 0:
+            return self.mean
+        features = self.means.shape[-1]
+        weights = torch.softmax(self.log_weights.double() / temperature, dim=-1).cumsum(-1)
+        u = torch.ops.fastgen.uniform(elements, [1], torch.float64, 0.0, 1.0)
+        component = torch.searchsorted(weights, u, right=True).clamp(max=weights.shape[-1] - 1)
+        places = component.unsqueeze(-1).expand(-1, 1, features)
+        mean, scale = (x.gather(1, places).squeeze(1) for x in (self.means, self.scales))
+        places = torch.stack((elements[:, 0], elements[:, 1] * features), dim=-1)
+        noise = torch.ops.fastgen.normal(places, [features], torch.float32, 0.0, 1.0)
+        return mean + scale * math.sqrt(temperature) * noise.to(mean.dtype)
+
     def log_prob(self, values: Tensor) -> Tensor:
         """(...,): the log-density of values (..., F), in nats."""
         z = (values.unsqueeze(-2) - self.means) / self.scales
@@ -181,6 +206,8 @@ class RNN(PretrainedModel):
 
     config_class = RNNConfig
     config: RNNConfig
+    embedding: nn.Embedding
+    rnn: nn.RNNBase
     mean: Tensor
     scale: Tensor
 
@@ -191,7 +218,7 @@ class RNN(PretrainedModel):
         self._check_tokenizer("tokenizer")
         if config.vocab_size:
             self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
-            self.head: nn.Module = _TokenHead(config, self.embedding if config.tie_weights else None)
+            self.head: _TokenHead | _MixtureHead = _TokenHead(config, self.embedding if config.tie_weights else None)
         else:
             self.register_buffer("mean", torch.zeros(config.input_size))
             self.register_buffer("scale", torch.ones(config.input_size))
@@ -215,6 +242,11 @@ class RNN(PretrainedModel):
             with torch.no_grad():
                 for layer in range(self.config.num_layers):
                     getattr(self.rnn, f"bias_ih_l{layer}")[hidden : 2 * hidden] += 1.0
+
+    @property
+    def mode(self) -> Mode:
+        """The cell, as the ops number them."""
+        return Mode[self.config.cell.upper()]
 
     @property
     def is_text(self) -> bool:
@@ -271,32 +303,113 @@ class RNN(PretrainedModel):
                 looked at on the CPU only, elsewhere it would stall the device.
         """
         self._check_steps("inputs", inputs)
-        x = self._dropped(self._embedded(inputs))
-        hidden, state = self.rnn(x, state)
+        embedded = self.embedding(inputs) if self.is_text else self.standardised(inputs)
+        hidden, state = self.rnn(self._dropped(embedded), state)
         predicted = self.head(self._dropped(hidden))
+        loss = None
         if self.is_text:
-            loss = None
             if targets is not None:
                 self._check_targets(inputs, targets)
                 loss = F.cross_entropy(_at_least_float32(predicted).flatten(0, 1), targets.flatten())
             return RNNOutput(loss, predicted, None, state)
-        distribution = self._in_units(predicted)
-        loss = None
+        distribution = self.density(predicted)
         if targets is not None:
             self._check_targets(inputs, targets)
             loss = -distribution.log_prob(targets.to(distribution.means.dtype)).mean()
         return RNNOutput(loss, None, distribution, state)
 
-    def _embedded(self, inputs: Tensor) -> Tensor:
-        """The input of the first layer, (..., embedding_dim or input_size) in the model's dtype."""
-        if self.is_text:
-            embedded: Tensor = self.embedding(inputs)
-            return embedded
-        # In the dtype of the data: a half type would lose digits before the mean is gone.
-        inputs = _at_least_float32(inputs)
-        return ((inputs - self.mean.to(inputs.dtype)) / self.scale.to(inputs.dtype)).to(self.dtype)
+    def generate(
+        self,
+        prompt: str | Tensor | Sequence[str] | Sequence[Tensor],
+        max_new_tokens: int = 100,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: int | str | Sequence[int | str] | None = None,
+        seed: int | Sequence[int] | None = None,
+        n: int = 1,
+        state: GenerationState | None = None,
+        return_state: bool = False,
+        stream: bool = False,
+    ) -> Any:
+        """Continue texts, sequences of tokens or series.
 
-    def _in_units(self, standardised: GaussianMixture) -> GaussianMixture:
+        A row's continuation is a function of its own prompt and seed: it depends neither on the other rows nor
+        on where a text was cut into a prompt and what followed it. (The kernels give the same bits; where there
+        are none, it holds up to the rounding of PyTorch's products.)
+
+        Args:
+            prompt: a string or several; tokens (L,) or (B, L), or a list of tensors (L,) of different lengths;
+                for a series values (T, input_size) or (B, T, input_size), or a list of tensors (T, input_size).
+            max_new_tokens: how many tokens, or steps of a series, to add to a row at most.
+            temperature: scores are divided by it; 0 takes the likeliest token, or the mean of the density. Of a
+                density it divides the logits of the components and multiplies the variances.
+            top_k: draw from the k likeliest tokens and those that equal the last of them.
+            top_p: draw from the fewest likeliest tokens with this share of the probability (Holtzman et al., 2020).
+            min_p: draw from tokens at least this many times as likely as the likeliest (Nguyen et al., 2024).
+            repetition_penalty: divides the positive scores, and multiplies the negative ones, of tokens that the
+                row has, prompt included (Keskar et al., 2019). These four act in the order of Hugging Face's
+                `generate`: penalty, temperature, top_k, top_p, min_p.
+            stop: tokens, or strings, that end a row; they stay in the result, at its end.
+            seed: of row 0; row r has seed + r. Or a seed for each row. None: from torch's default generator.
+            n: continuations of each prompt; row p n + i is number i of prompt p.
+            state: from an earlier call, to go on from; the prompt comes behind what it has, and may be empty. It
+                is not changed.
+            return_state: give (result, `GenerationState`).
+            stream: give a `Generation`, an iterator over what is new.
+
+        Returns:
+            Prompt and continuation, in the form of the prompt: a string or a list of them, tokens (L',), tokens
+            (rows, L') in which -100 fills up rows that ended early, a list of tensors, or values likewise. One
+            prompt gives one result, without a dimension or a list around it, if n is 1.
+
+        Raises:
+            TypeError, ValueError: for an argument that does not fit, naming it, or scores that are not finite.
+        """
+        if return_state and stream:
+            raise ValueError("return_state: expected False where stream is True, a Generation has its state")
+        if self.is_text:
+            sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
+            generation = generate_tokens(self, prompt, max_new_tokens, sampling, stop, seed, n, state, stream)
+        else:
+            given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name}: expected None for a model of numbers, got {value!r}")
+            if repetition_penalty != 1:
+                raise ValueError(f"repetition_penalty: expected 1 for a model of numbers, got {repetition_penalty!r}")
+            _validate.number("temperature", temperature, minimum=0)
+            generation = generate_values(self, prompt, max_new_tokens, temperature, seed, n, state)
+        if stream:
+            return generation
+        for _ in generation:
+            pass
+        return (generation.result, generation.state) if return_state else generation.result
+
+    def generation_weights(self) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor, Tensor]:
+        """Detached: the embedding, the layers' weights, projection, output weight and bias, as `rnn_generate` takes."""
+        names: list[str] = self.rnn._flat_weights_names
+        layers: list[Tensor] = [getattr(self.rnn, name).detach() for name in names]
+        if isinstance(self.head, _TokenHead):
+            projection = None if self.head.projection is None else self.head.projection.weight.detach()
+            output = (projection, self.head.output_weight.detach(), self.head.bias.detach())
+            return self.embedding.weight.detach(), layers, *output
+        weight, bias = self.head.weight.detach(), self.head.bias.detach()
+        return weight.new_empty(0), layers, None, weight, bias
+
+    def standardised(self, values: Tensor) -> Tensor:
+        """Values (..., input_size) as the layers take them, in the model's dtype."""
+        # In the dtype of the data: a half type would lose digits before the mean is gone.
+        values = _at_least_float32(values)
+        return ((values - self.mean.to(values.dtype)) / self.scale.to(values.dtype)).to(self.dtype)
+
+    def density(self, parameters: Tensor) -> GaussianMixture:
+        """The density, in the units of the data, from the outputs of the head."""
+        assert isinstance(self.head, _MixtureHead)
+        standardised = self.head.mixture(parameters)
         means, scales = standardised.means, standardised.scales
         mean, scale = self.mean.to(means.dtype), self.scale.to(means.dtype)
         return GaussianMixture(standardised.log_weights, means * scale + mean, scales * scale)
@@ -348,6 +461,9 @@ class RNN(PretrainedModel):
 class _TokenHead(nn.Module):
     """(..., hidden_size) -> (..., vocab_size): logits, by weights of its own or by those of the embedding."""
 
+    weight: Tensor
+    projection: nn.Linear | None
+
     def __init__(self, config: RNNConfig, embedding: nn.Embedding | None) -> None:
         super().__init__()
         self.projection = None
@@ -378,18 +494,15 @@ class _TokenHead(nn.Module):
 
 
 class _MixtureHead(nn.Linear):
-    """(..., hidden_size) -> a mixture over standardised values; its softplus keeps the scales above `min_scale`."""
+    """(..., hidden_size) -> (..., K (1 + 2 F)): what `mixture` makes a density over standardised values from."""
 
     def __init__(self, config: RNNConfig) -> None:
         self.shape = (config.num_components, config.input_size)
         self.min_scale = config.min_scale
         super().__init__(config.hidden_size, config.num_components * (1 + 2 * config.input_size))
 
-    def forward(self, hidden: Tensor) -> GaussianMixture:  # type: ignore[override]
-        return self.mixture(super().forward(hidden))
-
     def mixture(self, parameters: Tensor) -> GaussianMixture:
-        """The mixture of the outputs (..., K (1 + 2 F)): K logits, K F means, K F scales."""
+        """K logits, K F means and K F scales, which a softplus keeps above `min_scale`."""
         components, features = self.shape
         sizes = (components, components * features, components * features)
         logits, means, scales = _at_least_float32(parameters).split(sizes, dim=-1)

@@ -92,21 +92,13 @@ def rnn_generate(
         stop: (S,) int64, tokens after which a row stops.
         steps: tokens to feed to a row at most.
     """
-    cell, product = torch.ops.fastgen.recurrent_cell, torch.ops.fastgen.linear_rows
-    biases: tuple[Tensor | None, ...] = () if len(weights) == 4 * len(h) else (None, None)
-    per_layer = len(weights) // len(h)
+    product = torch.ops.fastgen.linear_rows
     for _ in range(steps):
         rows = (status == Status.RUNNING).nonzero().squeeze(1)
         if rows.numel() == 0:
             return
         index = position[rows]
-        x = embedding[tokens[rows, index]]
-        for layer in range(len(h)):
-            layer_weights = (*weights[layer * per_layer : (layer + 1) * per_layer], *biases)
-            x, c_1, _ = cell(mode, x, h[layer, rows], None if c is None else c[layer, rows], *layer_weights)
-            h[layer, rows] = x
-            if c is not None:
-                c[layer, rows] = c_1
+        x = step_layers(mode, embedding[tokens[rows, index]], h, c, weights, rows)
         index = index + 1
         position[rows] = index
 
@@ -135,6 +127,20 @@ def rnn_generate(
             seen[rows, drawn] = True
         status[rows[index + 1 == end[rows]]] = Status.FULL
         status[rows[torch.isin(drawn, stop)]] = Status.STOPPED
+
+
+def step_layers(mode: int, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Feed x (k, I) to the layers for the k rows `rows` of h and c, which change; returns the last h (k, H)."""
+    cell = torch.ops.fastgen.recurrent_cell
+    biases: tuple[Tensor | None, ...] = () if len(weights) == 4 * len(h) else (None, None)
+    per_layer = len(weights) // len(h)
+    for layer in range(len(h)):
+        layer_weights = (*weights[layer * per_layer : (layer + 1) * per_layer], *biases)
+        x, c_1, _ = cell(mode, x, h[layer, rows], None if c is None else c[layer, rows], *layer_weights)
+        h[layer, rows] = x
+        if c is not None:
+            c[layer, rows] = c_1
+    return x
 
 
 def pick_tokens(
