@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgen.data._split import held_out
 from fastgen.data.streams import Streams
 from fastgen.tokenizers import ByteTokenizer, Tokenizer
 
@@ -59,7 +60,7 @@ class TextSet:
         Raises:
             TypeError, ValueError: for a `test_size` that leaves one of the parts empty.
         """
-        count = _held_out(test_size, len(self), "characters")
+        count = held_out(test_size, len(self), "characters")
         return replace(self, text=self.text[:-count]), replace(self, text=self.text[-count:])
 
     def encode(self, tokenizer: Tokenizer) -> TokenSet:
@@ -202,21 +203,6 @@ def _without_markdown(text: str) -> str:
     text = re.sub(r"^#+ ", "", text, flags=re.MULTILINE)
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\\(?=[^\w\s])|[*_]", "", text)
-
-
-def _held_out(test_size: float | int, total: int, unit: str) -> int:
-    """How many of `total` a `test_size` stands for; both parts get at least one."""
-    if isinstance(test_size, bool) or not isinstance(test_size, (int, float)):
-        raise TypeError(f"test_size: expected an int or a float, got {type(test_size).__name__}")
-    if isinstance(test_size, float):
-        if not 0 < test_size < 1:
-            raise ValueError(f"test_size: expected a fraction between 0 and 1, or an int, got {test_size}")
-        count = min(max(round(test_size * total), 1), total - 1)
-    else:
-        count = test_size
-    if not 0 < count < total:
-        raise ValueError(f"test_size: expected 1 to {total - 1:,} of the {total:,} {unit}, got {count:,}")
-    return count
 
 
 def _smallest_dtype(vocab_size: int) -> type[np.generic]:

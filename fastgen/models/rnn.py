@@ -243,6 +243,16 @@ class RNN(PretrainedModel):
                 for layer in range(self.config.num_layers):
                     getattr(self.rnn, f"bias_ih_l{layer}")[hidden : 2 * hidden] += 1.0
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype in (torch.bfloat16, torch.float16):
+                # In a half type a mean of 1013 would be off by 2, much of what is left when it is taken away.
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
     @property
     def mode(self) -> Mode:
         """The cell, as the ops number them."""
@@ -315,7 +325,10 @@ class RNN(PretrainedModel):
         distribution = self.density(predicted)
         if targets is not None:
             self._check_targets(inputs, targets)
-            loss = -distribution.log_prob(targets.to(distribution.means.dtype)).mean()
+            assert isinstance(self.head, _MixtureHead)
+            # Standardised, as float32 has no digits to spare for an offset; the scale is the Jacobian.
+            log_prob = self.head.mixture(predicted).log_prob(self.standardised(targets, distribution.means.dtype))
+            loss = self.scale.log().sum() - log_prob.mean()
         return RNNOutput(loss, None, distribution, state)
 
     def generate(
@@ -400,11 +413,12 @@ class RNN(PretrainedModel):
         weight, bias = self.head.weight.detach(), self.head.bias.detach()
         return weight.new_empty(0), layers, None, weight, bias
 
-    def standardised(self, values: Tensor) -> Tensor:
-        """Values (..., input_size) as the layers take them, in the model's dtype."""
+    def standardised(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Values (..., input_size) as the layers take them, in `dtype` (default: the model's)."""
         # In the dtype of the data: a half type would lose digits before the mean is gone.
         values = _at_least_float32(values)
-        return ((values - self.mean.to(values.dtype)) / self.scale.to(values.dtype)).to(self.dtype)
+        standardised = (values - self.mean.to(values.dtype)) / self.scale.to(values.dtype)
+        return standardised.to(self.dtype if dtype is None else dtype)
 
     def density(self, parameters: Tensor) -> GaussianMixture:
         """The density, in the units of the data, from the outputs of the head."""

@@ -184,6 +184,25 @@ def test_losses_are_in_the_units_of_the_data() -> None:
     torch.testing.assert_close(loss, plain_loss + math.log(2) + math.log(30))
 
 
+def test_the_scale_stays_exact_in_half_precision() -> None:
+    model = RNN(**SERIES)
+    mean = torch.tensor([1013.25, -1e6 - 1])
+    model.set_scale(mean, torch.ones(2))
+    for half in (model.half(), model.to(torch.bfloat16), model.float()):
+        assert torch.equal(half.mean, mean)
+    x = mean + torch.randn(2, 5, 2).round(decimals=2)
+    torch.testing.assert_close(model(x, x).loss, model.bfloat16()(x, x).loss, rtol=0.05, atol=0.05)
+    assert model.double().mean.dtype == torch.float64
+
+
+def test_an_offset_costs_no_digits() -> None:
+    model, shifted = RNN(**SERIES), RNN(**SERIES)
+    shifted.load_state_dict(model.state_dict())
+    shifted.set_scale(torch.full((2,), 2.0**20), torch.ones(2))
+    x = torch.randint(-8, 8, (2, 6, 2)) / 8.0  # exact behind the offset, too
+    torch.testing.assert_close(shifted(x + 2.0**20, x + 2.0**20).loss, model(x, x).loss)
+
+
 def test_scales_have_a_floor() -> None:
     model = series_model(min_scale=0.25)
     with torch.no_grad():
