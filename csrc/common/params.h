@@ -124,4 +124,51 @@ struct RecurrentWork {
   void* scratch;                   // for end_row - first_row rows
 };
 
+// Rows of a matrix whose elements are adjacent: row i stands `stride` elements after row i - 1. With an index,
+// row i is row index[i] of the memory.
+struct RowsOperand {
+  const void* data;
+  int64_t stride;
+  const int64_t* index;
+};
+
+// One step of a recurrent layer. `batch` rows of input (I), h (P) and c (H, LSTM only); w_ih (G H, I), w_hh (G H, P);
+// biases (G H) contiguous, both or neither. h_1 (batch, H) must not overlap h; row b of c_1 belongs to row b of c, with
+// its stride and index, and may be that row itself.
+constexpr int64_t kCellUnits = 16;  // the unit of work: this many hidden units, for the whole batch
+
+struct CellParams {
+  DType dtype;
+  CellMode mode;
+  int64_t batch, input_size, state_size, hidden_size;
+  RowsOperand input, h, c, w_ih, w_hh;
+  const void *b_ih, *b_hh;
+  void *h_1, *c_1;
+  void* gates;  // (batch, 4 H): LSTM i, f, g, o; GRU r, z, n and W_hn h + b_hn; null: not kept
+};
+
+// Gradients of the sums that the gates are made of; all operands (batch, H), contiguous, gates as above.
+struct CellBackwardParams {
+  DType dtype;
+  CellMode mode;
+  int64_t batch, hidden_size;
+  const void *grad_h, *grad_c;  // null: zero
+  const void *h, *c, *h_1, *c_1, *gates;
+  void* to_gates_ih;  // (batch, G H)
+  void* to_gates_hh;  // GRU: (batch, 3 H), elsewhere nothing is written
+  void* to_h;         // GRU: the part that does not go through W_hh
+  void* to_c;         // LSTM
+};
+
+// y = x W^T + b in dot form, a result row independent of the others. Unit of work: kLinearOutputs outputs.
+constexpr int64_t kLinearOutputs = 16;
+
+struct LinearRowsParams {
+  DType dtype;
+  int64_t batch, inputs, outputs;
+  RowsOperand x, w;
+  const void* bias;  // (outputs) or null
+  void* y;           // (batch, outputs), contiguous
+};
+
 }  // namespace fastgen

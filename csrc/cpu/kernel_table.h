@@ -14,6 +14,9 @@ struct KernelTable {
   void (*reparameterize_backward)(const ReparameterizeBackwardParams&, int64_t begin, int64_t end);  // pieces
   RecurrentSizes (*recurrent_sizes)(const RecurrentParams&, int64_t rows);
   void (*recurrent)(const RecurrentParams&, const RecurrentWork&);
+  void (*recurrent_cell)(const CellParams&, int64_t begin, int64_t end);                   // blocks of kCellUnits
+  void (*recurrent_cell_backward)(const CellBackwardParams&, int64_t begin, int64_t end);  // rows
+  void (*linear_rows)(const LinearRowsParams&, int64_t begin, int64_t end);                // blocks of kLinearOutputs
 };
 
 constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay

@@ -5,10 +5,12 @@
 #include "random.inl"
 #include "reparameterize.inl"
 #include "recurrent.inl"
+#include "cell.inl"
 
 namespace fastgen {
 
 const KernelTable kAvx2Kernels = {
-    "avx2", random, reparameterize, reparameterize_add_pieces, reparameterize_backward, recurrent_sizes, recurrent};
+    "avx2",          random,    reparameterize, reparameterize_add_pieces, reparameterize_backward,
+    recurrent_sizes, recurrent, recurrent_cell, recurrent_cell_backward,   linear_rows};
 
 }  // namespace fastgen

@@ -5,10 +5,12 @@
 #include "random.inl"
 #include "reparameterize.inl"
 #include "recurrent.inl"
+#include "cell.inl"
 
 namespace fastgen {
 
 const KernelTable kGenericKernels = {
-    "generic", random, reparameterize, reparameterize_add_pieces, reparameterize_backward, recurrent_sizes, recurrent};
+    "generic",       random,    reparameterize, reparameterize_add_pieces, reparameterize_backward,
+    recurrent_sizes, recurrent, recurrent_cell, recurrent_cell_backward,   linear_rows};
 
 }  // namespace fastgen

@@ -204,6 +204,25 @@ FASTGEN_FN double sum(F64 a) {
   const __m128d by2 = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(by2, _mm_unpackhi_pd(by2, by2)));
 }
+// out[i] = sum(a[i]), in the order of sum.
+FASTGEN_FN void sum4(const F32 (&a)[4], float* out) {
+  const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a[0].v, a[1].v, 0x20),  // 128 bits of a, 128 of b
+                                  _mm256_permute2f128_ps(a[0].v, a[1].v, 0x31));
+  const __m256 cd =
+      _mm256_add_ps(_mm256_permute2f128_ps(a[2].v, a[3].v, 0x20), _mm256_permute2f128_ps(a[2].v, a[3].v, 0x31));
+  const __m256 by2 = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));  // aacc bbdd
+  const __m256 by1 = _mm256_add_ps(by2, _mm256_movehdup_ps(by2));                                      // a.c. b.d.
+  const __m128 ac = _mm256_castps256_ps128(by1), bd = _mm256_extractf128_ps(by1, 1);
+  _mm_storeu_ps(out, _mm_blend_ps(ac, _mm_moveldup_ps(bd), 0xA));
+}
+FASTGEN_FN void sum4(const F64 (&a)[4], double* out) {
+  const __m256d ab =
+      _mm256_add_pd(_mm256_permute2f128_pd(a[0].v, a[1].v, 0x20), _mm256_permute2f128_pd(a[0].v, a[1].v, 0x31));
+  const __m256d cd =
+      _mm256_add_pd(_mm256_permute2f128_pd(a[2].v, a[3].v, 0x20), _mm256_permute2f128_pd(a[2].v, a[3].v, 0x31));
+  const __m256d acbd = _mm256_add_pd(_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd));
+  _mm256_storeu_pd(out, _mm256_permute4x64_pd(acbd, 0xD8));
+}
 
 struct Isa {
   static constexpr int kBlocks = 4;

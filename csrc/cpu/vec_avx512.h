@@ -193,6 +193,26 @@ FASTGEN_FN double sum(F64 a) {
   const __m128d by2 = _mm_add_pd(_mm256_castpd256_pd128(by4), _mm256_extractf128_pd(by4, 1));
   return _mm_cvtsd_f64(_mm_add_sd(by2, _mm_unpackhi_pd(by2, by2)));
 }
+// out[i] = sum(a[i]), in the order of sum: quarters of 128 bits are paired, and the four vectors meet in one.
+FASTGEN_FN void sum4(const F32 (&a)[4], float* out) {
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a[0].v, a[1].v, 0x44),  // two quarters of a, two of b
+                                  _mm512_shuffle_f32x4(a[0].v, a[1].v, 0xEE));
+  const __m512 cd =
+      _mm512_add_ps(_mm512_shuffle_f32x4(a[2].v, a[3].v, 0x44), _mm512_shuffle_f32x4(a[2].v, a[3].v, 0xEE));
+  const __m512 by4 = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+  const __m512 by2 = _mm512_add_ps(by4, _mm512_permute_ps(by4, 0x4E));
+  const __m512 by1 = _mm512_add_ps(by2, _mm512_permute_ps(by2, 0xB1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, by1)));
+}
+FASTGEN_FN void sum4(const F64 (&a)[4], double* out) {
+  const __m512d ab =
+      _mm512_add_pd(_mm512_shuffle_f64x2(a[0].v, a[1].v, 0x44), _mm512_shuffle_f64x2(a[0].v, a[1].v, 0xEE));
+  const __m512d cd =
+      _mm512_add_pd(_mm512_shuffle_f64x2(a[2].v, a[3].v, 0x44), _mm512_shuffle_f64x2(a[2].v, a[3].v, 0xEE));
+  const __m512d by2 = _mm512_add_pd(_mm512_shuffle_f64x2(ab, cd, 0x88), _mm512_shuffle_f64x2(ab, cd, 0xDD));
+  const __m512d by1 = _mm512_add_pd(by2, _mm512_permute_pd(by2, 0x55));
+  _mm256_storeu_pd(out, _mm512_castpd512_pd256(_mm512_maskz_compress_pd(0x55, by1)));
+}
 
 struct Isa {
   static constexpr int kBlocks = 8;

@@ -200,6 +200,11 @@ FASTGEN_FN T sum(Lanes<T, N> a) {
   }
   return a.v[0];
 }
+// out[i] = sum(a[i]).
+template <class T, int N>
+FASTGEN_FN void sum4(const Lanes<T, N> (&a)[4], T* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum(a[i]);
+}
 
 template <class Storage, class T, int N>
 FASTGEN_FN void load(const Storage* p, Lanes<T, N>& out) {

@@ -1,0 +1,245 @@
+// One step of a recurrent layer, its backward, and the linear map of rows: products in dot form on torch's own weights,
+// biases, gates and state in the same pass. Written once over Isa.
+//
+//   LSTM  c' = f c + i g, h' = o tanh(c')
+//   GRU   n = tanh(x_n + b_in + r (W_hn h + b_hn)), h' = (1 - z) n + z h
+//   RNN   h' = act(W_ih x + b_ih + W_hh h + b_hh)
+#include "../common/activations.h"
+#include "dot.inl"
+
+namespace fastgen {
+namespace {
+
+template <class Storage>
+FASTGEN_FN Rows<Storage> rows_of(const RowsOperand& operand) {
+  return {static_cast<const Storage*>(operand.data), operand.stride, operand.index};
+}
+
+// The sums before the gates of kCellUnits units and a tile of rows, and what is made of them.
+template <class Storage, CellMode kMode>
+struct Cell {
+  using T = typename WorkType<Storage>::T;
+  using F = typename Work<T>::F;
+  using U = typename Work<T>::U;
+  static constexpr int kWidth = kLanes<T>;
+  // Gates of the weights. The sums of a GRU's candidate are kept apart: input side in place 2, state side in 3.
+  static constexpr int kGates = kMode == CellMode::kLstm ? 4 : kMode == CellMode::kGru ? 3 : 1;
+  static constexpr int kSums = kMode == CellMode::kGru ? 4 : kGates;
+
+  const CellParams& p;
+  const Term<Storage> input, state;
+
+  FASTGEN_MEMBER explicit Cell(const CellParams& params)
+      : p(params),
+        input{rows_of<Storage>(p.w_ih), rows_of<Storage>(p.input), p.input_size},
+        state{rows_of<Storage>(p.w_hh), rows_of<Storage>(p.h), p.state_size} {}
+
+  FASTGEN_MEMBER void run(int64_t begin, int64_t end) const {
+    alignas(64) T sums[kDotRows][kSums][kCellUnits];
+    constexpr int64_t kStride = kSums * kCellUnits;
+    const Term<Storage> both[] = {input, state}, from_input[] = {input}, from_state[] = {state};
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t unit = block * kCellUnits;
+      const int64_t units = p.hidden_size - unit < kCellUnits ? p.hidden_size - unit : kCellUnits;
+      for (int64_t row = 0; row < p.batch; row += kDotRows) {
+        const int64_t rows = p.batch - row < kDotRows ? p.batch - row : kDotRows;
+        for (int g = 0; g < kGates; ++g) {
+          const int64_t first = g * p.hidden_size + unit;
+          if (kMode == CellMode::kGru && g == 2) {
+            dot_tile(from_input, row, rows, first, units, sums[0][2], kStride);
+            dot_tile(from_state, row, rows, first, units, sums[0][3], kStride);
+          } else {
+            dot_tile(both, row, rows, first, units, sums[0][g], kStride);
+          }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t i = 0; i < units; i += kWidth) {
+            const int count = units - i < kWidth ? int(units - i) : kWidth;
+            finish(row + r, unit + i, count, sums[r], i);
+          }
+        }
+      }
+    }
+  }
+
+  FASTGEN_MEMBER F bias(const void* data, int gate, int64_t unit, int count) const {
+    return take<F>(static_cast<const Storage*>(data) + gate * p.hidden_size + unit, count);
+  }
+
+  FASTGEN_MEMBER void keep(int64_t row, int gate, int64_t unit, int count, F value) const {
+    if (p.gates == nullptr) return;
+    put(static_cast<Storage*>(p.gates) + (4 * row + gate) * p.hidden_size + unit, value, count);
+  }
+
+  FASTGEN_MEMBER void finish(int64_t row, int64_t unit, int count, const T (&sums)[kSums][kCellUnits],
+                             int64_t i) const {
+    F s[kSums];
+    for (int g = 0; g < kSums; ++g) load(&sums[g][i], s[g]);
+    if (p.b_ih != nullptr) {
+      for (int g = 0; g < kGates; ++g) {
+        const F from_input = bias(p.b_ih, g, unit, count), from_state = bias(p.b_hh, g, unit, count);
+        if (kMode == CellMode::kGru && g == 2) {
+          s[2] = s[2] + from_input;
+          s[kSums - 1] = s[kSums - 1] + from_state;
+        } else {
+          s[g] = s[g] + (from_input + from_state);
+        }
+      }
+    }
+    Storage* h_1 = static_cast<Storage*>(p.h_1) + row * p.hidden_size + unit;
+    if constexpr (kMode == CellMode::kLstm) {
+      const int64_t at = (p.c.index == nullptr ? row : p.c.index[row]) * p.c.stride + unit;
+      const F c = take<F>(static_cast<const Storage*>(p.c.data) + at, count);
+      const F in = sigmoid<T, U>(s[0]), forget = sigmoid<T, U>(s[1]), out = sigmoid<T, U>(s[3]);
+      const F cell = hyperbolic_tangent<T, U>(s[2]);
+      const F c_1 = multiply_add(forget, c, in * cell);
+      put(static_cast<Storage*>(p.c_1) + at, c_1, count);
+      put(h_1, out * hyperbolic_tangent<T, U>(c_1), count);
+      keep(row, 0, unit, count, in);
+      keep(row, 1, unit, count, forget);
+      keep(row, 2, unit, count, cell);
+      keep(row, 3, unit, count, out);
+    } else if constexpr (kMode == CellMode::kGru) {
+      const F h = take<F>(state.x[row] + unit, count);
+      const F reset = sigmoid<T, U>(s[0]), update = sigmoid<T, U>(s[1]);
+      const F candidate = hyperbolic_tangent<T, U>(multiply_add(reset, s[3], s[2]));
+      put(h_1, multiply_add(update, h - candidate, candidate), count);
+      keep(row, 0, unit, count, reset);
+      keep(row, 1, unit, count, update);
+      keep(row, 2, unit, count, candidate);
+      keep(row, 3, unit, count, s[3]);
+    } else if constexpr (kMode == CellMode::kTanh) {
+      put(h_1, hyperbolic_tangent<T, U>(s[0]), count);
+    } else {
+      put(h_1, larger(F(T(0)), s[0]), count);  // a NaN in the second argument passes
+    }
+  }
+};
+
+template <class Storage, CellMode kMode>
+struct CellBackward {
+  using T = typename WorkType<Storage>::T;
+  using F = typename Work<T>::F;
+  using U = typename Work<T>::U;
+  static constexpr int kWidth = kLanes<T>;
+  static constexpr int kGates = kMode == CellMode::kLstm ? 4 : kMode == CellMode::kGru ? 3 : 1;
+
+  const CellBackwardParams& p;
+
+  FASTGEN_MEMBER void run(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t unit = 0; unit < p.hidden_size; unit += kWidth) {
+        const int count = p.hidden_size - unit < kWidth ? int(p.hidden_size - unit) : kWidth;
+        one(row, unit, count);
+      }
+    }
+  }
+
+  FASTGEN_MEMBER F at(const void* data, int64_t i, int count) const {
+    return data == nullptr ? F(T(0)) : take<F>(static_cast<const Storage*>(data) + i, count);
+  }
+  FASTGEN_MEMBER void to_gate(void* data, int64_t row, int gate, int64_t unit, int count, F value) const {
+    put(static_cast<Storage*>(data) + (row * kGates + gate) * p.hidden_size + unit, value, count);
+  }
+
+  FASTGEN_MEMBER void one(int64_t row, int64_t unit, int count) const {
+    const F unity(T(1));
+    const int64_t i = row * p.hidden_size + unit;
+    const F dh = at(p.grad_h, i, count);
+    if constexpr (kMode == CellMode::kLstm || kMode == CellMode::kGru) {
+      F gate[4];
+      for (int g = 0; g < 4; ++g) gate[g] = at(p.gates, (4 * row + g) * p.hidden_size + unit, count);
+      if constexpr (kMode == CellMode::kLstm) {
+        const auto [in, forget, cell, out] = gate;
+        const F t = hyperbolic_tangent<T, U>(at(p.c_1, i, count));
+        const F dc = at(p.grad_c, i, count) + dh * out * (unity - t * t);
+        to_gate(p.to_gates_ih, row, 0, unit, count, dc * cell * in * (unity - in));
+        to_gate(p.to_gates_ih, row, 1, unit, count, dc * at(p.c, i, count) * forget * (unity - forget));
+        to_gate(p.to_gates_ih, row, 2, unit, count, dc * in * (unity - cell * cell));
+        to_gate(p.to_gates_ih, row, 3, unit, count, dh * t * out * (unity - out));
+        put(static_cast<Storage*>(p.to_c) + i, dc * forget, count);
+      } else {
+        const auto [reset, update, candidate, from_state] = gate;
+        const F dn = dh * (unity - update) * (unity - candidate * candidate);
+        const F dr = dn * from_state * reset * (unity - reset);
+        const F dz = dh * (at(p.h, i, count) - candidate) * update * (unity - update);
+        void* const sides[] = {p.to_gates_ih, p.to_gates_hh};
+        for (void* to : sides) {
+          to_gate(to, row, 0, unit, count, dr);
+          to_gate(to, row, 1, unit, count, dz);
+        }
+        to_gate(p.to_gates_ih, row, 2, unit, count, dn);
+        to_gate(p.to_gates_hh, row, 2, unit, count, dn * reset);
+        put(static_cast<Storage*>(p.to_h) + i, dh * update, count);
+      }
+    } else {
+      const F h_1 = at(p.h_1, i, count);
+      if constexpr (kMode == CellMode::kTanh) {
+        to_gate(p.to_gates_ih, row, 0, unit, count, dh * (unity - h_1 * h_1));
+      } else {
+        to_gate(p.to_gates_ih, row, 0, unit, count, select(less(F(T(0)), h_1), dh, F(T(0))));
+      }
+    }
+  }
+};
+
+#define FASTGEN_BY_MODE(step)                                                       \
+  switch (p.mode) {                                                                 \
+    case CellMode::kLstm: return step<Storage, CellMode::kLstm>{p}.run(begin, end); \
+    case CellMode::kGru: return step<Storage, CellMode::kGru>{p}.run(begin, end);   \
+    case CellMode::kTanh: return step<Storage, CellMode::kTanh>{p}.run(begin, end); \
+    case CellMode::kRelu: return step<Storage, CellMode::kRelu>{p}.run(begin, end); \
+  }
+
+template <class Storage>
+void recurrent_cell_as(const CellParams& p, int64_t begin, int64_t end) {
+  FASTGEN_BY_MODE(Cell)
+}
+template <class Storage>
+void recurrent_cell_backward_as(const CellBackwardParams& p, int64_t begin, int64_t end) {
+  FASTGEN_BY_MODE(CellBackward)
+}
+#undef FASTGEN_BY_MODE
+
+template <class Storage>
+void linear_rows_as(const LinearRowsParams& p, int64_t begin, int64_t end) {
+  using T = typename WorkType<Storage>::T;
+  using F = typename Work<T>::F;
+  const Term<Storage> terms[] = {{rows_of<Storage>(p.w), rows_of<Storage>(p.x), p.inputs}};
+  alignas(64) T sums[kDotRows][kLinearOutputs];
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kLinearOutputs;
+    const int64_t outputs = p.outputs - first < kLinearOutputs ? p.outputs - first : kLinearOutputs;
+    for (int64_t row = 0; row < p.batch; row += kDotRows) {
+      const int64_t rows = p.batch - row < kDotRows ? p.batch - row : kDotRows;
+      dot_tile(terms, row, rows, first, outputs, sums[0], kLinearOutputs);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < outputs; i += kLanes<T>) {
+          const int count = outputs - i < kLanes<T> ? int(outputs - i) : kLanes<T>;
+          F y;
+          load(&sums[r][i], y);
+          if (p.bias != nullptr) y = y + take<F>(static_cast<const Storage*>(p.bias) + first + i, count);
+          put(static_cast<Storage*>(p.y) + (row + r) * p.outputs + first + i, y, count);
+        }
+      }
+    }
+  }
+}
+
+#define FASTGEN_BY_DTYPE(function)                                   \
+  switch (p.dtype) {                                                 \
+    case DType::kFloat64: return function<double>(p, begin, end);    \
+    case DType::kBFloat16: return function<BFloat16>(p, begin, end); \
+    case DType::kFloat16: return function<Float16>(p, begin, end);   \
+    default: return function<float>(p, begin, end);                  \
+  }
+
+void recurrent_cell(const CellParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(recurrent_cell_as) }
+void recurrent_cell_backward(const CellBackwardParams& p, int64_t begin, int64_t end) {
+  FASTGEN_BY_DTYPE(recurrent_cell_backward_as)
+}
+void linear_rows(const LinearRowsParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(linear_rows_as) }
+#undef FASTGEN_BY_DTYPE
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,153 @@
+// fastgen::recurrent_cell and recurrent_cell_backward on the CPU.
+#include <tuple>
+
+#include "../cpu/isa.h"
+#include "rows.h"
+
+namespace fastgen {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+CellMode mode_of(int64_t mode) {
+  STD_TORCH_CHECK(mode >= 0 && mode <= 3, "mode: expected 0 (LSTM), 1 (GRU), 2 (RNN tanh) or 3 (RNN relu), got ", mode);
+  return CellMode(mode);
+}
+
+Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t sizes[] = {rows, columns};
+  return empty_cpu(sizes, 2, dtype);
+}
+
+Tensor nothing(ScalarType dtype) {
+  const int64_t none = 0;
+  return empty_cpu(&none, 1, dtype);
+}
+
+bool has_gates(CellMode mode) { return mode == CellMode::kLstm || mode == CellMode::kGru; }
+
+std::tuple<Tensor, Tensor, Tensor> recurrent_cell(int64_t mode_number, const Tensor& input, const Tensor& h,
+                                                  const Optional& c, const Tensor& w_ih, const Tensor& w_hh,
+                                                  const Optional& b_ih, const Optional& b_hh) {
+  CellParams p{};
+  p.mode = mode_of(mode_number);
+  const bool lstm = p.mode == CellMode::kLstm;
+  const ScalarType dtype = input.scalar_type();
+  check_floating(dtype);
+  STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
+  STD_TORCH_CHECK(h.dim() == 2, "h: expected a matrix, got ", h.dim(), " dimensions");
+  p.dtype = dtype_of(dtype);
+  p.batch = input.size(0);
+  p.input_size = input.size(1);
+  p.hidden_size = p.state_size = h.size(1);
+  const int64_t gates = gate_count(p.mode) * p.hidden_size;
+  check_matrix("h", h, p.batch, p.hidden_size, dtype);
+  check_matrix("w_ih", w_ih, gates, p.input_size, dtype);
+  check_matrix("w_hh", w_hh, gates, p.hidden_size, dtype);
+  STD_TORCH_CHECK(c.has_value() == lstm, "c: expected a tensor for an LSTM and None for the others");
+  if (lstm) check_matrix("c", *c, p.batch, p.hidden_size, dtype);
+  STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "b_ih, b_hh: expected both or neither");
+  if (b_ih) {
+    check_vector("b_ih", *b_ih, gates, dtype);
+    check_vector("b_hh", *b_hh, gates, dtype);
+  }
+
+  Tensor h_1 = empty_matrix(p.batch, p.hidden_size, dtype);
+  Tensor c_1 = lstm ? empty_matrix(p.batch, p.hidden_size, dtype) : nothing(dtype);
+  Tensor kept = has_gates(p.mode) ? empty_matrix(p.batch, 4 * p.hidden_size, dtype) : nothing(dtype);
+  if (h_1.numel() == 0) return {h_1, c_1, kept};
+
+  // The copies, where there are any, live until the kernel is through.
+  const Tensor x = dense_rows(input), state = dense_rows(h), from_input = dense_rows(w_ih),
+               from_state = dense_rows(w_hh);
+  p.input = rows_of(x);
+  p.h = rows_of(state);
+  p.w_ih = rows_of(from_input);
+  p.w_hh = rows_of(from_state);
+  Optional cell, bias_ih, bias_hh;
+  if (lstm) {
+    cell = torch::stable::contiguous(*c);
+    p.c = rows_of(*cell);
+    p.c_1 = c_1.mutable_data_ptr();
+  }
+  if (b_ih) {
+    bias_ih = dense_rows(*b_ih);
+    bias_hh = dense_rows(*b_hh);
+    p.b_ih = bias_ih->const_data_ptr();
+    p.b_hh = bias_hh->const_data_ptr();
+  }
+  p.h_1 = h_1.mutable_data_ptr();
+  p.gates = has_gates(p.mode) ? kept.mutable_data_ptr() : nullptr;
+  const auto step = kernels().recurrent_cell;
+  for_units((p.hidden_size + kCellUnits - 1) / kCellUnits,
+            p.batch * gate_count(p.mode) * kCellUnits * (p.input_size + p.state_size),
+            [&](int64_t begin, int64_t end) { step(p, begin, end); });
+  return {h_1, c_1, kept};
+}
+
+// A contiguous (batch, columns) operand of the backward pass.
+Tensor operand(const char* name, const Tensor& tensor, int64_t batch, int64_t columns, ScalarType dtype) {
+  check_matrix(name, tensor, batch, columns, dtype);
+  return torch::stable::contiguous(tensor);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_cell_backward(int64_t mode_number, const Optional& grad_h,
+                                                                   const Optional& grad_c, const Tensor& h,
+                                                                   const Optional& c, const Tensor& h_1,
+                                                                   const Tensor& c_1, const Tensor& gates) {
+  CellBackwardParams p{};
+  p.mode = mode_of(mode_number);
+  const bool lstm = p.mode == CellMode::kLstm, gru = p.mode == CellMode::kGru;
+  const ScalarType dtype = h.scalar_type();
+  check_floating(dtype);
+  STD_TORCH_CHECK(h.dim() == 2, "h: expected a matrix, got ", h.dim(), " dimensions");
+  STD_TORCH_CHECK(c.has_value() == lstm, "c: expected a tensor for an LSTM and None for the others");
+  p.dtype = dtype_of(dtype);
+  p.batch = h.size(0);
+  p.hidden_size = h.size(1);
+
+  Optional kept[7];
+  const auto take = [&](const void*& to, int i, const char* name, const Tensor& tensor, int64_t columns) {
+    kept[i] = operand(name, tensor, p.batch, columns, dtype);
+    to = kept[i]->const_data_ptr();
+  };
+  if (grad_h) take(p.grad_h, 0, "grad_h", *grad_h, p.hidden_size);
+  if (lstm) {
+    if (grad_c) take(p.grad_c, 1, "grad_c", *grad_c, p.hidden_size);
+    take(p.c, 3, "c", *c, p.hidden_size);
+    take(p.c_1, 5, "c_1", c_1, p.hidden_size);
+  }
+  if (gru) take(p.h, 2, "h", h, p.hidden_size);
+  if (has_gates(p.mode)) {
+    take(p.gates, 6, "gates", gates, 4 * p.hidden_size);
+  } else {
+    take(p.h_1, 4, "h_1", h_1, p.hidden_size);
+  }
+
+  Tensor to_gates_ih = empty_matrix(p.batch, gate_count(p.mode) * p.hidden_size, dtype);
+  Tensor to_gates_hh = gru ? empty_matrix(p.batch, 3 * p.hidden_size, dtype) : nothing(dtype);
+  Tensor to_h = gru ? empty_matrix(p.batch, p.hidden_size, dtype) : nothing(dtype);
+  Tensor to_c = lstm ? empty_matrix(p.batch, p.hidden_size, dtype) : nothing(dtype);
+  if (h.numel() == 0) return {to_gates_ih, to_gates_hh, to_h, to_c};
+  p.to_gates_ih = to_gates_ih.mutable_data_ptr();
+  p.to_gates_hh = to_gates_hh.mutable_data_ptr();
+  p.to_h = to_h.mutable_data_ptr();
+  p.to_c = to_c.mutable_data_ptr();
+  const auto step = kernels().recurrent_cell_backward;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (4 * p.hidden_size));
+  const auto rows = [&](int64_t begin, int64_t end) { step(p, begin, end); };
+  if (p.batch <= grain) {
+    rows(0, p.batch);
+  } else {
+    torch::stable::parallel_for(0, p.batch, grain, rows);
+  }
+  return {to_gates_ih, to_gates_hh, to_h, to_c};
+}
+
+}  // namespace
+}  // namespace fastgen
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("recurrent_cell", TORCH_BOX(&fastgen::recurrent_cell));
+  m.impl("recurrent_cell_backward", TORCH_BOX(&fastgen::recurrent_cell_backward));
+}
