@@ -23,6 +23,7 @@ from fastgen.models import VAE, VAEConfig
 from fastgen.train.config import TrainingConfig
 from fastgen.train.logging import ProgressMode, read_metrics
 from fastgen.train.recipe import Recipe, Step
+from fastgen.train.rnn import RNNRecipe, RNNTextRecipe
 from fastgen.train.run_folder import read_run
 from fastgen.train.trainer import Interrupted, NonFiniteLossError, Trainer, TrainingResult
 from fastgen.train.vae import VAERecipe
@@ -30,6 +31,8 @@ from fastgen.train.vae import VAERecipe
 __all__ = [
     "Interrupted",
     "NonFiniteLossError",
+    "RNNRecipe",
+    "RNNTextRecipe",
     "Recipe",
     "Step",
     "Trainer",

@@ -45,7 +45,7 @@ class TrainingConfig:
         mixed_precision: "no", "bf16" or "fp16", the dtype of autocast.
         log_every: steps between two rows of training metrics, counted anew in every epoch, which ends with one.
         evaluate_every: epochs between two evaluations, each followed by a sample and a checkpoint.
-        evaluate_steps: steps between two evaluations, for long epochs: in place of `evaluate_every`.
+        evaluate_steps: steps between further evaluations within an epoch, for long ones; None: none.
         save_every: steps between additional checkpoints; None: only after evaluations.
         keep_checkpoints: how many of the latest stay, besides the best.
         tensorboard: whether to write TensorBoard events.

@@ -6,10 +6,11 @@ import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from fastgen.random import Generator, permutation
 from fastgen.train.config import TrainingConfig
@@ -17,7 +18,9 @@ from fastgen.train.config import TrainingConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Recipe", "Step"]
+__all__ = ["Recipe", "Step", "adamw", "initialised"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,10 @@ class Recipe(abc.ABC):
     def describe(self) -> dict[str, Any]:
         """Everything needed to build this recipe again, as JSON: the `config.json` of a run holds it."""
 
+    def begin(self, folder: Path) -> None:
+        """Write into the folder of a new run what its config.json has no room for. Here: nothing."""
+        return None
+
     @abc.abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Write the model for use after training."""
@@ -139,3 +146,20 @@ class Recipe(abc.ABC):
     @abc.abstractmethod
     def save_report(self, folder: Path, rows: list[dict[str, str]]) -> list[Path]:
         """Write samples and pictures at the end; `rows` are those of metrics.csv. Returns what was written."""
+
+
+def initialised(make: Callable[[], _Model], seed: int) -> _Model:
+    """What `make` makes with torch's default generator at `seed`; the generator is put back afterwards."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        return make()
+
+
+def adamw(model: nn.Module, config: TrainingConfig) -> AdamW:
+    """AdamW over the trainable parameters; weight decay spares biases and other vectors."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -233,10 +234,10 @@ class Trainer:
             self._save()
 
     def _evaluation_is_due(self) -> bool:
-        if self.config.evaluate_steps is not None:
-            return self._step % self.config.evaluate_steps == 0
         epochs, steps = divmod(self._step, self.steps_per_epoch)
-        return steps == 0 and epochs % self.config.evaluate_every == 0
+        if steps == 0:
+            return epochs % self.config.evaluate_every == 0
+        return self.config.evaluate_steps is not None and steps % self.config.evaluate_steps == 0
 
     def _out_of_patience(self) -> bool:
         return self.config.patience is not None and self._worse >= self.config.patience
@@ -398,7 +399,7 @@ class Trainer:
             name = f"step-{self._step:08d}{self.recipe.sample_suffix}"
             shown = self.recipe.save_sample(self.out / "samples" / name)
             if shown is not None:
-                self._progress.message(shown)
+                self._progress.message(textwrap.indent(shown, "  | ", lambda line: True))
         self._restart_clock()
 
     def _load_latest(self) -> None:
@@ -459,6 +460,7 @@ class Trainer:
                 description = {**before, **now}
             else:
                 folder = new_folder(out, f"{self.recipe.model_type}-{self.recipe.data_name}")
+                self.recipe.begin(folder)
                 description["created"] = datetime.now().astimezone().isoformat(timespec="seconds")
             write_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
         shared = [folder]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from fastgen import _validate
 from fastgen._images import image_grid, save_png
@@ -17,7 +17,7 @@ from fastgen.data import ImageSet
 from fastgen.models import VAE, VAEConfig
 from fastgen.random import Generator
 from fastgen.train.plots import save_curves
-from fastgen.train.recipe import Recipe, Step
+from fastgen.train.recipe import Recipe, Step, adamw, initialised
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,7 +80,7 @@ class VAERecipe(Recipe):
         self._num_pictures = _validate.integer("num_pictures", num_pictures, 1)
         self._train, self._test, self._seed = train, test, seed
         self.data_name = train.name
-        self.model = model if isinstance(model, VAE) else _initialised(model, seed)
+        self.model = model if isinstance(model, VAE) else initialised(lambda: VAE(model), seed)
 
     @property
     def num_examples(self) -> int:
@@ -90,13 +90,7 @@ class VAERecipe(Recipe):
         return {"model": self.model}
 
     def optimizers(self, config: TrainingConfig) -> dict[str, Optimizer]:
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
-        return {"adamw": optimizer}
+        return {"adamw": adamw(self.model, config)}
 
     def train_step(self, step: Step) -> dict[str, Tensor]:
         images, labels = self._batch(self._train, step.rows, self.model.device)
@@ -201,12 +195,6 @@ class VAERecipe(Recipe):
         if labels is None or not self.model.config.num_classes:
             return pixels.to(device), None
         return pixels.to(device), labels.to(device)
-
-
-def _initialised(config: VAEConfig, seed: int) -> VAE:
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)
-        return VAE(config)
 
 
 def _checksum(*sets: ImageSet) -> int:

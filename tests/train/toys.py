@@ -133,7 +133,7 @@ class Leaky(Regression):
 
     def save_sample(self, path: Path) -> str | None:
         super().save_sample(path)
-        return f"a sample for {path.name}"
+        return f"a sample for {path.name}\nof two lines"
 
 
 def images(count: int = 60, shape: tuple[int, int, int] = (1, 8, 8), classes: int = 3, seed: int = 0) -> ImageSet:

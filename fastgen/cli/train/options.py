@@ -68,7 +68,7 @@ LogEvery = Annotated[int | None, option("Steps between rows of metrics.", defaul
 EvaluateEvery = Annotated[
     int | None, option("Epochs between evaluations.", default=_DEFAULT.evaluate_every, panel="Run")
 ]
-EvaluateSteps = Annotated[int | None, option("Steps between evaluations, in place of epochs.", panel="Run")]
+EvaluateSteps = Annotated[int | None, option("Steps between further evaluations within an epoch.", panel="Run")]
 SaveEvery = Annotated[int | None, option("Steps between checkpoints.", default="after evaluations", panel="Run")]
 KeepCheckpoints = Annotated[
     int | None, option("Latest checkpoints to keep.", default=_DEFAULT.keep_checkpoints, panel="Run")

@@ -43,8 +43,12 @@ class Family(abc.ABC):
         """The recipe of a new run."""
 
     @abc.abstractmethod
-    def again(self, record: Mapping[str, Any], config: TrainingConfig, quiet: bool) -> Recipe:
-        """The recipe of a run, from its config.json; KeyError or TypeError where that is not of this version."""
+    def again(self, folder: Path, record: Mapping[str, Any], config: TrainingConfig, quiet: bool) -> Recipe:
+        """The recipe of the run in `folder`, whose config.json is `record`.
+
+        Raises:
+            KeyError, TypeError: where that is not of this version.
+        """
 
     @abc.abstractmethod
     def summary(self, result: TrainingResult) -> str:
@@ -120,7 +124,7 @@ def _resumed(family: Family, folder: Path, training: Options, report: Options, q
     try:
         config = TrainingConfig(**{**record["training"], **training})
         record["evaluation"].update(report)
-        recipe = family.again(record, config, quiet)
+        recipe = family.again(folder, record, config, quiet)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}: its config.json is not of this version of fastgen ({error})") from None
     return Trainer(recipe, config, out=folder, resume=True, progress="quiet" if quiet else "auto")

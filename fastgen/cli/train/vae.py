@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -157,7 +158,7 @@ class _VAE(Family):
             model["num_classes"] = len(train.classes)
         return VAERecipe(VAEConfig(input_shape=train.shape, **model), train, test, seed=config.seed, **report)
 
-    def again(self, record: Mapping[str, Any], config: TrainingConfig, quiet: bool) -> VAERecipe:
+    def again(self, folder: Path, record: Mapping[str, Any], config: TrainingConfig, quiet: bool) -> VAERecipe:
         model, report = VAEConfig.from_dict(record["model"]), dict(record["evaluation"])
         return VAERecipe(model, *_load(record["source"], config.seed, quiet), seed=config.seed, **report)
 

@@ -1,0 +1,145 @@
+"""`fastgen generate`: pictures, text or a series, whatever the model makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fastgen import _validate
+from fastgen.cli.generate.images import draw_images
+from fastgen.cli.generate.text import write_text
+from fastgen.models import RNN, VAE, from_pretrained
+
+__all__ = ["generate"]
+
+# What the options that not all models take are for.
+_IMAGES = {"labels", "columns"}
+_TEXT = {"stream", "top_k", "top_p", "min_p", "repetition_penalty", "stop"}
+_SEQUENCE = {"prompt", "max_new_tokens"}
+
+
+def _option(help: str, *, default: object = None, panel: str, metavar: str | None = None) -> Any:
+    """An option that is None unless it is given; `default` is what is taken then."""
+    if default is not None:
+        help += f"  [default: {default}]"
+    return typer.Option(help=help, show_default=False, rich_help_panel=panel, metavar=metavar)
+
+
+def generate(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `fastgen train`, or a model folder.")],
+    n: Annotated[
+        int | None, typer.Option("--n", help="How many.  [default: 64 pictures, 1 text]", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Same seed, same result, whatever the device. Of several the first has this seed, the next one more, "
+            "and so on: each text is what it would be alone."
+        ),
+    ] = 0,
+    temperature: Annotated[
+        float,
+        typer.Option(help="Under 1 more typical, less varied; 0: always the likeliest token."),
+    ] = 1.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pictures: a .png with all of them in a grid, a .npy (float32, (n, C, H, W), 0 to 1), or a new folder "
+            "of single PNGs. Text: a file.  [default: generated.png; the terminal]",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    prompt: Annotated[
+        str | None, _option("What to continue.", default="a new line", panel="Text", metavar="TEXT")
+    ] = None,
+    max_new_tokens: Annotated[int | None, _option("Tokens to add at most.", default=500, panel="Text")] = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream", help="Show the text as it comes.", rich_help_panel="Text")
+    ] = None,
+    top_k: Annotated[int | None, _option("Draw from the k likeliest tokens.", panel="Text")] = None,
+    top_p: Annotated[
+        float | None, _option("Draw from the fewest likeliest tokens with this share of the probability.", panel="Text")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        _option("Draw from the tokens with at least this share of the likeliest one's probability.", panel="Text"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, _option("Above 1: makes tokens less likely that were there before.", panel="Text")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        _option("End where this text comes; may be given several times.", panel="Text", metavar="TEXT"),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        _option(
+            "Classes to draw, for a conditional model: names of the data's classes or numbers from 0; several "
+            "with commas are taken in turn.",
+            default="all in turn",
+            panel="Pictures",
+        ),
+    ] = None,
+    columns: Annotated[
+        int | None, _option("Pictures a row of the grid.", default="about a square", panel="Pictures")
+    ] = None,
+) -> None:
+    """Draw samples from a trained model: pictures, or text that goes on where a prompt ends.
+
+    Examples:
+
+        fastgen generate runs/digits --n 64 --seed 1 --out grid.png
+
+        fastgen generate runs/digits --n 10 --labels 3 --out threes.png
+
+        fastgen generate runs/pets --n 20 --labels cat,dog --out pets.png
+
+        fastgen generate runs/digits --n 10000 --out samples.npy
+
+        fastgen generate runs/plays --prompt "HAMLET:" --stream --temperature 0.8
+
+        fastgen generate runs/plays --prompt "Enter " --n 5 --seed 7 --top-p 0.9 --stop "." --out entries.txt
+    """
+    given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
+    if n is not None:
+        _validate.integer("n", n, 1)
+    folder = _model_folder(run)
+    model = from_pretrained(folder, device=_device(device))
+    if isinstance(model, VAE):
+        _refuse(given, _TEXT | _SEQUENCE, f"{run} makes pictures")
+        draw_images(model, folder, given)
+    else:
+        assert isinstance(model, RNN)
+        _refuse(given, _IMAGES, f"{run} makes text")
+        write_text(model, given)
+
+
+def _refuse(given: dict[str, Any], options: set[str], reason: str) -> None:
+    for name in given:
+        if name in options:
+            raise ValueError(f"--{name.replace('_', '-')}: expected none, as {reason}")
+
+
+def _model_folder(run: Path) -> Path:
+    """The model of a run folder, or the folder itself if it is that of a model."""
+    if (run / "model" / "config.json").is_file():
+        return run / "model"
+    if (run / "config.json").is_file() and not (run / "model.safetensors").is_file():
+        if (run / "metrics.csv").is_file():
+            raise FileNotFoundError(f"{run}: no model yet, the run has not come to its first evaluation")
+    elif run.is_dir() and not (run / "config.json").is_file():
+        raise FileNotFoundError(f"{run}: neither a run folder nor a model folder, it has no config.json")
+    return run
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected auto or cpu, as PyTorch finds no CUDA device, got 'cuda'")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,61 @@
+"""Text of `fastgen generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fastgen import _files
+from fastgen.models import RNN
+
+__all__ = ["write_text"]
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+_RULE = "-" * 80
+
+
+def write_text(model: RNN, options: Mapping[str, Any]) -> None:
+    """Continue the prompt as the options of the command say, to the terminal or into a file."""
+    out: Path | None = options.get("out")
+    if options.get("stream") and out is not None:
+        raise ValueError("--stream: expected to show the text, but --out writes it to a file")
+    if out is not None and out.is_dir():
+        raise IsADirectoryError(f"{out}: expected a file for the text, got a folder")
+    prompt, shown = _prompt(model, options.get("prompt"))
+    arguments = {name: options[name] for name in _SAMPLING if name in options}
+    arguments["max_new_tokens"] = options.get("max_new_tokens", 500)
+    n, seed = options.get("n", 1), options["seed"]
+    if options.get("stream"):
+        # One after the other: each has the seed, and so the text, that it has among the others.
+        for row in range(n):
+            if row:
+                typer.echo(_RULE)
+            typer.echo(shown, nl=False)
+            for piece in model.generate(prompt, seed=(seed + row) % 2**64, stream=True, **arguments):
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+            typer.echo()
+        return
+    texts = model.generate([prompt], seed=seed, n=n, **arguments)
+    text = f"\n{_RULE}\n".join(shown + text.removeprefix(prompt) for text in texts)
+    if out is None:
+        typer.echo(text)
+    else:
+        _files.write_text(out, text + "\n")
+        typer.echo(out)
+
+
+def _prompt(model: RNN, given: str | None) -> tuple[str, str]:
+    """What to continue, and what of it to show."""
+    if given is not None:
+        return given, given
+    assert model.tokenizer is not None
+    try:
+        model.tokenizer.encode("\n")
+    except ValueError:
+        raise ValueError("--prompt: expected some text, as the model knows no new line to begin with") from None
+    return "\n", ""

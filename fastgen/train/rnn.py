@@ -1,0 +1,278 @@
+"""Training of recurrent models by truncated back-propagation through time."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastgen import _validate
+from fastgen._files import write_text
+from fastgen.data import Streams, TokenSet
+from fastgen.models import RNN, RNNConfig, detach_state
+from fastgen.random import Generator, bits
+from fastgen.tokenizers import TOKENIZER_FILE
+from fastgen.train.config import TrainingConfig
+from fastgen.train.plots import save_curves
+from fastgen.train.recipe import Recipe, Step, adamw, initialised
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["RNNRecipe", "RNNTextRecipe"]
+
+_EVALUATION_STREAMS = 32  # whatever the processes, so that the figures do not depend on them
+
+
+class RNNRecipe(Recipe):
+    """Trains an `RNN` with AdamW on windows of parallel streams, judged by its loss on a held-out sequence.
+
+    The sequence is cut into as many contiguous streams as a batch has rows. A step takes the next window of
+    every stream and starts from the state, without its history, that the step before it ended with (Williams
+    & Peng, "An efficient gradient-based algorithm for on-line training of recurrent network trajectories",
+    1990). Each epoch starts from zeros, a little further into the sequence than the last, by a random part of
+    what the windows leave over, so that they fall elsewhere.
+
+    Several processes take their shares of the streams and do what one does with all of them.
+
+    Args:
+        model: a model, or a configuration: then the weights are drawn from `seed`.
+        train, test: sequences to train on and to judge by.
+        seq_len: steps of a window, through which gradients flow.
+        seed: of the initial weights and of the samples.
+
+    Raises:
+        ValueError: for a model and data that do not fit each other, or a sequence shorter than a window.
+    """
+
+    model_type = "rnn"
+    criterion = "loss"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "epochs": 10,
+        "batch_size": 32,
+        "max_grad_norm": 1.0,
+        "evaluate_steps": 1000,
+    }
+
+    def __init__(self, model: RNN | RNNConfig, train: Any, test: Any, *, seq_len: int = 128, seed: int = 0) -> None:
+        self.seq_len = self.units_per_example = _validate.integer("seq_len", seq_len, 1)
+        self._train, self._test = self._sequence(train), self._sequence(test)
+        if len(self._train) <= seq_len:
+            raise ValueError(
+                f"seq_len: expected less than the {len(self._train):,} {self.unit} to train on, got {seq_len}"
+            )
+        if len(self._test) < 2:
+            raise ValueError(f"test: expected at least 2 {self.unit}, got {len(self._test)}")
+        self.data_name = train.name
+        self._seed = seed
+        self._state: tuple[Tensor, ...] | None = None  # of this process's streams, (num_layers, b, hidden_size) each
+        self.model = model if isinstance(model, RNN) else initialised(lambda: RNN(model), seed)
+
+    @abc.abstractmethod
+    def _sequence(self, data: Any) -> Tensor:
+        """(N, ...): what the windows are cut from."""
+
+    @abc.abstractmethod
+    def _figures(self, loss: float) -> dict[str, float]:
+        """What `evaluate` reports of the mean loss in nats a target."""
+
+    @property
+    def num_examples(self) -> int:
+        """Windows, each with a target for its last step."""
+        return (len(self._train) - 1) // self.seq_len
+
+    def order(self, batch_size: int, generator: Generator) -> Tensor:
+        """(windows of a stream, batch_size): where in the sequence the window of each row begins."""
+        windows = self.num_examples // batch_size
+        left_over = len(self._train) - 1 - windows * batch_size * self.seq_len
+        first = int(bits(1, generator=generator, dtype=torch.int64)) % (left_over + 1)
+        streams = torch.arange(batch_size) * (windows * self.seq_len)
+        return first + streams + torch.arange(windows).unsqueeze(1) * self.seq_len
+
+    def carried(self) -> dict[str, Tensor]:
+        if self._state is None:
+            return {}
+        return {name: part.transpose(0, 1).contiguous() for name, part in zip("hc", self._state, strict=False)}
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        self._state = tuple(tensors[name].transpose(0, 1).contiguous() for name in "hc" if name in tensors)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+    def optimizers(self, config: TrainingConfig) -> dict[str, Optimizer]:
+        return {"adamw": adamw(self.model, config)}
+
+    def train_step(self, step: Step) -> dict[str, Tensor]:
+        if step.index % (self.num_examples // step.batch_size) == 0:  # an epoch begins
+            self._state = None
+        window = self._train[step.rows.unsqueeze(1) + torch.arange(self.seq_len + 1)]
+        inputs, targets = self._on_device(window[:, :-1]), self._on_device(window[:, 1:])
+        state = self._state if self._state is None or len(self._state) == 2 else self._state[0]
+        output = step.modules["model"](inputs, targets, state)
+        step.update("adamw", output.loss)
+        state = detach_state(output.state)
+        self._state = state if isinstance(state, tuple) else (state,)
+        return self._train_figures(output.loss.detach())
+
+    def _train_figures(self, loss: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss}
+
+    def _on_device(self, steps: Tensor) -> Tensor:
+        return (steps if steps.is_floating_point() else steps.long()).to(self.model.device)
+
+    def evaluate(self, accelerator: Accelerator, generator: Generator, *, final: bool = False) -> dict[str, float]:
+        """Figures of the held-out sequence, which is read once from its beginning in parallel streams."""
+        windows = (len(self._test) - 1) // self.seq_len
+        streams = Streams(self._test, max(1, min(_EVALUATION_STREAMS, windows)), self.seq_len)
+        first, end = (
+            process * streams.batch_size // accelerator.num_processes
+            for process in (accelerator.process_index, accelerator.process_index + 1)
+        )
+        nats, targets = 0.0, 0
+        if first < end:
+            nats, targets = self._read(dataclasses.replace(streams, first=first, count=end - first))
+        sums = torch.tensor([nats, targets], dtype=torch.float64, device=accelerator.device)
+        nats, targets = accelerator.reduce(sums, "sum").tolist()
+        return self._figures(nats / targets)
+
+    def _read(self, streams: Streams) -> tuple[float, int]:
+        """The loss in nats summed over the targets, and their number."""
+        nats = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        state = None
+        with self.model.inference():
+            for inputs, targets in streams:
+                output = self.model(self._on_device(inputs), self._on_device(targets), state)
+                assert output.loss is not None
+                nats += output.loss.double() * targets.shape[:2].numel()
+                state = output.state
+        return float(nats), streams.num_steps
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+
+class RNNTextRecipe(RNNRecipe):
+    """Trains an `RNN` on text; see `RNNRecipe`.
+
+    Metrics: `loss`, in nats a token; `perplexity`, its exponential; `bits_per_character`, which can be
+    compared between tokenizers.
+
+    Args:
+        model: as for `RNNRecipe`. A model without a tokenizer gets that of the data.
+        train, test: tokens of one tokenizer.
+        prompt: what the samples begin with, which are not shown with it; default a new line.
+        sample_length: tokens of a sample.
+        seq_len, seed: as for `RNNRecipe`.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_character")
+    unit = "tokens"
+    sample_suffix = ".txt"
+
+    def __init__(
+        self,
+        model: RNN | RNNConfig,
+        train: TokenSet,
+        test: TokenSet,
+        *,
+        seq_len: int = 128,
+        seed: int = 0,
+        prompt: str | None = None,
+        sample_length: int = 500,
+    ) -> None:
+        for name, tokens in (("train", train), ("test", test)):
+            if not isinstance(tokens, TokenSet):
+                raise TypeError(f"{name}: expected a TokenSet, got {type(tokens).__name__}")
+        config = model.config if isinstance(model, RNN) else model
+        self.tokenizer = train.tokenizer
+        if config.vocab_size != self.tokenizer.vocab_size:
+            raise ValueError(
+                f"vocab_size: expected {self.tokenizer.vocab_size} as the tokenizer has, got {config.vocab_size}"
+            )
+        if test.tokenizer != self.tokenizer:
+            raise ValueError(f"test: expected tokens of {self.tokenizer!r} as in train, got {test.tokenizer!r}")
+        if isinstance(model, RNN) and model.tokenizer not in (None, self.tokenizer):
+            raise ValueError(f"train: expected tokens of the model's {model.tokenizer!r}, got {self.tokenizer!r}")
+        self._sample_length = _validate.integer("sample_length", sample_length, 1)
+        self._prompt = _default_prompt(train) if prompt is None else prompt
+        try:
+            if not self.tokenizer.encode(self._prompt):
+                raise ValueError("expected at least one token, got none")
+        except ValueError as error:
+            raise ValueError(f"prompt: {error}") from None
+        self._tokens_per_character = len(test) / test.num_characters
+        super().__init__(model, train, test, seq_len=seq_len, seed=seed)
+        self.model.tokenizer = self.tokenizer
+
+    def _sequence(self, data: TokenSet) -> Tensor:
+        return data.tokens
+
+    def _figures(self, loss: float) -> dict[str, float]:
+        return {
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_character": loss / math.log(2) * self._tokens_per_character,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "model": self.model.config.to_dict(),
+            "data": {
+                "name": self.data_name,
+                "train": len(self._train),
+                "test": len(self._test),
+                "tokenizer": self.tokenizer.kind,
+                "seq_len": self.seq_len,
+                # So that a run is not continued on another text.
+                "checksum": f"{_checksum(self._train, self._test):08x}",
+            },
+            "evaluation": {"prompt": self._prompt, "sample_length": self._sample_length},
+        }
+
+    def begin(self, folder: Path) -> None:
+        self.tokenizer.save(folder / TOKENIZER_FILE)
+
+    def save_sample(self, path: Path) -> str | None:
+        text = self._generate(1)[0]
+        write_text(path, text + "\n")
+        return text
+
+    def save_report(self, folder: Path, rows: list[dict[str, str]]) -> list[Path]:
+        """samples.txt and loss.png."""
+        samples, loss = folder / "samples.txt", folder / "loss.png"
+        rule = "\n" + "-" * 80 + "\n"
+        write_text(samples, rule.join(self._generate(4)) + "\n")
+        titles = {"loss": "loss (nats a token)", "bits_per_character": "bits a character"}
+        save_curves(loss, rows, titles, title=f"RNN on {self.data_name}")
+        return [samples, loss]
+
+    def _generate(self, n: int) -> list[str]:
+        """Continuations of the prompt. A little under temperature 1: unlikely tokens lead astray."""
+        texts = self.model.generate(
+            [self._prompt] * n, max_new_tokens=self._sample_length, temperature=0.8, seed=self._seed
+        )
+        return [text.removeprefix(self._prompt) for text in texts]
+
+
+def _default_prompt(train: TokenSet) -> str:
+    try:
+        train.tokenizer.encode("\n")
+    except ValueError:  # an alphabet without new lines
+        return train.tokenizer.decode(train.tokens[:1].tolist())
+    return "\n"
+
+
+def _checksum(*sequences: Tensor) -> int:
+    value = 0
+    for sequence in sequences:
+        value = zlib.crc32(sequence.contiguous().numpy(force=True).data, value)
+    return value
