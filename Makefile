@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc fastgen setup.py pyproject.toml -name '*.cpp' -o -n
 .PHONY: demo test lint bench clean
 
 # A run that was stopped goes on; a finished one only says where its results are.
-demo: $(VENV)/.built-demo
+demo: $(VENV)/.built $(VENV)/.with-demo
 	@if [ -e $(RUN)/config.json ]; then \
 	  echo "$(RUN) is there already: going on with it (RUN=runs/another starts a new one)"; \
 	  $(BIN)/fastgen train vae --resume $(RUN); \
@@ -23,32 +23,40 @@ demo: $(VENV)/.built-demo
 	  $(BIN)/fastgen train vae --data mnist --out $(RUN); \
 	fi
 
-test: $(VENV)/.built-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-	$(BIN)/python -m pytest benchmarks --benchmark-disable
+test: $(VENV)/.built $(VENV)/.with-test
+	$(call phase,Running the tests (some minutes),$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile)
+	@tail -n 1 $(LOG)
+	$(call phase,Running each benchmark once,$(BIN)/python -m pytest benchmarks --benchmark-disable)
 
-bench: $(VENV)/.built-test
+bench: $(VENV)/.built $(VENV)/.with-test
 	$(BIN)/fastgen bench
 
-lint: $(VENV)/.built-dev
+lint: $(VENV)/.built $(VENV)/.with-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	git ls-files 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-# An environment with torch, then the package in place, built against that torch.
+# $(call phase,words,command): a line that says what goes on and how long it took; the output only where it fails.
+LOG   = $(VENV)/log
+phase = @printf '%s ... ' '$(1)'; begin=$$(date +%s); mkdir -p $(VENV); \
+	if $(2) > $(LOG) 2>&1; then echo "$$(($$(date +%s) - begin)) s"; else echo failed; cat $(LOG); exit 1; fi
+
+# An environment with torch, then the package in place, built against that torch, then what an extra asks for.
 $(VENV)/.torch: constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.10 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: venv is missing: apt install python3-venv"; exit 1; }
-	@echo "Installing PyTorch into $(VENV) ..."
-	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c constraints.txt torch numpy 'setuptools>=77'
+	$(call phase,Making an environment in $(VENV),$(PYTHON) -m venv $(VENV))
+	$(call phase,Downloading and installing PyTorch (200 MB; a CUDA build some GB),$(PIP) install -c constraints.txt torch numpy 'setuptools>=77')
 	@touch $@
 
-$(VENV)/.built-%: $(VENV)/.torch $(SOURCES)
-	@echo "Building fastgen ($*) ..."
-	@$(PIP) install -c constraints.txt --no-build-isolation --editable '.[$*]'
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(call phase,Compiling the kernels,$(PIP) install --no-deps --no-build-isolation --editable .)
+	@touch $@
+
+$(VENV)/.with-%: pyproject.toml constraints.txt | $(VENV)/.built
+	$(call phase,Installing the packages of the extra $*,$(PIP) install -c constraints.txt 'fastgen-torch[$*]')
 	@touch $@
 
 clean:
