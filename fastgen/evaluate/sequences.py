@@ -1,0 +1,138 @@
+"""Figures of a recurrent model on a held-out text or series, which is read once from its beginning.
+
+>>> score = evaluate_text(model, test.encode(model.tokenizer))
+>>> score.perplexity, score.bits_per_character
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen import _validate
+from fastgen.data import SeriesSet, Streams, TokenSet
+from fastgen.models import RNN, RNNOutput
+
+__all__ = ["SeriesScore", "TextScore", "evaluate_series", "evaluate_text"]
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Of a text.
+
+    Attributes:
+        loss: mean negative log-probability of a token, in nats.
+        num_tokens: how many it is the mean of.
+        tokens_per_character, tokens_per_byte: of the text.
+    """
+
+    loss: float
+    num_tokens: int
+    tokens_per_character: float
+    tokens_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): among how many equally likely tokens a choice would be as uncertain."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_character(self) -> float:
+        """The length of the text in bits, coded by the model, over its characters: compares across tokenizers."""
+        return self.loss / math.log(2) * self.tokens_per_character
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same over its bytes in UTF-8."""
+        return self.loss / math.log(2) * self.tokens_per_byte
+
+
+@dataclass(frozen=True)
+class SeriesScore:
+    """Of a series.
+
+    Attributes:
+        loss: mean negative log-density of a step, in nats; of either sign, and in the units of the data.
+        rmse: for each column, the root mean square of what the mean of the density was off by.
+        num_steps: how many both are the means of.
+    """
+
+    loss: float
+    rmse: tuple[float, ...]
+    num_steps: int
+
+
+def evaluate_text(model: RNN, tokens: TokenSet, *, batch_size: int = 32, seq_len: int = 256) -> TextScore:
+    """Read the tokens in `batch_size` parallel streams, and score every one but the first of each.
+
+    Args:
+        model: in whichever mode; dropout is off.
+        tokens: of the model's tokenizer.
+        batch_size: streams at most, fewer where the text has not a window for each. Each starts from zeros, so
+            one (the exact figure) is a little better and slower.
+        seq_len: tokens at a time, which changes memory but not the figures.
+
+    Raises:
+        ValueError: for tokens that are not the model's, or fewer than two.
+    """
+    if not model.is_text or tokens.tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f"tokens: expected those of {model.config.vocab_size}, as the model has, got {tokens!r}")
+    streams = _streams("tokens", tokens.tokens, batch_size, seq_len)
+    nats = 0.0
+    for output, _, count in _read(model, streams):
+        nats += _loss(output) * count
+    return TextScore(
+        nats / streams.num_steps,
+        streams.num_steps,
+        len(tokens) / tokens.num_characters,
+        len(tokens) / tokens.num_bytes,
+    )
+
+
+def evaluate_series(model: RNN, series: SeriesSet, *, batch_size: int = 1, seq_len: int = 256) -> SeriesScore:
+    """Read the series in `batch_size` parallel streams, and score every step but the first of each.
+
+    Args: see `evaluate_text`.
+
+    Raises:
+        ValueError: for a series of another width, or of fewer than two steps.
+    """
+    if model.is_text or series.values.shape[1] != model.config.input_size:
+        raise ValueError(f"series: expected {model.config.input_size} columns, as the model has, got {series!r}")
+    streams = _streams("series", series.values, batch_size, seq_len)
+    nats, squares = 0.0, torch.zeros(series.values.shape[1], dtype=torch.float64)
+    for output, targets, count in _read(model, streams):
+        assert output.distribution is not None
+        nats += _loss(output) * count
+        squares += (output.distribution.mean - targets).double().square().sum((0, 1)).cpu()
+    rmse = tuple((squares / streams.num_steps).sqrt().tolist())
+    return SeriesScore(nats / streams.num_steps, rmse, streams.num_steps)
+
+
+def _streams(name: str, sequence: Tensor, batch_size: int, seq_len: int) -> Streams:
+    _validate.integer("batch_size", batch_size, 1)
+    _validate.integer("seq_len", seq_len, 1)
+    if len(sequence) < 2:
+        raise ValueError(f"{name}: expected at least 2, the second to be predicted, got {len(sequence)}")
+    windows = (len(sequence) - 1) // seq_len
+    return Streams(sequence, max(1, min(batch_size, windows)), seq_len)
+
+
+def _read(model: RNN, streams: Streams) -> Iterator[tuple[RNNOutput, Tensor, int]]:
+    """For each window the output, its targets and their number, the state carried from one to the next."""
+    state = None
+    for window in streams:
+        inputs, targets = (x.to(model.device) for x in window)
+        with model.inference():
+            output = model(inputs, targets, state)
+        state = output.state
+        yield output, targets, targets.shape[:2].numel()
+
+
+def _loss(output: RNNOutput) -> float:
+    assert output.loss is not None
+    return float(output.loss)
