@@ -67,8 +67,8 @@ class RNNConfig(PretrainedConfig):
         dropout: probability of dropping an element of the embedding, of the output of each recurrent layer
             but the last, and of the last before the output (Zaremba et al., "Recurrent neural network
             regularization", 2014).
-        locked_dropout: whether these masks stay the same over a window (Gal & Ghahramani, "A theoretically
-            grounded application of dropout in recurrent neural networks", 2016).
+        locked_dropout: whether the masks of the embedding and of the last layer stay the same over a window
+            (Gal & Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", 2016).
         state_dropout: probability of dropping an element of the state on its way to the next step, by a mask
             that stays the same over a window (the same paper).
         weight_dropout: probability of dropping an element of the recurrent weights (Merity et al.,
