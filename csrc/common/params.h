@@ -104,6 +104,29 @@ struct RecurrentParams {
   void* packed;                     // the weights in panels, RecurrentSizes::packed bytes
 };
 
+// The backward pass; the results of the forward pass stand in the base. A gradient that is null is not there, or not
+// wanted. Sums over rows are made in the work type: where that is not the dtype, in the *_sum buffers.
+struct RecurrentBackwardParams : RecurrentParams {
+  const void* grad_output;          // rows of P with unit stride
+  int64_t grad_step, grad_batch;    // elements from one step, and from one row of the batch, to the next
+  const void *grad_h_n, *grad_c_n;  // [B, P], [B, H]
+  int64_t rows;                     // of all steps
+  void* grad_gates;                 // [rows, gate_stride]: see gate_gradients; room for 64 bytes behind it
+  void *hidden, *grad_hidden;       // with a projection: h before it, [rows, H], and d h behind it, [rows, P]
+  void *grad_h_0, *grad_c_0;        // [B, P], [B, H]
+  void* grad_input;                 // [rows, I]
+  void *grad_w_ih, *grad_w_hh;      // [G H, I], [G H, P], in the work type
+  void *grad_b_ih, *grad_b_hh;      // [G H], in the work type
+  void* grad_w_hr;                  // [P, H], in the work type
+  const void** input_rows;          // [rows]: the rows of the input, by number
+  const void** state_rows;          // [rows]: the h that each row's step began with
+  const void** mask_rows;           // [rows]: its rows of h_mask
+};
+
+// Columns of grad_gates over H: the gradients before the activations, for a GRU r, z, r n (which reaches W_hn h + b_hn)
+// and n (which reaches W_in x + b_in).
+FASTGEN_FN int gate_gradients(CellMode mode) { return mode == CellMode::kLstm || mode == CellMode::kGru ? 4 : 1; }
+
 // What the kernels of one instruction set need for given parameters.
 struct RecurrentSizes {
   int64_t blocks;  // of units, and of outputs of the projection: how finely a step can be split
@@ -113,16 +136,29 @@ struct RecurrentSizes {
   int64_t scratch;  // bytes of scratch for the given number of rows
 };
 
+struct RecurrentBackwardSizes {
+  int64_t blocks, projection_blocks;  // of units or outputs; of hidden units behind a projection
+  int64_t panels;                     // of all packed weights
+  int64_t packed;
+  int64_t scratch;        // for the given number of rows
+  int64_t input_scratch;  // for kInput and kWeights
+  int64_t weight_scratch;
+};
+
 // A piece of the work, over half-open ranges. kRows does everything for some rows of the batch; the other phases are
 // its parts, for where all rows go together and a step is split over blocks of units.
 enum class RecurrentPhase { kPack, kRows, kStart, kGather, kInput, kStep, kProject, kFinish };
-struct RecurrentWork {
-  RecurrentPhase phase;
+enum class RecurrentBackwardPhase { kPack, kRows, kStart, kReturn, kStep, kFinish, kPoint, kInput, kWeights };
+template <class Phase>
+struct RecurrentPiece {
+  Phase phase;
   int64_t first_row, end_row;      // of the batch
   int64_t first_step, end_step;    // in the order of processing
   int64_t first_block, end_block;  // kPack: of all panels
   void* scratch;                   // for end_row - first_row rows
 };
+using RecurrentWork = RecurrentPiece<RecurrentPhase>;
+using RecurrentBackwardWork = RecurrentPiece<RecurrentBackwardPhase>;
 
 // Rows of a matrix whose elements are adjacent: row i stands `stride` elements after row i - 1. With an index,
 // row i is row index[i] of the memory.

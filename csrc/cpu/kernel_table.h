@@ -14,6 +14,8 @@ struct KernelTable {
   void (*reparameterize_backward)(const ReparameterizeBackwardParams&, int64_t begin, int64_t end);  // pieces
   RecurrentSizes (*recurrent_sizes)(const RecurrentParams&, int64_t rows);
   void (*recurrent)(const RecurrentParams&, const RecurrentWork&);
+  RecurrentBackwardSizes (*recurrent_backward_sizes)(const RecurrentBackwardParams&, int64_t rows);
+  void (*recurrent_backward)(const RecurrentBackwardParams&, const RecurrentBackwardWork&);
   void (*recurrent_cell)(const CellParams&, int64_t begin, int64_t end);                   // blocks of kCellUnits
   void (*recurrent_cell_backward)(const CellBackwardParams&, int64_t begin, int64_t end);  // rows
   void (*linear_rows)(const LinearRowsParams&, int64_t begin, int64_t end);                // blocks of kLinearOutputs

@@ -4,13 +4,22 @@
 // After vec_generic.h, which defines Isa:
 #include "random.inl"
 #include "reparameterize.inl"
-#include "recurrent.inl"
+#include "recurrent_backward.inl"
 #include "cell.inl"
 
 namespace fastgen {
 
-const KernelTable kGenericKernels = {
-    "generic",       random,    reparameterize, reparameterize_add_pieces, reparameterize_backward,
-    recurrent_sizes, recurrent, recurrent_cell, recurrent_cell_backward,   linear_rows};
+const KernelTable kGenericKernels = {"generic",
+                                     random,
+                                     reparameterize,
+                                     reparameterize_add_pieces,
+                                     reparameterize_backward,
+                                     recurrent_sizes,
+                                     recurrent,
+                                     recurrent_backward_sizes,
+                                     recurrent_backward,
+                                     recurrent_cell,
+                                     recurrent_cell_backward,
+                                     linear_rows};
 
 }  // namespace fastgen

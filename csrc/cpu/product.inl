@@ -153,5 +153,94 @@ FASTGEN_FN int next_tile(int64_t left) {
   return int((left + tiles - 1) / tiles);
 }
 
+// The right side as it stands, rows along the columns of the result: panels of kVectors * lanes columns from `first`
+// on, of which `columns` exist. rows(k) points at row k.
+template <class A, int kVectors, class Rows>
+FASTGEN_FN void pack_panel(const Rows& rows, int64_t depth, int64_t first, int64_t columns, typename A::Right* out) {
+  using F = typename A::F;
+  constexpr int kWidth = kLanes<typename A::T>;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t left = columns - first - v * kWidth;
+      store(out + (k * kVectors + v) * kWidth, left <= 0 ? F(typename A::T(0)) : rows(k, first + v * kWidth, left));
+    }
+  }
+}
+
+constexpr int kFlatVectors = 4;        // of a panel whose columns have no structure
+constexpr int64_t kDepthBlock = 128;   // rows of a panel that stay in L1 while the left side passes by
+constexpr int64_t kColumnBlock = 512;  // columns of the right side that stay in L2
+constexpr int64_t kRowGroup = 96;      // rows of the left side that are packed at once
+
+// out[m][n] = sum over k of left[k][m] * right(k, n): products with the left side transposed, as the gradients of
+// weights are. The sum is made in blocks of kDepthBlock, added up in order: as with any cascade, its error grows with
+// the root of the number of blocks only.
+//
+// left rows are `left_stride` elements apart, with room to read a vector behind the last element. right(k, n, count)
+// gives a vector of row k at column n, of which `count` lanes are wanted.
+template <class A>
+struct TransposedProduct {
+  using T = typename A::T;
+  using F = typename A::F;
+  static constexpr int kWidth = kLanes<T>, kColumns = kFlatVectors * kWidth, kRows = kTileRows<kFlatVectors>;
+  static constexpr int64_t kGroup = kRowGroup / kRows * kRows;
+
+  static int64_t scratch_bytes() {
+    return int64_t(sizeof(T)) * (kDepthBlock * kColumnBlock + kDepthBlock * kGroup + kWidth);
+  }
+
+  template <class Storage, class Right>
+  static void run(const Storage* left, int64_t left_stride, const Right& right, int64_t depth, int64_t rows,
+                  int64_t columns, T* out, void* scratch) {
+    if (rows <= 0) return;
+    T* panels = static_cast<T*>(scratch);
+    T* packed = panels + kDepthBlock * kColumnBlock;
+    for (int64_t n = 0; n < columns; n += kColumnBlock) {
+      const int64_t width = columns - n < kColumnBlock ? columns - n : kColumnBlock;
+      for (int64_t k = 0; k < depth; k += kDepthBlock) {
+        const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
+        const auto rows_from_k = [&](int64_t i, int64_t column, int64_t count) { return right(k + i, column, count); };
+        for (int64_t j = 0; j < width; j += kColumns) {
+          pack_panel<A, kFlatVectors>(rows_from_k, block, n + j, columns, panels + j * block);
+        }
+        for (int64_t m = 0; m < rows; m += kGroup) {
+          const int64_t group = rows - m < kGroup ? rows - m : kGroup;
+          // A vector is written for each row of a tile: what it overwrites past the tile is written after it.
+          for (int64_t i = 0; i < group; i += kRows) {
+            for (int64_t q = 0; q < block; ++q) {
+              F value;
+              load(left + (k + q) * left_stride + m + i, value);
+              store(packed + (i * block) + q * kRows, value);
+            }
+          }
+          for (int64_t j = 0; j < width; j += kColumns) {
+            for (int64_t i = 0; i < group; i += kRows) {
+              alignas(64) T tile[kRows * kColumns];
+              multiply_packed(packed + i * block, panels + j * block, block, tile);
+              add(tile, group - i < kRows ? group - i : kRows, width - j, k == 0, out + (m + i) * columns + n + j,
+                  columns);
+            }
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static __attribute__((noinline)) void multiply_packed(const T* left, const T* right, int64_t depth, T* tile) {
+    multiply_tile<A, kRows, kFlatVectors>(LeftColumns<A, kRows>(left), right, depth, nullptr, 0, tile, kColumns);
+  }
+  static FASTGEN_MEMBER void add(const T* tile, int64_t rows, int64_t columns, bool first, T* out, int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < kColumns && j < columns; j += kWidth) {
+        const int count = columns - j < kWidth ? int(columns - j) : kWidth;
+        F value;
+        load(tile + r * kColumns + j, value);
+        put(out + r * stride + j, first ? value : take<F>(out + r * stride + j, count) + value, count);
+      }
+    }
+  }
+};
+
 }  // namespace
 }  // namespace fastgen

@@ -6,6 +6,8 @@
 // so that the tile that leaves the product is all that a cell needs: bias, activations, states and stores follow
 // on it at once. All of it runs in the work type; the states between the steps are never rounded to a half type,
 // except where the product itself takes bf16.
+#pragma once
+
 #include "../common/activations.h"
 #include "product.inl"
 
@@ -20,7 +22,6 @@ struct Gates {
   static constexpr int kUnitVectors = kVectors / kCount;            // of units, each gate
 };
 
-constexpr int kFlatVectors = 4;           // panels without gates: the projection
 constexpr int64_t kChunkBytes = 1 << 18;  // of input products: they stay in L2 beside the recurrent weights
 
 // Memory carved off one block, each piece on a line of its own; from null, it counts bytes.
@@ -449,36 +450,6 @@ class Recurrence {
   T *bias, *bias_hn;
   int64_t packed_bytes;
 };
-
-// Calls body(Recurrence<mode, storage, arithmetic>).
-template <CellMode kMode, class Body>
-FASTGEN_FN void with_dtype(const RecurrentParams& p, const Body& body) {
-  switch (p.dtype) {
-    case DType::kFloat64: return body(Recurrence<kMode, double, Multiply<double>>(p));
-    case DType::kBFloat16: return body(Recurrence<kMode, BFloat16, Multiply<float>>(p));
-    case DType::kFloat16: return body(Recurrence<kMode, Float16, Multiply<float>>(p));
-    default: return body(Recurrence<kMode, float, Multiply<float>>(p));
-  }
-}
-template <class Body>
-FASTGEN_FN void with_recurrence(const RecurrentParams& p, const Body& body) {
-  switch (p.mode) {
-    case CellMode::kLstm: return with_dtype<CellMode::kLstm>(p, body);
-    case CellMode::kGru: return with_dtype<CellMode::kGru>(p, body);
-    case CellMode::kTanh: return with_dtype<CellMode::kTanh>(p, body);
-    case CellMode::kRelu: return with_dtype<CellMode::kRelu>(p, body);
-  }
-}
-
-RecurrentSizes recurrent_sizes(const RecurrentParams& p, int64_t rows) {
-  RecurrentSizes sizes{};
-  with_recurrence(p, [&](const auto& recurrence) { sizes = recurrence.sizes(rows); });
-  return sizes;
-}
-
-void recurrent(const RecurrentParams& p, const RecurrentWork& work) {
-  with_recurrence(p, [&](const auto& recurrence) { recurrence.run(work); });
-}
 
 }  // namespace
 }  // namespace fastgen

@@ -78,7 +78,9 @@ class Arguments {
   Arguments(int64_t mode, const Tensor& input, const Optional& batch_sizes, const Tensor& w_ih, const Tensor& w_hh,
             const Optional& b_ih, const Optional& b_hh, const Optional& w_hr, const Tensor& h_0, const Optional& c_0,
             const Optional& h_mask, bool batch_first, bool reverse)
-      : steps_(input, batch_sizes, h_0.dim() == 2 ? h_0.size(0) : -1, batch_first), dtype_(input.scalar_type()) {
+      : steps_(input, batch_sizes, h_0.dim() == 2 ? h_0.size(0) : -1, batch_first),
+        dtype_(input.scalar_type()),
+        batch_first_(batch_first) {
     STD_TORCH_CHECK(mode >= 0 && mode < 4, "mode: expected 0 to 3, got ", mode);
     check_floating(dtype_);
     p.mode = CellMode(mode);
@@ -113,11 +115,7 @@ class Arguments {
       p.row_step = batch_first ? 1 : p.batch;
       p.row_batch = batch_first ? p.steps : 1;
     }
-    const bool unit = p.input_size == 1 || input.stride(input.dim() - 1) == 1;
-    const Tensor& in = unit ? input : keep(torch::stable::contiguous(input));
-    p.input = in.const_data_ptr();
-    p.input_batch = in.stride(batch_sizes || batch_first ? 0 : 1);
-    p.input_step = batch_sizes ? 0 : in.stride(batch_first ? 1 : 0);
+    p.input = this->rows(input, p.input_step, p.input_batch);
     p.w_ih = contiguous(w_ih);
     p.w_hh = contiguous(w_hh);
     p.b_ih = contiguous(b_ih);
@@ -126,6 +124,17 @@ class Arguments {
     p.h_0 = contiguous(h_0);
     p.c_0 = contiguous(c_0);
     p.h_mask = contiguous(h_mask);
+  }
+
+  // Rows with unit stride in the order of the input's, such as the gradient of the output: strides of a step and of a
+  // row of the batch.
+  const void* rows(const Tensor& tensor, int64_t& step, int64_t& batch) {
+    const int64_t last = tensor.dim() - 1;
+    const bool unit = tensor.size(last) == 1 || tensor.stride(last) == 1;
+    const Tensor& in = unit ? tensor : keep(torch::stable::contiguous(tensor));
+    batch = in.stride(p.step_rows != nullptr || batch_first_ ? 0 : 1);
+    step = p.step_rows != nullptr ? 0 : in.stride(batch_first_ ? 1 : 0);
+    return in.const_data_ptr();
   }
 
   // An uninitialised result with a row for each row of the input.
@@ -155,6 +164,7 @@ class Arguments {
 
   Steps steps_;
   ScalarType dtype_;
+  bool batch_first_;
   std::vector<Tensor> kept_;
 };
 
@@ -186,42 +196,63 @@ void share(int64_t count, int64_t threads, const Body& body) {
   torch::stable::parallel_for(0, count, (count + threads - 1) / threads, body);
 }
 
-void run(RecurrentParams& p, int64_t tokens) {
-  const KernelTable& table = kernels();
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts =
-      std::max((p.batch + kRowsPerPart - 1) / kRowsPerPart, std::min(threads, p.batch / kRowsPerThread));
-  const RecurrentSizes sizes = table.recurrent_sizes(p, 0);
-  const Tensor packed = bytes(sizes.packed);
-  p.packed = data_of(packed);
-  const int64_t step_work = p.batch * p.hidden_size * gate_count(p.mode) * p.output_size;
-  const int64_t sharing = parts > 1 || step_work < kSharedStep ? 1 : std::min(threads, sizes.blocks);
-
-  RecurrentWork pack{};
-  pack.phase = RecurrentPhase::kPack;
-  share(sizes.blocks + sizes.projection_blocks, threads, [&](int64_t begin, int64_t end) {
-    RecurrentWork piece = pack;
+// Runs one phase of a kernel over its blocks.
+template <class Work, class Params, class Phase>
+void share_blocks(void (*kernel)(const Params&, const Work&), const Params& p, Phase phase, int64_t blocks,
+                  int64_t threads, Work work = {}) {
+  share(blocks, threads, [&](int64_t begin, int64_t end) {
+    Work piece = work;
+    piece.phase = phase;
     piece.first_block = begin;
     piece.end_block = end;
-    table.recurrent(p, piece);
+    kernel(p, piece);
   });
+}
 
-  if (sharing == 1) {
-    const std::vector<int64_t> cuts = cut_rows(p, tokens, std::max<int64_t>(parts, 1));
-    const int64_t count = int64_t(cuts.size()) - 1;
-    std::vector<int64_t> offset{0};
-    for (int64_t i = 0; i < count; ++i) {
-      offset.push_back(offset.back() + table.recurrent_sizes(p, cuts[i + 1] - cuts[i]).scratch);
-    }
-    const Tensor scratch = bytes(offset.back());
-    parallel(count, [&](int64_t i) {
-      RecurrentWork work{};
-      work.phase = RecurrentPhase::kRows;
-      work.first_row = cuts[i];
-      work.end_row = cuts[i + 1];
-      work.scratch = static_cast<char*>(data_of(scratch)) + offset[i];
-      table.recurrent(p, work);
-    });
+// Runs the phase that takes some rows of the batch through all steps, over parts of about equal work.
+template <class Work, class Params, class Sizes, class Phase>
+void run_rows(void (*kernel)(const Params&, const Work&), Sizes (*sizes)(const Params&, int64_t), const Params& p,
+              Phase phase, int64_t tokens, int64_t parts) {
+  const std::vector<int64_t> cuts = cut_rows(p, tokens, std::max<int64_t>(parts, 1));
+  const int64_t count = int64_t(cuts.size()) - 1;
+  std::vector<int64_t> offset{0};
+  for (int64_t i = 0; i < count; ++i) offset.push_back(offset.back() + sizes(p, cuts[i + 1] - cuts[i]).scratch);
+  const Tensor scratch = bytes(offset.back());
+  parallel(count, [&](int64_t i) {
+    Work work{};
+    work.phase = phase;
+    work.first_row = cuts[i];
+    work.end_row = cuts[i + 1];
+    work.scratch = static_cast<char*>(data_of(scratch)) + offset[i];
+    kernel(p, work);
+  });
+}
+
+// How the recurrence is split: over parts of the rows of the batch, each of which runs through all steps by itself, or,
+// where there are few rows and the steps are wide, over the units of each step. The results do not depend on it.
+struct Split {
+  int64_t threads = torch::stable::get_num_threads();
+  int64_t parts;    // of the rows
+  int64_t sharing;  // threads that share a step
+
+  Split(const RecurrentParams& p, int64_t blocks)
+      : parts(std::max((p.batch + kRowsPerPart - 1) / kRowsPerPart, std::min(threads, p.batch / kRowsPerThread))) {
+    const int64_t work = p.batch * p.hidden_size * gate_count(p.mode) * p.output_size;
+    sharing = parts > 1 || work < kSharedStep ? 1 : std::min(threads, blocks);
+  }
+};
+
+void run(RecurrentParams& p, int64_t tokens) {
+  const KernelTable& table = kernels();
+  const RecurrentSizes sizes = table.recurrent_sizes(p, 0);
+  const Split split(p, sizes.blocks);
+  const Tensor packed = bytes(sizes.packed);
+  p.packed = data_of(packed);
+  share_blocks<RecurrentWork>(table.recurrent, p, RecurrentPhase::kPack, sizes.blocks + sizes.projection_blocks,
+                              split.threads);
+
+  if (split.sharing == 1) {
+    run_rows<RecurrentWork>(table.recurrent, table.recurrent_sizes, p, RecurrentPhase::kRows, tokens, split.parts);
     return;
   }
 
@@ -236,13 +267,7 @@ void run(RecurrentParams& p, int64_t tokens) {
     table.recurrent(p, work);
   };
   const auto shared = [&](RecurrentPhase phase, int64_t blocks) {
-    share(blocks, sharing, [&](int64_t begin, int64_t end) {
-      RecurrentWork piece = work;
-      piece.phase = phase;
-      piece.first_block = begin;
-      piece.end_block = end;
-      table.recurrent(p, piece);
-    });
+    share_blocks<RecurrentWork>(table.recurrent, p, phase, blocks, split.sharing, work);
   };
   serial(RecurrentPhase::kStart);
   for (int64_t s = 0; s < p.steps; s += all.chunk) {
@@ -281,7 +306,181 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent(
   return {output, h_n, c_n, gates, cells};
 }
 
+void run(RecurrentBackwardParams& p) {
+  const KernelTable& table = kernels();
+  const auto kernel = table.recurrent_backward;
+  const RecurrentBackwardSizes sizes = table.recurrent_backward_sizes(p, 0);
+  const Split split(p, sizes.blocks);
+  const Tensor packed = bytes(sizes.packed);
+  p.packed = data_of(packed);
+  using Phase = RecurrentBackwardPhase;
+  using Work = RecurrentBackwardWork;
+  share_blocks<Work>(kernel, p, Phase::kPack, sizes.panels, split.threads);
+
+  if (split.sharing == 1) {
+    run_rows<Work>(kernel, table.recurrent_backward_sizes, p, Phase::kRows, p.rows, split.parts);
+  } else {
+    const Tensor scratch = bytes(table.recurrent_backward_sizes(p, p.batch).scratch);
+    Work work{};
+    work.end_row = p.batch;
+    work.scratch = data_of(scratch);
+    const auto serial = [&](Phase phase) {
+      work.phase = phase;
+      kernel(p, work);
+    };
+    const auto shared = [&](Phase phase, int64_t blocks) {
+      share_blocks<Work>(kernel, p, phase, blocks, split.sharing, work);
+    };
+    serial(Phase::kStart);
+    for (work.first_step = p.steps - 1; work.first_step >= 0; --work.first_step) {
+      if (p.w_hr != nullptr) shared(Phase::kReturn, sizes.blocks);
+      shared(Phase::kStep, p.w_hr != nullptr ? sizes.projection_blocks : sizes.blocks);
+    }
+    if (p.grad_h_0 != nullptr) shared(Phase::kReturn, sizes.blocks);
+    serial(Phase::kFinish);
+  }
+
+  if (p.grad_input != nullptr) {
+    // In pieces of whole tiles, several a thread.
+    const int64_t pieces = std::min(4 * split.threads, (p.rows + kRowsPerPart - 1) / kRowsPerPart);
+    const Tensor scratch = bytes(pieces * sizes.input_scratch);
+    parallel(pieces, [&](int64_t i) {
+      Work work{};
+      work.phase = Phase::kInput;
+      work.first_row = p.rows * i / pieces;
+      work.end_row = p.rows * (i + 1) / pieces;
+      work.scratch = static_cast<char*>(data_of(scratch)) + i * sizes.input_scratch;
+      kernel(p, work);
+    });
+  }
+
+  const bool of_gates =
+      p.grad_w_ih != nullptr || p.grad_w_hh != nullptr || p.grad_b_ih != nullptr || p.grad_b_hh != nullptr;
+  if (!of_gates && p.grad_w_hr == nullptr) return;
+  const Tensor pointers = bytes(3 * p.rows * int64_t(sizeof(void*)));
+  p.input_rows = static_cast<const void**>(data_of(pointers));
+  p.state_rows = p.input_rows + p.rows;
+  p.mask_rows = p.state_rows + p.rows;
+  Work point{};
+  point.phase = Phase::kPoint;
+  point.end_step = p.steps;
+  kernel(p, point);
+  const int64_t gates = gate_count(p.mode) * p.hidden_size;
+  const int64_t rows = gates + (p.grad_w_hr != nullptr ? p.output_size : 0);
+  const int64_t first = of_gates ? 0 : gates;
+  const int64_t pieces = std::min(split.threads, (rows - first + kRowsPerThread - 1) / kRowsPerThread);
+  const Tensor scratch = bytes(pieces * sizes.weight_scratch);
+  parallel(pieces, [&](int64_t i) {
+    Work work{};
+    work.phase = Phase::kWeights;
+    work.first_block = first + (rows - first) * i / pieces;
+    work.end_block = first + (rows - first) * (i + 1) / pieces;
+    work.scratch = static_cast<char*>(data_of(scratch)) + i * sizes.weight_scratch;
+    kernel(p, work);
+  });
+}
+
+// A gradient summed in the work type, and rounded once to the dtype of its tensor.
+struct Sum {
+  Tensor result, sum;
+
+  Sum(std::vector<int64_t> sizes, bool wanted, ScalarType dtype, ScalarType work)
+      : result(empty_cpu(wanted ? sizes.data() : kNone, wanted ? int64_t(sizes.size()) : 1, dtype)),
+        sum(wanted && work != dtype ? empty_cpu(sizes.data(), int64_t(sizes.size()), work) : result),
+        wanted_(wanted) {}
+  void* data() const { return wanted_ ? data_of(sum) : nullptr; }
+  Tensor finish(bool zero) {
+    if (zero) return torch::stable::zero_(result);
+    if (sum.scalar_type() != result.scalar_type()) torch::stable::copy_(result, sum);
+    return result;
+  }
+
+ private:
+  static constexpr int64_t kNone[] = {0};
+  bool wanted_;
+};
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Optional& grad_h_n,
+                             const Optional& grad_c_n, const Tensor& input, const Optional& batch_sizes,
+                             const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
+                             const Optional& w_hr, const Tensor& h_0, const Optional& c_0, const Optional& h_mask,
+                             const Tensor& output, const Tensor& gates, const Tensor& cells, bool batch_first,
+                             bool reverse, int64_t needs) {
+  Arguments arguments(mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, batch_first, reverse);
+  RecurrentBackwardParams p{};
+  static_cast<RecurrentParams&>(p) = arguments.p;
+  const ScalarType dtype = arguments.dtype(), work = arguments.work_dtype();
+  p.rows = arguments.tokens();
+  const auto needed = [&](int i) { return bool(needs >> i & 1); };
+  const auto rounded = [&](int64_t rows, int64_t columns, bool wanted) {
+    return Sum({rows, columns}, wanted, dtype, dtype);
+  };
+  const int64_t rows = w_hh.size(0);
+  Tensor grad_input = needed(0) ? arguments.rows_of(p.input_size, dtype) : empty({0}, dtype);
+  Sum grad_w_ih({rows, p.input_size}, needed(1), dtype, work), grad_w_hh({rows, p.output_size}, needed(2), dtype, work),
+      grad_b_ih({rows}, needed(3) && b_ih, dtype, work), grad_b_hh({rows}, needed(4) && b_hh, dtype, work),
+      grad_w_hr({p.output_size, p.hidden_size}, needed(5) && w_hr, dtype, work);
+  Sum grad_h_0 = rounded(p.batch, p.output_size, needed(6)),
+      grad_c_0 = rounded(p.batch, p.hidden_size, needed(7) && c_0);
+  const auto results = [&] {
+    const bool empty = p.batch == 0;
+    return Gradients(grad_input, grad_w_ih.finish(empty), grad_w_hh.finish(empty), grad_b_ih.finish(empty),
+                     grad_b_hh.finish(empty), grad_w_hr.finish(empty), grad_h_0.finish(empty), grad_c_0.finish(empty));
+  };
+  if (p.batch == 0) return results();
+
+  const auto check_rows = [&](const char* name, const Optional& tensor, int64_t width, ScalarType type) {
+    if (!tensor) return;
+    bool fits = tensor->dim() == input.dim() && tensor->is_cpu() && tensor->scalar_type() == type &&
+                tensor->size(tensor->dim() - 1) == width;
+    for (int64_t d = 0; fits && d + 1 < input.dim(); ++d) fits = tensor->size(d) == input.size(d);
+    STD_TORCH_CHECK(fits, name, ": expected a row of ", width, " elements for each row of input");
+  };
+  check_rows("grad_output", grad_output, p.output_size, dtype);
+  check_rows("output", output, p.output_size, dtype);
+  if (saved_gates(p.mode) > 0) check_rows("gates", gates, 4 * p.hidden_size, dtype);
+  if (p.mode == CellMode::kLstm) check_rows("cells", cells, p.hidden_size, work);
+  check_shape("grad_h_n", grad_h_n, input, {p.batch, p.output_size});
+  check_shape("grad_c_n", grad_c_n, input, {p.batch, p.hidden_size});
+
+  if (grad_output) p.grad_output = arguments.rows(*grad_output, p.grad_step, p.grad_batch);
+  p.grad_h_n = arguments.contiguous(grad_h_n);
+  p.grad_c_n = arguments.contiguous(grad_c_n);
+  // Read only: the pointers of the base are those that the forward pass writes.
+  p.output = const_cast<void*>(arguments.contiguous(output));
+  p.gates = const_cast<void*>(arguments.contiguous(gates));
+  p.cells = const_cast<void*>(arguments.contiguous(cells));
+
+  // A vector may be read behind the last element.
+  constexpr int64_t kSlack = 64;
+  const int64_t size = int64_t(input.element_size());
+  const Tensor grad_gates = bytes(p.rows * gate_gradients(p.mode) * p.hidden_size * size + kSlack);
+  p.grad_gates = data_of(grad_gates);
+  Optional hidden, grad_hidden;
+  if (w_hr && needed(5)) {
+    hidden = bytes(p.rows * p.hidden_size * size);
+    grad_hidden = bytes(p.rows * p.output_size * size + kSlack);
+    p.hidden = data_of(*hidden);
+    p.grad_hidden = data_of(*grad_hidden);
+  }
+  p.grad_input = needed(0) ? data_of(grad_input) : nullptr;
+  p.grad_w_ih = grad_w_ih.data();
+  p.grad_w_hh = grad_w_hh.data();
+  p.grad_b_ih = grad_b_ih.data();
+  p.grad_b_hh = grad_b_hh.data();
+  p.grad_w_hr = grad_w_hr.data();
+  p.grad_h_0 = grad_h_0.data();
+  p.grad_c_0 = grad_c_0.data();
+  run(p);
+  return results();
+}
+
 }  // namespace
 }  // namespace fastgen
 
-STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) { m.impl("recurrent", TORCH_BOX(&fastgen::recurrent)); }
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("recurrent", TORCH_BOX(&fastgen::recurrent));
+  m.impl("recurrent_backward", TORCH_BOX(&fastgen::recurrent_backward));
+}

@@ -1,0 +1,543 @@
+// The backward pass of recurrent.inl.
+//
+// From the last step to the first: the gradient of a step's gates before their activations, dG, follows from dh and dc
+// by elements; dh of the step before is dG W_hh, whose tiles the next elements take up at once. All dG stay, so that
+// the gradients of the input and of the weights are one product each, over all rows of all steps:
+//   dX = dG W_ih    dW_ih = dG^T X    dW_hh = dG^T H, H the states that the steps began with.
+// A GRU's n has a gradient of its own on the hidden side: r d(n).
+#include "recurrent.inl"
+
+namespace fastgen {
+namespace {
+
+template <CellMode kMode, class Storage, class A>
+class RecurrenceBackward {
+  using T = typename A::T;
+  using F = typename A::F;
+  using U = typename fastgen::Work<T>::U;
+  using Left = typename A::Left;
+  using Right = typename A::Right;
+  using Work = RecurrentBackwardWork;
+  static constexpr int kWidth = kLanes<T>, kColumns = kFlatVectors * kWidth, kRows = kTileRows<kFlatVectors>;
+  static constexpr int kGates = Gates<kMode>::kCount;
+  static constexpr bool kGru = kMode == CellMode::kGru;
+  // Columns of grad_gates over H.
+  static constexpr int kGradients = kGru ? 4 : kGates;
+  // dG enters the products as it is stored.
+  static constexpr bool kInPlace = sizeof(Storage) == sizeof(Left) && A::kDepth == 1;
+  static constexpr int64_t kInputRows = 96;    // rows of dX made at once
+  static constexpr int64_t kInputDepth = 256;  // gates of a panel that stay in cache while they pass by
+
+ public:
+  explicit RecurrenceBackward(const RecurrentBackwardParams& params)
+      : p(params),
+        gates(int64_t(kGates) * p.hidden_size),
+        gate_stride(int64_t(kGradients) * p.hidden_size),
+        gates_depth(round_up<int64_t>(gates, A::kDepth)),
+        state_depth(round_up<int64_t>(p.output_size, A::kDepth)),
+        state_stride(round_up<int64_t>(p.output_size, kColumns)),
+        unit_stride(round_up<int64_t>(p.hidden_size, kColumns)),
+        input_stride(round_up<int64_t>(p.input_size, kColumns)),
+        blocks(state_stride / kColumns),
+        projection_blocks(p.w_hr == nullptr ? 0 : unit_stride / kColumns),
+        input_blocks(p.grad_input == nullptr ? 0 : input_stride / kColumns) {
+    Arena arena(p.packed);
+    w_hh = arena.take<Right>(blocks * gates_depth * kColumns);
+    w_hr = arena.take<Right>(projection_blocks * state_depth * kColumns);
+    w_ih = arena.take<Right>(input_blocks * gates_depth * kColumns);
+    packed_bytes = arena.used();
+  }
+
+  RecurrentBackwardSizes sizes(int64_t rows) const {
+    RecurrentBackwardSizes sizes;
+    sizes.blocks = blocks;
+    sizes.projection_blocks = projection_blocks;
+    sizes.panels = blocks + projection_blocks + input_blocks;
+    sizes.packed = packed_bytes;
+    sizes.scratch = Scratch(*this, nullptr, rows).bytes;
+    sizes.input_scratch = InputScratch(*this, nullptr).bytes;
+    sizes.weight_scratch = TransposedProduct<Multiply<T>>::scratch_bytes();
+    return sizes;
+  }
+
+  void run(const Work& work) const {
+    switch (work.phase) {
+      case RecurrentBackwardPhase::kPack:
+        for (int64_t i = work.first_block; i < work.end_block; ++i) pack(i);
+        return;
+      case RecurrentBackwardPhase::kPoint: return point(work);
+      case RecurrentBackwardPhase::kInput: return to_input(work);
+      case RecurrentBackwardPhase::kWeights: return to_weights(work);
+      default: break;
+    }
+    const Scratch scratch(*this, work.scratch, work.end_row - work.first_row);
+    switch (work.phase) {
+      case RecurrentBackwardPhase::kRows: return rows(work, scratch);
+      case RecurrentBackwardPhase::kStart: return start(work, scratch);
+      case RecurrentBackwardPhase::kReturn: return give_back(work, scratch);
+      case RecurrentBackwardPhase::kStep: return step(work, scratch);
+      default: return finish(work, scratch);
+    }
+  }
+
+ private:
+  struct Scratch {
+    T* dh;         // [rows][state_stride]: what reaches the h of a step from later ones
+    T* dc;         // [rows][unit_stride]
+    T* direct;     // GRU: z dh, what reaches the h before past the product
+    Left* fed[2];  // [rows][gates_depth]: dG of the step before and of this one, where it is not fed in place
+    Left* outer;   // [rows][state_stride]: d h behind the projection
+    int64_t bytes;
+
+    FASTGEN_MEMBER Scratch(const RecurrenceBackward& of, void* base, int64_t rows) {
+      Arena arena(base);
+      dh = arena.take<T>(rows * of.state_stride);
+      dc = arena.take<T>(kMode == CellMode::kLstm ? rows * of.unit_stride : 0);
+      direct = arena.take<T>(kGru ? rows * of.unit_stride : 0);
+      fed[0] = arena.take<Left>(kInPlace ? 0 : rows * of.gates_depth);
+      fed[1] = arena.take<Left>(kInPlace ? 0 : rows * of.gates_depth);
+      outer = arena.take<Left>(of.p.w_hr != nullptr ? rows * of.state_stride : 0);
+      bytes = arena.used();
+    }
+  };
+  struct InputScratch {
+    T* sums;     // [kInputRows][input_stride]
+    Left* copy;  // [kInputRows][gates_depth], where dG does not enter as it is stored
+    int64_t bytes;
+
+    FASTGEN_MEMBER InputScratch(const RecurrenceBackward& of, void* base) {
+      Arena arena(base);
+      sums = arena.take<T>(kInputRows * of.input_stride);
+      copy = arena.take<Left>(kInPlace ? 0 : kInputRows * of.gates_depth);
+      bytes = arena.used();
+    }
+  };
+
+  void pack(int64_t i) const {
+    const auto from = [](const void* matrix, int64_t columns) {
+      const auto* rows = static_cast<const Storage*>(matrix);
+      return [rows, columns](int64_t k, int64_t j, int64_t count) {
+        return take<F>(rows + k * columns + j, count < kWidth ? int(count) : kWidth);
+      };
+    };
+    if (i < blocks) {
+      return pack_panel<A, kFlatVectors>(from(p.w_hh, p.output_size), gates, i * kColumns, p.output_size,
+                                         w_hh + i * gates_depth * kColumns);
+    }
+    i -= blocks;
+    if (i < projection_blocks) {
+      return pack_panel<A, kFlatVectors>(from(p.w_hr, p.hidden_size), p.output_size, i * kColumns, p.hidden_size,
+                                         w_hr + i * state_depth * kColumns);
+    }
+    i -= projection_blocks;
+    pack_panel<A, kFlatVectors>(from(p.w_ih, p.input_size), gates, i * kColumns, p.input_size,
+                                w_ih + i * gates_depth * kColumns);
+  }
+
+  void rows(const Work& all, const Scratch& scratch) const {
+    Work work = all;
+    start(work, scratch);
+    work.first_block = 0;
+    for (work.first_step = p.steps - 1; work.first_step >= 0; --work.first_step) {
+      if (p.w_hr != nullptr) {
+        work.end_block = blocks;
+        give_back(work, scratch);
+      }
+      work.end_block = p.w_hr != nullptr ? projection_blocks : blocks;
+      step(work, scratch);
+    }
+    if (p.grad_h_0 != nullptr) {
+      work.end_block = blocks;
+      give_back(work, scratch);  // with first_step = -1: what reaches the initial states
+    }
+    finish(work, scratch);
+  }
+
+  // Rows of the step that comes s-th; none before the first and after the last.
+  FASTGEN_MEMBER int64_t rows_at(const Work& work, int64_t s) const {
+    if (s < 0 || s >= p.steps) return 0;
+    const int64_t active = active_rows(p, time_of(p, s));
+    const int64_t end = active < work.end_row ? active : work.end_row;
+    return end > work.first_row ? end - work.first_row : 0;
+  }
+
+  void start(const Work& work, const Scratch& scratch) const {
+    const auto* dh = static_cast<const Storage*>(p.grad_h_n);
+    const auto* dc = static_cast<const Storage*>(p.grad_c_n);
+    for (int64_t b = work.first_row; b < work.end_row; ++b) {
+      const int64_t at = b - work.first_row;
+      for (int64_t j = 0; j < state_stride; j += kWidth) {
+        store(scratch.dh + at * state_stride + j, upto(dh, b * p.output_size, j, p.output_size));
+      }
+      if constexpr (kMode == CellMode::kLstm) {
+        for (int64_t j = 0; j < unit_stride; j += kWidth) {
+          store(scratch.dc + at * unit_stride + j, upto(dc, b * p.hidden_size, j, p.hidden_size));
+        }
+      }
+    }
+  }
+
+  // dh of the states before step s + 1, for outputs of block j: dG W_hh, and what passed the product by.
+  FASTGEN_MEMBER void return_block(const Work& work, const Scratch& scratch, int64_t s, int64_t j) const {
+    const int64_t rows = rows_at(work, s + 1), t = rows == 0 ? 0 : time_of(p, s + 1);
+    for (int64_t n = 0; n < rows;) {
+      const int count = next_tile<kFlatVectors>(rows - n);
+      const Left* left[kRows];
+      for (int r = 0; r < count; ++r) {
+        if constexpr (kInPlace) {
+          left[r] = static_cast<const Left*>(p.grad_gates) + row_number(p, t, work.first_row + n + r) * gate_stride;
+        } else {
+          left[r] = scratch.fed[(s + 1) & 1] + (n + r) * gates_depth;
+        }
+      }
+      T* to = scratch.dh + n * state_stride + j * kColumns;
+      multiply_rows<A, kFlatVectors>(count, left, w_hh + j * gates_depth * kColumns, gates_depth, nullptr, 0, to,
+                                     state_stride);
+      if (kGru || p.h_mask != nullptr) {
+        for (int r = 0; r < count; ++r) {
+          for (int v = 0; v < kFlatVectors; ++v) {
+            const int64_t at = r * state_stride + v * kWidth, column = j * kColumns + v * kWidth;
+            F value, direct;
+            load(to + at, value);
+            if (p.h_mask != nullptr) {
+              const auto* mask = static_cast<const Storage*>(p.h_mask);
+              value = value * upto(mask, (work.first_row + n + r) * p.output_size, column, p.output_size);
+            }
+            if constexpr (kGru) {
+              load(scratch.direct + (n + r) * unit_stride + column, direct);
+              value = value + direct;
+            }
+            store(to + at, value);
+          }
+        }
+      }
+      n += count;
+    }
+  }
+
+  // With a projection, and for the initial states: the products of step s + 1, and d h of step s behind the projection.
+  void give_back(const Work& work, const Scratch& scratch) const {
+    const int64_t s = work.first_step, rows = rows_at(work, s), t = rows == 0 ? 0 : time_of(p, s);
+    for (int64_t j = work.first_block; j < work.end_block; ++j) {
+      return_block(work, scratch, s, j);
+      for (int64_t n = 0; n < rows; ++n) {
+        const int64_t row = row_number(p, t, work.first_row + n);
+        for (int v = 0; v < kFlatVectors; ++v) {
+          const int64_t column = j * kColumns + v * kWidth;
+          const F dh = dh_at(work, scratch, t, n, column);
+          store(scratch.outer + n * state_stride + column, dh);
+          if (p.grad_hidden != nullptr && column < p.output_size) {
+            put(static_cast<Storage*>(p.grad_hidden) + row * p.output_size + column, dh,
+                lanes_from(column, p.output_size));
+          }
+        }
+      }
+    }
+  }
+
+  // d h of a step: what reaches it from later steps, and the gradient of the output.
+  FASTGEN_MEMBER F dh_at(const Work& work, const Scratch& scratch, int64_t t, int64_t n, int64_t column) const {
+    F dh;
+    load(scratch.dh + n * state_stride + column, dh);
+    if (p.grad_output == nullptr || column >= p.output_size) return dh;
+    const int64_t b = work.first_row + n;
+    const int64_t at = (p.step_rows == nullptr ? t * p.grad_step : p.step_rows[t] * p.grad_batch) + b * p.grad_batch;
+    return dh + upto(static_cast<const Storage*>(p.grad_output), at, column, p.output_size);
+  }
+
+  void step(const Work& work, const Scratch& scratch) const {
+    const int64_t s = work.first_step, rows = rows_at(work, s), t = time_of(p, s);
+    alignas(64) T tile[kRows * kColumns];
+    for (int64_t j = work.first_block; j < work.end_block; ++j) {
+      if (p.w_hr == nullptr) {
+        return_block(work, scratch, s, j);
+        for (int64_t n = 0; n < rows; ++n) {
+          for (int v = 0; v < kFlatVectors; ++v) {
+            const int64_t unit = j * kColumns + v * kWidth;
+            if (unit >= p.hidden_size) break;
+            cell(work, scratch, s, n, unit, dh_at(work, scratch, t, n, unit));
+          }
+        }
+        continue;
+      }
+      for (int64_t n = 0; n < rows;) {
+        const int count = next_tile<kFlatVectors>(rows - n);
+        const Left* left[kRows];
+        for (int r = 0; r < count; ++r) left[r] = scratch.outer + (n + r) * state_stride;
+        multiply_rows<A, kFlatVectors>(count, left, w_hr + j * state_depth * kColumns, state_depth, nullptr, 0, tile,
+                                       kColumns);
+        for (int r = 0; r < count; ++r) {
+          for (int v = 0; v < kFlatVectors; ++v) {
+            const int64_t unit = j * kColumns + v * kWidth;
+            if (unit >= p.hidden_size) break;
+            F dh;
+            load(tile + r * kColumns + v * kWidth, dh);
+            cell(work, scratch, s, n + r, unit, dh);
+          }
+        }
+        n += count;
+      }
+    }
+  }
+
+  // dG of a vector of units, and what reaches c and h of the step before.
+  FASTGEN_MEMBER void cell(const Work& work, const Scratch& scratch, int64_t s, int64_t n, int64_t unit, F dh) const {
+    const int64_t t = time_of(p, s), b = work.first_row + n, row = row_number(p, t, b);
+    const int count = lanes_from(unit, p.hidden_size);
+    const F one(T(1));
+    F gradient[kGradients];
+    if constexpr (kMode == CellMode::kLstm) {
+      const Storage* saved = static_cast<const Storage*>(p.gates) + row * 4 * p.hidden_size + unit;
+      const F i = take<F>(saved, count), f = take<F>(saved + p.hidden_size, count),
+              g = take<F>(saved + 2 * p.hidden_size, count), o = take<F>(saved + 3 * p.hidden_size, count);
+      const T* cells = static_cast<const T*>(p.cells);
+      const F c = take<F>(cells + row * p.hidden_size + unit, count);
+      const int64_t before = row_before(s, b);
+      const F c_before = before < 0 ? take<F>(static_cast<const Storage*>(p.c_0) + b * p.hidden_size + unit, count)
+                                    : take<F>(cells + before * p.hidden_size + unit, count);
+      const F y = hyperbolic_tangent<T, U>(c);
+      F dc;
+      load(scratch.dc + n * unit_stride + unit, dc);
+      dc = multiply_add(dh * o, one - y * y, dc);
+      store(scratch.dc + n * unit_stride + unit, dc * f);
+      gradient[0] = dc * g * i * (one - i);
+      gradient[1] = dc * c_before * f * (one - f);
+      gradient[2] = dc * i * (one - g * g);
+      gradient[3] = dh * y * o * (one - o);
+      if (p.hidden != nullptr) put(static_cast<Storage*>(p.hidden) + row * p.hidden_size + unit, o * y, count);
+    } else if constexpr (kGru) {
+      const Storage* saved = static_cast<const Storage*>(p.gates) + row * 4 * p.hidden_size + unit;
+      const F r = take<F>(saved, count), z = take<F>(saved + p.hidden_size, count),
+              y = take<F>(saved + 2 * p.hidden_size, count), from_h = take<F>(saved + 3 * p.hidden_size, count);
+      const int64_t before = row_before(s, b);
+      const Storage* h = before < 0 ? static_cast<const Storage*>(p.h_0) + b * p.output_size
+                                    : static_cast<const Storage*>(p.output) + before * p.output_size;
+      const F dn = dh * (one - z) * (one - y * y);
+      gradient[0] = dn * from_h * r * (one - r);
+      gradient[1] = dh * (take<F>(h + unit, count) - y) * z * (one - z);
+      gradient[2] = dn * r;
+      gradient[3] = dn;
+      store(scratch.direct + n * unit_stride + unit, dh * z);
+    } else {
+      const F h = take<F>(static_cast<const Storage*>(p.output) + row * p.output_size + unit, count);
+      gradient[0] = kMode == CellMode::kTanh ? dh * (one - h * h) : select(less(F(T(0)), h), dh, F(T(0)));
+    }
+    Storage* out = static_cast<Storage*>(p.grad_gates) + row * gate_stride + unit;
+    FASTGEN_UNROLL
+    for (int k = 0; k < kGradients; ++k) put(out + k * p.hidden_size, gradient[k], count);
+    if constexpr (!kInPlace) {
+      Left* fed = scratch.fed[s & 1] + n * gates_depth + unit;
+      FASTGEN_UNROLL
+      for (int k = 0; k < kGates; ++k) put(fed + k * p.hidden_size, gradient[k], count);
+    }
+  }
+
+  void finish(const Work& work, const Scratch& scratch) const {
+    for (int64_t b = work.first_row; b < work.end_row; ++b) {
+      const int64_t n = b - work.first_row;
+      F value;
+      for (int64_t j = 0; p.grad_h_0 != nullptr && j < p.output_size; j += kWidth) {
+        load(scratch.dh + n * state_stride + j, value);
+        put(static_cast<Storage*>(p.grad_h_0) + b * p.output_size + j, value, lanes_from(j, p.output_size));
+      }
+      for (int64_t j = 0; p.grad_c_0 != nullptr && j < p.hidden_size; j += kWidth) {
+        load(scratch.dc + n * unit_stride + j, value);
+        put(static_cast<Storage*>(p.grad_c_0) + b * p.hidden_size + j, value, lanes_from(j, p.hidden_size));
+      }
+    }
+  }
+
+  // Number of the row that step s of row b of the batch follows; -1 where it begins with h_0.
+  FASTGEN_MEMBER int64_t row_before(int64_t s, int64_t b) const {
+    if (s == 0) return -1;
+    const int64_t t = time_of(p, s - 1);
+    return b < active_rows(p, t) ? row_number(p, t, b) : -1;
+  }
+
+  // Where the right sides of the weights' gradients stand, for the steps of the work.
+  void point(const Work& work) const {
+    for (int64_t s = work.first_step; s < work.end_step; ++s) {
+      const int64_t t = time_of(p, s), active = active_rows(p, t);
+      for (int64_t b = 0; b < active; ++b) {
+        const int64_t row = row_number(p, t, b), before = row_before(s, b);
+        p.input_rows[row] = static_cast<const Storage*>(p.input) + input_offset(p, t, b);
+        p.state_rows[row] = before < 0 ? static_cast<const Storage*>(p.h_0) + b * p.output_size
+                                       : static_cast<const Storage*>(p.output) + before * p.output_size;
+        if (p.h_mask != nullptr) {
+          p.mask_rows[row] = static_cast<const Storage*>(p.h_mask) + b * p.output_size;
+        }
+      }
+    }
+  }
+
+  // dX, for rows [first_row, end_row) of all.
+  void to_input(const Work& work) const {
+    const InputScratch scratch(*this, work.scratch);
+    for (int64_t first = work.first_row; first < work.end_row; first += kInputRows) {
+      const int64_t rows = work.end_row - first < kInputRows ? work.end_row - first : kInputRows;
+      const Left* left[kInputRows];
+      // The gates of the input's side: all, but for a GRU's n, which stands last.
+      for (int64_t n = 0; n < rows; ++n) {
+        const Storage* from = static_cast<const Storage*>(p.grad_gates) + (first + n) * gate_stride;
+        if constexpr (kInPlace) {
+          left[n] = from;
+        } else {
+          Left* copy = scratch.copy + n * gates_depth;
+          left[n] = copy;
+          if constexpr (kGru) {
+            A::copy_row(from, 2 * p.hidden_size, copy);
+            A::copy_row(from + 3 * p.hidden_size, p.hidden_size, copy + 2 * p.hidden_size);
+          } else {
+            A::copy_row(from, gates, copy);
+          }
+        }
+      }
+      const int64_t split = kGru && kInPlace ? 2 * p.hidden_size : gates_depth;
+      multiply_input(left, rows, 0, split, 0, scratch.sums);
+      if (split < gates_depth) multiply_input(left, rows, split, gates_depth, p.hidden_size, scratch.sums);
+      for (int64_t n = 0; n < rows; ++n) {
+        for (int64_t j = 0; j < p.input_size; j += kWidth) {
+          F value;
+          load(scratch.sums + n * input_stride + j, value);
+          put(static_cast<Storage*>(p.grad_input) + (first + n) * p.input_size + j, value, lanes_from(j, p.input_size));
+        }
+      }
+    }
+  }
+
+  // sums (+)= the products of gates [begin, end), which stand `skip` elements further on in the rows of dG.
+  void multiply_input(const Left* const* left, int64_t rows, int64_t begin, int64_t end, int64_t skip, T* sums) const {
+    for (int64_t k = begin; k < end; k += kInputDepth) {
+      const int64_t depth = end - k < kInputDepth ? end - k : kInputDepth;
+      for (int64_t j = 0; j < input_blocks; ++j) {
+        for (int64_t n = 0; n < rows;) {
+          const int count = next_tile<kFlatVectors>(rows - n);
+          const Left* from[kRows];
+          for (int r = 0; r < count; ++r) from[r] = left[n + r] + skip + k;
+          T* out = sums + n * input_stride + j * kColumns;
+          multiply_rows<A, kFlatVectors>(count, from, w_ih + (j * gates_depth + k) * kColumns, depth,
+                                         k == 0 ? nullptr : out, input_stride, out, input_stride);
+          n += count;
+        }
+      }
+    }
+  }
+
+  // Gradients of rows [first_block, end_block) of the weights: of W_ih and W_hh, or, past those, of W_hr.
+  void to_weights(const Work& work) const {
+    const auto* dg = static_cast<const Storage*>(p.grad_gates);
+    const int64_t begin = work.first_block < gates ? work.first_block : gates;
+    const int64_t end = work.end_block < gates ? work.end_block : gates;
+    const int64_t own = 2 * p.hidden_size;  // from here on, a GRU's gates have columns of their own for the input
+    const int64_t middle = !kGru ? end : own < begin ? begin : own < end ? own : end;
+    using Product = TransposedProduct<Multiply<T>>;
+    if (p.grad_w_ih != nullptr) {
+      const auto inputs = right_side(p.input_rows, nullptr);
+      T* out = static_cast<T*>(p.grad_w_ih);
+      Product::run(dg + begin, gate_stride, inputs, p.rows, middle - begin, p.input_size, out + begin * p.input_size,
+                   work.scratch);
+      Product::run(dg + middle + p.hidden_size, gate_stride, inputs, p.rows, end - middle, p.input_size,
+                   out + middle * p.input_size, work.scratch);
+    }
+    if (p.grad_w_hh != nullptr) {
+      Product::run(dg + begin, gate_stride, right_side(p.state_rows, p.h_mask == nullptr ? nullptr : p.mask_rows),
+                   p.rows, end - begin, p.output_size, static_cast<T*>(p.grad_w_hh) + begin * p.output_size,
+                   work.scratch);
+    }
+    if (p.grad_b_ih != nullptr) {
+      add_up(dg + begin, middle - begin, static_cast<T*>(p.grad_b_ih) + begin);
+      add_up(dg + middle + p.hidden_size, end - middle, static_cast<T*>(p.grad_b_ih) + middle);
+    }
+    if (p.grad_b_hh != nullptr) add_up(dg + begin, end - begin, static_cast<T*>(p.grad_b_hh) + begin);
+    if (p.grad_w_hr != nullptr && work.end_block > gates) {
+      const int64_t first = (work.first_block > gates ? work.first_block : gates) - gates;
+      const auto* hidden = static_cast<const Storage*>(p.hidden);
+      const int64_t columns = p.hidden_size;
+      const auto right = [hidden, columns](int64_t k, int64_t j, int64_t count) {
+        return take<F>(hidden + k * columns + j, count < kWidth ? int(count) : kWidth);
+      };
+      Product::run(static_cast<const Storage*>(p.grad_hidden) + first, p.output_size, right, p.rows,
+                   work.end_block - gates - first, columns, static_cast<T*>(p.grad_w_hr) + first * columns,
+                   work.scratch);
+    }
+  }
+
+  static FASTGEN_MEMBER auto right_side(const void* const* rows, const void* const* masks) {
+    return [rows, masks](int64_t k, int64_t j, int64_t count) {
+      const int lanes = count < kWidth ? int(count) : kWidth;
+      const F value = take<F>(static_cast<const Storage*>(rows[k]) + j, lanes);
+      return masks == nullptr ? value : value * take<F>(static_cast<const Storage*>(masks[k]) + j, lanes);
+    };
+  }
+
+  // out[m] = sum over the rows of dG, in blocks as the products of the weights.
+  void add_up(const Storage* from, int64_t columns, T* out) const {
+    for (int64_t m = 0; m < columns; m += kWidth) {
+      const int count = lanes_from(m, columns);
+      F total(T(0));
+      for (int64_t k = 0; k < p.rows; k += kDepthBlock) {
+        F block(T(0));
+        const int64_t end = p.rows - k < kDepthBlock ? p.rows : k + kDepthBlock;
+        for (int64_t q = k; q < end; ++q) block = block + take<F>(from + q * gate_stride + m, count);
+        total = total + block;
+      }
+      put(out + m, total, count);
+    }
+  }
+
+  static FASTGEN_MEMBER int lanes_from(int64_t first, int64_t size) {
+    return size - first < kWidth ? int(size - first) : kWidth;
+  }
+  // Columns [j, j + lanes) of the row that begins at `at`; zero past its end, or where there is no matrix.
+  static FASTGEN_MEMBER F upto(const Storage* matrix, int64_t at, int64_t j, int64_t size) {
+    return matrix != nullptr && j < size ? take<F>(matrix + at + j, lanes_from(j, size)) : F(T(0));
+  }
+
+  const RecurrentBackwardParams& p;
+  const int64_t gates, gate_stride;                       // G H, and elements of a row of grad_gates
+  const int64_t gates_depth, state_depth;                 // rounded up to whole steps of the product
+  const int64_t state_stride, unit_stride, input_stride;  // rounded up to whole panels
+  const int64_t blocks, projection_blocks, input_blocks;
+  Right *w_hh, *w_hr, *w_ih;
+  int64_t packed_bytes;
+};
+
+template <template <CellMode, class, class> class Kernel, CellMode kMode, class Params, class Body>
+FASTGEN_FN void with_dtype(const Params& p, const Body& body) {
+  switch (p.dtype) {
+    case DType::kFloat64: return body(Kernel<kMode, double, Multiply<double>>(p));
+    case DType::kBFloat16: return body(Kernel<kMode, BFloat16, Multiply<float>>(p));
+    case DType::kFloat16: return body(Kernel<kMode, Float16, Multiply<float>>(p));
+    default: return body(Kernel<kMode, float, Multiply<float>>(p));
+  }
+}
+// Calls body(Kernel<mode, storage, arithmetic>(p)).
+template <template <CellMode, class, class> class Kernel, class Params, class Body>
+FASTGEN_FN void with_kernel(const Params& p, const Body& body) {
+  switch (p.mode) {
+    case CellMode::kLstm: return with_dtype<Kernel, CellMode::kLstm>(p, body);
+    case CellMode::kGru: return with_dtype<Kernel, CellMode::kGru>(p, body);
+    case CellMode::kTanh: return with_dtype<Kernel, CellMode::kTanh>(p, body);
+    case CellMode::kRelu: return with_dtype<Kernel, CellMode::kRelu>(p, body);
+  }
+}
+
+RecurrentSizes recurrent_sizes(const RecurrentParams& p, int64_t rows) {
+  RecurrentSizes sizes{};
+  with_kernel<Recurrence>(p, [&](const auto& kernel) { sizes = kernel.sizes(rows); });
+  return sizes;
+}
+void recurrent(const RecurrentParams& p, const RecurrentWork& work) {
+  with_kernel<Recurrence>(p, [&](const auto& kernel) { kernel.run(work); });
+}
+RecurrentBackwardSizes recurrent_backward_sizes(const RecurrentBackwardParams& p, int64_t rows) {
+  RecurrentBackwardSizes sizes{};
+  with_kernel<RecurrenceBackward>(p, [&](const auto& kernel) { sizes = kernel.sizes(rows); });
+  return sizes;
+}
+void recurrent_backward(const RecurrentBackwardParams& p, const RecurrentBackwardWork& work) {
+  with_kernel<RecurrenceBackward>(p, [&](const auto& kernel) { kernel.run(work); });
+}
+
+}  // namespace
+}  // namespace fastgen
