@@ -8,6 +8,15 @@ Example:
     >>> result.metrics["negative_elbo"]  # nats an image, on images held out
     >>> fit(VAEConfig(latent_dim=16), load_images("mnist"), out="runs/digits", epochs=10, resume=True)  # if stopped
 
+A recurrent model takes tokens of a text, or a series (`fastgen.data.load_text`, `load_series`):
+    >>> from fastgen.data import load_text
+    >>> from fastgen.models import RNNConfig
+    >>> from fastgen.tokenizers import train_tokenizer
+    >>> text = load_text("shakespeare")
+    >>> tokenizer = train_tokenizer("chars", text.text)
+    >>> train, test = (part.encode(tokenizer) for part in text.split(0.05))
+    >>> fit(RNNConfig(vocab_size=tokenizer.vocab_size), train, test, out="runs/plays", epochs=2, seq_len=64)
+
 The run folder then holds the model (`VAE.from_pretrained("runs/digits/model")`), metrics.csv, pictures and
 checkpoints. A program that calls `fit` trains data-parallel when it is started by `torchrun` or
 `accelerate launch`.
@@ -15,15 +24,16 @@ checkpoints. A program that calls `fit` trains data-parallel when it is started 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
-from fastgen.data import ImageSet
-from fastgen.models import VAE, VAEConfig
+from fastgen.data import ImageSet, SeriesSet, TokenSet
+from fastgen.models import RNN, VAE, RNNConfig, VAEConfig
 from fastgen.train.config import TrainingConfig
 from fastgen.train.logging import ProgressMode, read_metrics
 from fastgen.train.recipe import Recipe, Step
-from fastgen.train.rnn import RNNRecipe, RNNTextRecipe
+from fastgen.train.rnn import RNNRecipe, RNNSeriesRecipe, RNNTextRecipe
 from fastgen.train.run_folder import read_run
 from fastgen.train.trainer import Interrupted, NonFiniteLossError, Trainer, TrainingResult
 from fastgen.train.vae import VAERecipe
@@ -32,6 +42,7 @@ __all__ = [
     "Interrupted",
     "NonFiniteLossError",
     "RNNRecipe",
+    "RNNSeriesRecipe",
     "RNNTextRecipe",
     "Recipe",
     "Step",
@@ -46,9 +57,9 @@ __all__ = [
 
 
 def fit(
-    model: VAE | VAEConfig,
-    data: ImageSet,
-    test: ImageSet | None = None,
+    model: VAE | VAEConfig | RNN | RNNConfig,
+    data: ImageSet | TokenSet | SeriesSet,
+    test: ImageSet | TokenSet | SeriesSet | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -59,20 +70,43 @@ def fit(
 
     Args:
         model: a model, or a configuration: then the weights are drawn from `seed`.
-        data: what to train on.
-        test: held-out data; default the split that `data` brings, or a tenth of it (`ImageSet.split`).
+        data: what to train on: images for a VAE, tokens or a series for an RNN.
+        test: held-out data; default the split that images bring, or a tenth of them, or the last tenth of a
+            series. Tokens need it: split the text (`TextSet.split`).
         out: run folder, default `runs/<model>-<data>-<time>`. An existing one is never overwritten.
         resume: continue the run in `out`; all else as it was started, except what `Trainer` lets change.
         progress: "auto", "bar", "lines" or "quiet".
-        options: fields of `TrainingConfig`, such as epochs, learning_rate, batch_size, seed, device.
+        options: fields of `TrainingConfig`, such as epochs, learning_rate, batch_size, seed, device, and arguments
+            of the recipe (`VAERecipe`, `RNNTextRecipe`, `RNNSeriesRecipe`), such as seq_len.
 
     Raises:
         TypeError, ValueError, OSError, ImportError: for arguments that do not fit; see `Trainer`.
         Interrupted, NonFiniteLossError: see `Trainer.fit`.
     """
-    if not isinstance(model, (VAE, VAEConfig)):
-        raise TypeError(f"model: expected a VAE or a VAEConfig, got {type(model).__name__}")
-    config = VAERecipe.training_config(**options)
-    train, held_out = data.split(seed=config.seed) if test is None else (data, test)
-    recipe = VAERecipe(model, train, held_out, seed=config.seed)
+    family = _family(model, data)
+    of_config = {field.name for field in dataclasses.fields(TrainingConfig)}
+    config = family.training_config(**{name: value for name, value in options.items() if name in of_config})
+    of_recipe = {name: value for name, value in options.items() if name not in of_config}
+    if test is None:
+        if isinstance(data, TokenSet):
+            raise ValueError("test: expected held-out tokens (split the text, then encode both parts), got None")
+        data, test = data.split(seed=config.seed) if isinstance(data, ImageSet) else data.split()
+    recipe = family(model, data, test, seed=config.seed, **of_recipe)
     return Trainer(recipe, config, out=out, resume=resume, progress=progress).fit()
+
+
+def _family(model: object, data: object) -> Any:
+    """The recipe for a model and its data."""
+    kinds: dict[tuple[type, ...], dict[type, type[Recipe]]] = {
+        (VAE, VAEConfig): {ImageSet: VAERecipe},
+        (RNN, RNNConfig): {TokenSet: RNNTextRecipe, SeriesSet: RNNSeriesRecipe},
+    }
+    for models, recipes in kinds.items():
+        if isinstance(model, models):
+            for kind, recipe in recipes.items():
+                if isinstance(data, kind):
+                    return recipe
+            expected = " or ".join(kind.__name__ for kind in recipes)
+            raise TypeError(f"data: expected {expected} for {models[0].__name__}, got {type(data).__name__}")
+    expected = ", ".join(kind.__name__ for models in kinds for kind in models)
+    raise TypeError(f"model: expected one of {expected}, got {type(model).__name__}")

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from fastgen._extras import extra
 from fastgen._files import atomic_path
 
-__all__ = ["readable_limits", "save_curves"]
+__all__ = ["readable_limits", "save_continuation", "save_curves"]
 
 
-def save_curves(path: Path, rows: Sequence[Mapping[str, str]], titles: Mapping[str, str], title: str = "") -> None:
+def save_curves(
+    path: Path,
+    rows: Sequence[Mapping[str, str]],
+    titles: Mapping[str, str],
+    title: str = "",
+    *,
+    units: str = "nats an example",
+) -> None:
     """Draw train and test curves over the steps, a panel for each metric of `titles` (name -> title), as PNG.
 
     The steep fall of the first steps may leave a panel at its top, so that the rest can be read (`readable_limits`).
@@ -27,9 +36,48 @@ def save_curves(path: Path, rows: Sequence[Mapping[str, str]], titles: Mapping[s
             if points:
                 panel.plot(*zip(*points, strict=True), label=split, **style)
             shown += points
-        panel.set(title=label, xlabel="step", ylabel="nats an example", ylim=readable_limits(shown))
+        panel.set(title=label, xlabel="step", ylabel=units, ylim=readable_limits(shown))
         panel.grid(alpha=0.3)
         panel.legend()
+    figure.suptitle(title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def save_continuation(
+    path: Path,
+    truth: Tensor,
+    start: int,
+    mean: Tensor,
+    draws: Tensor,
+    columns: Sequence[str],
+    title: str = "",
+) -> None:
+    """Draw how a series goes on beside the truth, a panel for each of the first eight columns, as PNG.
+
+    Args:
+        truth: (T, F), what was.
+        start: the step of `truth` from which on it is continued.
+        mean: (S, F), the continuation by means.
+        draws: (n, S, F), continuations that were drawn.
+        columns: the names of the F columns.
+    """
+    with extra("train"):
+        from matplotlib.figure import Figure
+    shown = columns[:8]
+    figure = Figure(figsize=(10, 2.6 * len(shown)), dpi=100, layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0]
+    steps, ahead = range(-start, len(truth) - start), range(len(mean))
+    for column, (panel, name) in enumerate(zip(panels, shown, strict=True)):
+        for draw in draws[..., column]:
+            panel.plot(ahead, draw, color="tab:orange", alpha=0.35, linewidth=0.8)
+        panel.plot(steps, truth[:, column], color="black", linewidth=1, label="truth")
+        panel.plot(ahead, mean[:, column], color="tab:red", linewidth=1.2, label="mean ahead, and draws")
+        panel.axvline(0, color="grey", linestyle=":")
+        panel.set(ylabel=name)
+        panel.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    panels[-1].set(xlabel="steps ahead")
     figure.suptitle(title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

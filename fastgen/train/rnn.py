@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
@@ -16,20 +15,23 @@ from torch.optim import Optimizer
 
 from fastgen import _validate
 from fastgen._files import write_text
-from fastgen.data import Streams, TokenSet
-from fastgen.models import RNN, RNNConfig, detach_state
+from fastgen.data import SeriesSet, Streams, TokenSet
+from fastgen.models import RNN, RNNConfig, RNNOutput, detach_state
 from fastgen.random import Generator, bits
 from fastgen.tokenizers import TOKENIZER_FILE
 from fastgen.train.config import TrainingConfig
-from fastgen.train.plots import save_curves
+from fastgen.train.plots import save_continuation, save_curves
 from fastgen.train.recipe import Recipe, Step, adamw, initialised
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["RNNRecipe", "RNNTextRecipe"]
+__all__ = ["RNNRecipe", "RNNSeriesRecipe", "RNNTextRecipe"]
 
-_EVALUATION_STREAMS = 32  # whatever the processes, so that the figures do not depend on them
+# Held-out data is read in so many streams at most, whatever the processes, so that the figures do not depend on them;
+# and in streams of so many steps at least, as each starts from a state of zeros.
+_STREAMS, _STREAM_LENGTH = 32, 1000
+_READ = 1000  # steps of a series that are read before one is continued
 
 
 class RNNRecipe(Recipe):
@@ -55,6 +57,7 @@ class RNNRecipe(Recipe):
 
     model_type = "rnn"
     criterion = "loss"
+    _num_sums: ClassVar[int]
     defaults: ClassVar[Mapping[str, Any]] = {
         "epochs": 10,
         "batch_size": 32,
@@ -74,15 +77,22 @@ class RNNRecipe(Recipe):
         self.data_name = train.name
         self._seed = seed
         self._state: tuple[Tensor, ...] | None = None  # of this process's streams, (num_layers, b, hidden_size) each
-        self.model = model if isinstance(model, RNN) else initialised(lambda: RNN(model), seed)
+        self.model = model if isinstance(model, RNN) else self._new_model(model, train)
+
+    def _new_model(self, config: RNNConfig, train: Any) -> RNN:
+        return initialised(lambda: RNN(config), self._seed)
 
     @abc.abstractmethod
     def _sequence(self, data: Any) -> Tensor:
         """(N, ...): what the windows are cut from."""
 
     @abc.abstractmethod
-    def _figures(self, loss: float) -> dict[str, float]:
-        """What `evaluate` reports of the mean loss in nats a target."""
+    def _sums(self, output: RNNOutput, targets: Tensor) -> Tensor:
+        """(_num_sums,) float64: what is summed over the targets, the loss in nats first."""
+
+    @abc.abstractmethod
+    def _figures(self, means: list[float]) -> dict[str, float]:
+        """What `evaluate` reports, from these sums divided by the number of targets."""
 
     @property
     def num_examples(self) -> int:
@@ -121,40 +131,26 @@ class RNNRecipe(Recipe):
         step.update("adamw", output.loss)
         state = detach_state(output.state)
         self._state = state if isinstance(state, tuple) else (state,)
-        return self._train_figures(output.loss.detach())
-
-    def _train_figures(self, loss: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss}
+        return {"loss": output.loss.detach()}
 
     def _on_device(self, steps: Tensor) -> Tensor:
         return (steps if steps.is_floating_point() else steps.long()).to(self.model.device)
 
     def evaluate(self, accelerator: Accelerator, generator: Generator, *, final: bool = False) -> dict[str, float]:
         """Figures of the held-out sequence, which is read once from its beginning in parallel streams."""
-        windows = (len(self._test) - 1) // self.seq_len
-        streams = Streams(self._test, max(1, min(_EVALUATION_STREAMS, windows)), self.seq_len)
-        first, end = (
-            process * streams.batch_size // accelerator.num_processes
-            for process in (accelerator.process_index, accelerator.process_index + 1)
-        )
-        nats, targets = 0.0, 0
-        if first < end:
-            nats, targets = self._read(dataclasses.replace(streams, first=first, count=end - first))
-        sums = torch.tensor([nats, targets], dtype=torch.float64, device=accelerator.device)
-        nats, targets = accelerator.reduce(sums, "sum").tolist()
-        return self._figures(nats / targets)
-
-    def _read(self, streams: Streams) -> tuple[float, int]:
-        """The loss in nats summed over the targets, and their number."""
-        nats = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        count = min(_STREAMS, max(1, (len(self._test) - 1) // _STREAM_LENGTH))
+        processes, process = accelerator.num_processes, accelerator.process_index
+        first, end = process * count // processes, (process + 1) * count // processes
+        streams = Streams(self._test, count, self.seq_len, first, end - first)
+        sums = torch.zeros(self._num_sums, dtype=torch.float64, device=accelerator.device)
         state = None
         with self.model.inference():
-            for inputs, targets in streams:
-                output = self.model(self._on_device(inputs), self._on_device(targets), state)
-                assert output.loss is not None
-                nats += output.loss.double() * targets.shape[:2].numel()
-                state = output.state
-        return float(nats), streams.num_steps
+            for inputs, targets in streams if end > first else ():
+                targets = self._on_device(targets)
+                output = self.model(self._on_device(inputs), targets, state)
+                sums, state = sums + self._sums(output, targets), output.state
+        total: Tensor = accelerator.reduce(sums, "sum")
+        return self._figures((total / (streams.stream_len * count)).tolist())
 
     def save_pretrained(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -177,6 +173,7 @@ class RNNTextRecipe(RNNRecipe):
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_character")
     unit = "tokens"
     sample_suffix = ".txt"
+    _num_sums = 1
 
     def __init__(
         self,
@@ -216,7 +213,12 @@ class RNNTextRecipe(RNNRecipe):
     def _sequence(self, data: TokenSet) -> Tensor:
         return data.tokens
 
-    def _figures(self, loss: float) -> dict[str, float]:
+    def _sums(self, output: RNNOutput, targets: Tensor) -> Tensor:
+        assert output.loss is not None
+        return output.loss.double().view(1) * targets.numel()
+
+    def _figures(self, means: list[float]) -> dict[str, float]:
+        (loss,) = means
         return {
             "loss": loss,
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -252,7 +254,7 @@ class RNNTextRecipe(RNNRecipe):
         rule = "\n" + "-" * 80 + "\n"
         write_text(samples, rule.join(self._generate(4)) + "\n")
         titles = {"loss": "loss (nats a token)", "bits_per_character": "bits a character"}
-        save_curves(loss, rows, titles, title=f"RNN on {self.data_name}")
+        save_curves(loss, rows, titles, title=f"RNN on {self.data_name}", units="")
         return [samples, loss]
 
     def _generate(self, n: int) -> list[str]:
@@ -261,6 +263,105 @@ class RNNTextRecipe(RNNRecipe):
             [self._prompt] * n, max_new_tokens=self._sample_length, temperature=0.8, seed=self._seed
         )
         return [text.removeprefix(self._prompt) for text in texts]
+
+
+class RNNSeriesRecipe(RNNRecipe):
+    """Trains an `RNN` on a series of numbers; see `RNNRecipe`.
+
+    Metrics: `loss`, the negative log-density of a step in nats, of either sign as densities are; `rmse`, the
+    root mean square error of the predicted mean one step ahead, over all columns, in the units of the data.
+
+    Args:
+        model: a model, or a configuration: then the model standardises by the mean and deviation of `train`.
+        train, test: the beginning and the end of a series.
+        sample_length: steps of the continuation that is drawn beside the truth: of `train` into `test`.
+        seq_len, seed: as for `RNNRecipe`.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "rmse")
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "epochs": 100,
+        "batch_size": 8,
+        "learning_rate": 5e-3,
+        "warmup_steps": 20,
+        "max_grad_norm": 1.0,
+        "evaluate_every": 10,
+    }
+    unit = "steps"
+    _num_sums = 2
+
+    def __init__(
+        self,
+        model: RNN | RNNConfig,
+        train: SeriesSet,
+        test: SeriesSet,
+        *,
+        seq_len: int = 50,
+        seed: int = 0,
+        sample_length: int = 200,
+    ) -> None:
+        for name, series in (("train", train), ("test", test)):
+            if not isinstance(series, SeriesSet):
+                raise TypeError(f"{name}: expected a SeriesSet, got {type(series).__name__}")
+        config = model.config if isinstance(model, RNN) else model
+        self._columns = train.columns
+        if config.input_size != len(train.columns):
+            raise ValueError(f"input_size: expected {len(train.columns)} as the series has, got {config.input_size}")
+        if test.columns != train.columns:
+            raise ValueError(f"test: expected the columns {train.columns}, got {test.columns}")
+        self._sample_length = _validate.integer("sample_length", sample_length, 1)
+        super().__init__(model, train, test, seq_len=seq_len, seed=seed)
+
+    def _sequence(self, data: SeriesSet) -> Tensor:
+        return data.values
+
+    def _new_model(self, config: RNNConfig, train: SeriesSet) -> RNN:
+        model = super()._new_model(config, train)
+        model.set_scale(*train.scale())
+        return model
+
+    def _sums(self, output: RNNOutput, targets: Tensor) -> Tensor:
+        assert output.loss is not None
+        assert output.distribution is not None
+        errors = (output.distribution.mean - targets).double().square().mean(-1)
+        return torch.stack((output.loss.double() * errors.numel(), errors.sum()))
+
+    def _figures(self, means: list[float]) -> dict[str, float]:
+        loss, square = means
+        return {"loss": loss, "rmse": math.sqrt(square)}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "model": self.model.config.to_dict(),
+            "data": {
+                "name": self.data_name,
+                "train": len(self._train),
+                "test": len(self._test),
+                "columns": list(self._columns),
+                "seq_len": self.seq_len,
+                "checksum": f"{_checksum(self._train, self._test):08x}",
+            },
+            "evaluation": {"sample_length": self._sample_length},
+        }
+
+    def save_sample(self, path: Path) -> None:
+        """The way on from the end of `train`: the mean and five draws, beside the truth."""
+        steps = min(self._sample_length, len(self._test))
+        before = self._train[-2 * steps :]
+        prompt = self._train[-_READ:].to(self.model.device)
+        mean = self.model.generate(prompt, max_new_tokens=steps, temperature=0)[len(prompt) :]
+        draws = self.model.generate(prompt, max_new_tokens=steps, n=5, seed=self._seed)[:, len(prompt) :]
+        truth = torch.cat((before, self._test[:steps]))
+        title = f"RNN on {self.data_name}"
+        save_continuation(path, truth, len(before), mean.cpu(), draws.cpu(), self._columns, title)
+
+    def save_report(self, folder: Path, rows: list[dict[str, str]]) -> list[Path]:
+        """continuation.png and loss.png."""
+        continuation, loss = folder / "continuation.png", folder / "loss.png"
+        self.save_sample(continuation)
+        titles = {"loss": "loss (nats a step)", "rmse": "root mean square error"}
+        save_curves(loss, rows, titles, title=f"RNN on {self.data_name}", units="")
+        return [continuation, loss]
 
 
 def _default_prompt(train: TokenSet) -> str:

@@ -187,8 +187,10 @@ def test_models_that_do_not_fit_the_data(
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="model: expected a VAE or a VAEConfig, got Linear"):
+    with pytest.raises(TypeError, match="model: expected one of VAE, VAEConfig, RNN, RNNConfig, got Linear"):
         fit(torch.nn.Linear(2, 2), images())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="data: expected ImageSet for VAE, got str"):
+        fit(VAEConfig(**SMALL), "mnist")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="epocs"):
         fit(VAEConfig(**SMALL), images(), epocs=3)
     with pytest.raises(ValueError, match="num_importance_samples: expected an int of at least 1, got 0"):

@@ -10,6 +10,7 @@ import typer
 
 from fastgen import _validate
 from fastgen.cli.generate.images import draw_images
+from fastgen.cli.generate.series import continue_series
 from fastgen.cli.generate.text import write_text
 from fastgen.models import RNN, VAE, from_pretrained
 
@@ -17,8 +18,9 @@ __all__ = ["generate"]
 
 # What the options that not all models take are for.
 _IMAGES = {"labels", "columns"}
-_TEXT = {"stream", "top_k", "top_p", "min_p", "repetition_penalty", "stop"}
-_SEQUENCE = {"prompt", "max_new_tokens"}
+_TEXT = {"prompt", "stream", "top_k", "top_p", "min_p", "repetition_penalty", "stop"}
+_SERIES = {"series"}
+_STEPS = {"max_new_tokens"}
 
 
 def _option(help: str, *, default: object = None, panel: str, metavar: str | None = None) -> Any:
@@ -32,38 +34,45 @@ def generate(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `fastgen train`, or a model folder.")],
     n: Annotated[
-        int | None, typer.Option("--n", help="How many.  [default: 64 pictures, 1 text]", show_default=False)
+        int | None, typer.Option("--n", help="How many.  [default: 64 pictures, 1 text or series]", show_default=False)
     ] = None,
     seed: Annotated[
         int,
         typer.Option(
             help="Same seed, same result, whatever the device. Of several the first has this seed, the next one more, "
-            "and so on: each text is what it would be alone."
+            "and so on: each text or series is what it would be alone."
         ),
     ] = 0,
     temperature: Annotated[
         float,
-        typer.Option(help="Under 1 more typical, less varied; 0: always the likeliest token."),
+        typer.Option(help="Under 1 more typical, less varied; 0: the likeliest token, the mean of the next step."),
     ] = 1.0,
     out: Annotated[
         Path | None,
         typer.Option(
             help="Pictures: a .png with all of them in a grid, a .npy (float32, (n, C, H, W), 0 to 1), or a new folder "
-            "of single PNGs. Text: a file.  [default: generated.png; the terminal]",
+            "of single PNGs. Text: a file. A series: a .csv, a .npy ((n, steps, columns)), or a .png that shows it.  "
+            "[default: generated.png; else the terminal]",
             show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a text, steps of a series to add at most.  [default: 500; 200]", show_default=False
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     prompt: Annotated[
         str | None, _option("What to continue.", default="a new line", panel="Text", metavar="TEXT")
     ] = None,
-    max_new_tokens: Annotated[int | None, _option("Tokens to add at most.", default=500, panel="Text")] = None,
     stream: Annotated[
         bool | None, typer.Option("--stream", help="Show the text as it comes.", rich_help_panel="Text")
     ] = None,
     top_k: Annotated[int | None, _option("Draw from the k likeliest tokens.", panel="Text")] = None,
     top_p: Annotated[
-        float | None, _option("Draw from the fewest likeliest tokens with this share of the probability.", panel="Text")
+        float | None,
+        _option("Draw from the fewest likeliest tokens with this share of the probability.", panel="Text"),
     ] = None,
     min_p: Annotated[
         float | None,
@@ -75,6 +84,15 @@ def generate(
     stop: Annotated[
         list[str] | None,
         _option("End where this text comes; may be given several times.", panel="Text", metavar="TEXT"),
+    ] = None,
+    series: Annotated[
+        str | None,
+        _option(
+            "The series to continue, as `fastgen train rnn --data` takes it.",
+            default="the data of the run",
+            panel="Series",
+            metavar="PATH|NAME",
+        ),
     ] = None,
     labels: Annotated[
         str | None,
@@ -89,7 +107,7 @@ def generate(
         int | None, _option("Pictures a row of the grid.", default="about a square", panel="Pictures")
     ] = None,
 ) -> None:
-    """Draw samples from a trained model: pictures, or text that goes on where a prompt ends.
+    """Draw samples from a trained model: pictures, text that goes on where a prompt ends, or the rest of a series.
 
     Examples:
 
@@ -104,6 +122,8 @@ def generate(
         fastgen generate runs/plays --prompt "HAMLET:" --stream --temperature 0.8
 
         fastgen generate runs/plays --prompt "Enter " --n 5 --seed 7 --top-p 0.9 --stop "." --out entries.txt
+
+        fastgen generate runs/weather --max-new-tokens 48 --n 20 --out ahead.png
     """
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
     if n is not None:
@@ -111,12 +131,16 @@ def generate(
     folder = _model_folder(run)
     model = from_pretrained(folder, device=_device(device))
     if isinstance(model, VAE):
-        _refuse(given, _TEXT | _SEQUENCE, f"{run} makes pictures")
+        _refuse(given, _TEXT | _SERIES | _STEPS, f"{run} makes pictures")
         draw_images(model, folder, given)
-    else:
-        assert isinstance(model, RNN)
-        _refuse(given, _IMAGES, f"{run} makes text")
+        return
+    assert isinstance(model, RNN)
+    if model.is_text:
+        _refuse(given, _IMAGES | _SERIES, f"{run} makes text")
         write_text(model, given)
+    else:
+        _refuse(given, _IMAGES | _TEXT, f"{run} continues a series")
+        continue_series(model, folder, given)
 
 
 def _refuse(given: dict[str, Any], options: set[str], reason: str) -> None:

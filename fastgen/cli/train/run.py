@@ -38,6 +38,10 @@ class Family(abc.ABC):
     report: ClassVar[tuple[str, ...]]
     """The fields of evaluation and report; what is neither in them, the source nor training is the model's."""
 
+    def training_config(self, source: Options, fields: Options) -> TrainingConfig:
+        """The fields given, and for the others the defaults of the recipe that the data needs."""
+        return self.recipe.training_config(**fields)
+
     @abc.abstractmethod
     def new(self, source: Options, model: Options, report: Options, config: TrainingConfig, quiet: bool) -> Recipe:
         """The recipe of a new run."""
@@ -108,7 +112,7 @@ def _new(
     out: Path | None,
     quiet: bool,
 ) -> Trainer:
-    config = family.recipe.training_config(**training)
+    config = family.training_config(source, training)
     recipe = family.new(source, model, report, config, quiet)
     record = {"source": source, "command": ["fastgen", *sys.argv[1:]]}
     return Trainer(recipe, config, out=out, record=record, progress="quiet" if quiet else "auto")
