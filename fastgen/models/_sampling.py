@@ -274,7 +274,6 @@ class _TokenRows:
         self._seeds = torch.stack((seeds.to(device), offset), dim=-1)
         self.stop = torch.zeros(0, dtype=torch.int64, device=device)
         self._weights = model.generation_weights()
-        self._generate = generate_op(model)
         self._mode = model.mode
 
     def run(self, one_by_one: bool) -> Iterator[list[list[int]]]:
@@ -297,7 +296,7 @@ class _TokenRows:
 
     def _advance(self, steps: int) -> None:
         embedding, weights, projection, output, bias = self._weights
-        self._generate(
+        torch.ops.fastgen.rnn_generate(
             self._mode,
             self._tokens,
             self._position,
@@ -531,12 +530,6 @@ class _ValueRows:
 
 # ---------------------------------------------------------------------------------------------------
 # Both
-
-
-def generate_op(model: RNN) -> Callable[..., None]:
-    """The loop: the native one where there is a kernel for the model's device and dtype."""
-    native = model.device.type != "cpu" or model.dtype == torch.float32
-    return torch.ops.fastgen.rnn_generate.default if native else reference.rnn_generate
 
 
 def _start(model: RNN, n: int, state: GenerationState | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastgen._load import kernel_devices
 from fastgen.models import RNN, Generation, GenerationState
 from fastgen.random import Generator, uniform
 from fastgen.reference.generate import pick_tokens
@@ -38,6 +39,12 @@ def series_model(cell: str = "lstm", **fields: object) -> RNN:
     made = RNN(**{"input_size": 2, "hidden_size": 16, "num_components": 2, "cell": cell, **fields})
     made.set_scale(torch.tensor([5.0, -100.0]), torch.tensor([2.0, 30.0]))
     return made.eval()
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    """To the bit by the kernels; PyTorch's products round by the batch."""
+    tolerance = 0.0 if "cpu" in kernel_devices("linear_rows") else 1e-4
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 LSTM = model()
@@ -296,11 +303,11 @@ def test_rows_of_series() -> None:
     together = SERIES.generate(prompts, 9, seed=2)
     for row, prompt in enumerate(prompts):
         alone = SERIES.generate(prompt, 9, seed=2 + row)
-        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
+        assert_same(together[row], alone)
     stacked = SERIES.generate(torch.stack([prompts[0]] * 2), 9, seed=2)
     assert stacked.shape == (2, 13, 2)
     assert SERIES.generate(prompts[0], 9, seed=2, n=2).shape == (2, 13, 2)
-    torch.testing.assert_close(stacked[0], together[0], rtol=1e-4, atol=1e-4)
+    assert_same(stacked[0], together[0])
 
 
 def test_a_series_in_parts_and_in_a_stream() -> None:
