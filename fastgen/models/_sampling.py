@@ -278,21 +278,29 @@ class _TokenRows:
 
     def run(self, one_by_one: bool) -> Iterator[list[list[int]]]:
         """Feed and draw to the end; gives the new tokens of each row, after every call that drew any."""
-        lengths = self._given.tolist()
-        while True:
-            running = (self._status == Status.RUNNING).nonzero().squeeze(1)
-            if running.numel() == 0:
-                return
-            until_draw = max(int((self._given - self._position)[running].min()), 1)
-            self._advance(min(until_draw, _STEPS_A_CALL) if one_by_one else _STEPS_A_CALL)
-            now = (self._position + 1).tolist()
+        given: list[int] = self._given.tolist()
+        lengths, position, status = given, self._position.tolist(), self._status.tolist()
+        while running := [row for row, code in enumerate(status) if code == Status.RUNNING]:
+            steps = _STEPS_A_CALL
+            if one_by_one:
+                steps = min(max(min(given[row] - position[row] for row in running), 1), steps)
+            self._advance(steps)
+            position, status = self._position.tolist(), self._status.tolist()
+            if Status.NOT_FINITE in status:
+                row = status.index(Status.NOT_FINITE)
+                raise ValueError(
+                    f"model: its scores of token {int(self._seeds[row, 1]) + position[row]} of row {row} are NaN or "
+                    "infinite; the weights are damaged, or the temperature is too small"
+                )
+            ends = [max(before, after + 1) for before, after in zip(lengths, position, strict=True)]
             new = [
-                self._tokens[row, before:after].tolist()
-                for row, (before, after) in enumerate(zip(lengths, now, strict=True))
+                self._tokens[row, before:after].tolist() if after > before else []
+                for row, (before, after) in enumerate(zip(lengths, ends, strict=True))
             ]
-            lengths = [max(before, after) for before, after in zip(lengths, now, strict=True)]
+            lengths = ends
             if any(new):
                 yield new
+                status = self._status.tolist()  # the reader of a text may have ended a row
 
     def _advance(self, steps: int) -> None:
         embedding, weights, projection, output, bias = self._weights
@@ -316,14 +324,6 @@ class _TokenRows:
             self.stop,
             steps,
         )
-        failed = (self._status == Status.NOT_FINITE).nonzero().squeeze(1)
-        if failed.numel():
-            row = int(failed[0])
-            place = int(self._seeds[row, 1] + self._position[row])
-            raise ValueError(
-                f"model: its scores of token {place} of row {row} are NaN or infinite; "
-                "the weights are damaged, or the temperature is too small"
-            )
 
     def is_over(self, row: int) -> bool:
         return int(self._status[row]) != Status.RUNNING
