@@ -280,7 +280,7 @@ def _layers(
     each = unprojected + projected
     if count != total * each or total == 0:
         raise RuntimeError(
-            f"flat_weights: expected {unprojected}{' or, projected, 5' if mode is Mode.LSTM and bias else ''} tensors "
+            f"flat_weights: expected {unprojected}{f' or {unprojected + 1}' if mode is Mode.LSTM else ''} tensors "
             f"for each of {num_layers} layers in {directions} directions, got {count}"
         )
     if _autocast(input):
@@ -294,7 +294,10 @@ def _layers(
         batch = h_0.shape[1]  # a graph cannot depend on the number in batch_sizes
     else:
         batch = int(batch_sizes[0])
-    hidden, state = flat_weights[0].shape[0] // mode.gates, flat_weights[1].shape[-1]
+    for weight in flat_weights[:each]:
+        _check_tensor("flat_weights", weight)
+    state = flat_weights[1].shape[-1]
+    hidden = flat_weights[each - 1].shape[-1] if projected else state
     h: Sequence[Tensor]
     c: Sequence[Tensor | None] = [None] * total
     mask: Sequence[Tensor | None] = [None] * total
@@ -359,6 +362,7 @@ def _cell(
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_tensor("input", input)
+    _check_tensor("w_hh", w_hh)
     if input.dim() != 2:
         raise RuntimeError(f"input: expected 2 dimensions (B, I), got {tuple(input.shape)}")
     if _autocast(input):
@@ -471,8 +475,6 @@ def _check_weights(
         _check("b_hh", b_hh, (rows,), input)
     if w_hr is not None:
         _check("w_hr", w_hr, (state, hidden), input)
-    elif state != hidden:
-        raise RuntimeError(f"w_hh: expected {hidden} columns, as many as units, got {state}")
 
 
 def _autocast(input: Tensor) -> bool:

@@ -1,0 +1,356 @@
+"""The recurrent ops themselves: PyTorch's own checks, the reference beside the kernels, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recurrent_cases import CELLS, EXAMPLES, SEQUENCES, Case, has_kernel
+from support import FLOATS, call, needs_inductor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastgen import functional, reference
+from fastgen._ops import recurrent as recurrent_ops
+from fastgen.random import Generator
+from fastgen.reference.recurrent import Mode, work_dtype
+
+MODES = list(Mode)
+ALL = 0b11111111
+FORWARD = {  # name -> does a step exist that other rows do not share, and so on: one example of each kind
+    "padded": {},
+    "batch_first": {"batch_first": True},
+    "packed": {"packed": True},
+    "masked": {"masked": True},
+    "no bias": {"bias": False},
+}
+
+
+def sequence_arguments(mode: Mode, dtype: torch.dtype, reverse: bool = False, proj_size: int = 0, **kind: bool):
+    """Arguments of `recurrent` with save=True, for 3 rows of up to 4 steps."""
+    draw = torch.Generator().manual_seed(int(mode))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (0.5 * torch.randn(shape, generator=draw, dtype=torch.float64)).to(dtype)
+
+    hidden, width, rows, steps = 5, 4, 3, 4
+    state, wide = proj_size or hidden, mode.gates * hidden
+    batch_first, bias = kind.get("batch_first", False), kind.get("bias", True)
+    lengths = (steps, 2, 1) if kind.get("packed") else (steps,) * rows
+    if kind.get("packed"):
+        x = normal(sum(lengths), width)
+    else:
+        x = normal(*((rows, steps) if batch_first else (steps, rows)), width)
+    return (
+        int(mode),
+        x,
+        torch.tensor([sum(n > t for n in lengths) for t in range(steps)]) if kind.get("packed") else None,
+        normal(wide, width),
+        normal(wide, state),
+        normal(wide) if bias else None,
+        normal(wide) if bias else None,
+        normal(proj_size, hidden) if proj_size else None,
+        normal(rows, state),
+        normal(rows, hidden) if mode == Mode.LSTM else None,
+        (normal(rows, state) > 0).to(dtype) * 2 if kind.get("masked") else None,
+        batch_first,
+        reverse,
+        True,
+    )
+
+
+def backward_arguments(arguments: tuple, needs: int = ALL, absent: tuple[int, ...] = ()) -> tuple:
+    """Arguments of `recurrent_backward` after `arguments` of `recurrent`, with ones for all gradients but `absent`."""
+    mode, *operands, batch_first, reverse, _ = arguments
+    output, h_n, c_n, gates, cells = reference.recurrent(*arguments)
+    grads = [torch.ones_like(y) if i not in absent else None for i, y in enumerate((output, h_n, c_n))]
+    if mode != Mode.LSTM:
+        grads[2] = None
+    return (mode, *grads, *operands, output, gates, cells, batch_first, reverse, needs)
+
+
+def cell_arguments(mode: Mode, dtype: torch.dtype, rows: int = 3, bias: bool = True) -> tuple:
+    _, x, _, w_ih, w_hh, b_ih, b_hh, _, h, c, _, _, _, _ = sequence_arguments(mode, dtype, bias=bias)
+    return int(mode), x[0][:rows], h[:rows], None if c is None else c[:rows], w_ih, w_hh, b_ih, b_hh
+
+
+def cell_backward_arguments(arguments: tuple, absent: tuple[int, ...] = ()) -> tuple:
+    mode, _, h, c, *_ = arguments
+    h_1, c_1, gates = reference.recurrent_cell(*arguments)
+    grads = [None if i in absent else torch.ones_like(h) for i in range(2)]
+    return mode, grads[0], grads[1] if c is not None else None, h, c, h_1, c_1, gates
+
+
+def samples() -> list[tuple[str, tuple]]:
+    out: list[tuple[str, tuple]] = []
+    for mode in MODES:
+        for dtype in FLOATS:
+            arguments = sequence_arguments(mode, dtype)
+            out += [("recurrent", (*arguments[:-1], False)), ("recurrent_cell", cell_arguments(mode, dtype))]
+            out += [("recurrent_cell_backward", cell_backward_arguments(cell_arguments(mode, dtype)))]
+        for kind in FORWARD.values():
+            for reverse in (False, True):
+                arguments = sequence_arguments(mode, torch.float32, reverse, **kind)
+                out += [("recurrent", arguments), ("recurrent_backward", backward_arguments(arguments))]
+        out += [
+            ("recurrent_backward", backward_arguments(arguments, needs=0b01000110)),
+            ("recurrent_backward", backward_arguments(arguments, absent=(0,))),
+            ("recurrent_cell", cell_arguments(mode, torch.float32, bias=False)),
+            ("recurrent_cell", cell_arguments(mode, torch.float32, rows=0)),
+            ("recurrent_cell_backward", cell_backward_arguments(cell_arguments(mode, torch.float32), absent=(1,))),
+        ]
+    for packed in (False, True):
+        arguments = sequence_arguments(Mode.LSTM, torch.float32, proj_size=2, packed=packed)
+        out += [("recurrent", arguments), ("recurrent_backward", backward_arguments(arguments))]
+    return out
+
+
+@pytest.mark.parametrize("name", recurrent_ops.SCHEMAS)
+def test_opcheck(name):
+    """Schema (nothing is written or aliased), fake kernel (shapes, strides, dtypes) and dispatch."""
+    op = getattr(torch.ops.fastgen, name).default
+    mine = [args for op, args in samples() if op == name]
+    for args in mine:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    for args in (mine[0], mine[-1]):  # the slow one, with symbolic sizes
+        torch.library.opcheck(op, args)
+
+
+def test_reference_has_the_strides_that_the_fake_kernels_promise():
+    for name, args in samples():
+        on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+        promised, got = getattr(torch.ops.fastgen, name)(*on_meta), getattr(reference, name)(*args)
+        for x, y in zip(got, promised, strict=True):
+            assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride()), name
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("kind", FORWARD.values(), ids=FORWARD)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_backward_formulas_are_the_derivative(mode, kind, reverse):
+    """The reference's written-out backward against autograd through its forward."""
+    for proj_size in (0, 2) if mode == Mode.LSTM else (0,):
+        arguments = sequence_arguments(mode, torch.float64, reverse, proj_size, **kind)
+        leaves = [None if x is None else x.requires_grad_() for x in (arguments[1], *arguments[3:10])]
+        outputs = reference.recurrent(*arguments)[: 3 if mode == Mode.LSTM else 2]
+        grads = [torch.randn_like(y) for y in outputs]
+        present = [x for x in leaves if x is not None]
+        want = iter(torch.autograd.grad(outputs, present, grads))
+        given = list(backward_arguments(tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)))
+        given[1 : 1 + len(grads)] = grads
+        for x, found in zip(leaves, reference.recurrent_backward(*given), strict=True):
+            if x is None:
+                assert found.shape == (0,)
+            else:
+                torch.testing.assert_close(found, next(want))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_backward_of_a_step_is_the_derivative(mode):
+    """With weights of zero the pre-activations are the biases, whose gradients are those before the products."""
+    _, x, h, c, w_ih, w_hh, b_ih, b_hh = cell_arguments(mode, torch.float64, rows=1)
+    leaves = [v.requires_grad_() for v in (b_ih, b_hh, h, c) if v is not None]
+    arguments = (mode, x, h, c, torch.zeros_like(w_ih), torch.zeros_like(w_hh), b_ih, b_hh)
+    h_1, c_1, gates = reference.recurrent_cell(*arguments)
+    outputs = [h_1, c_1] if mode == Mode.LSTM else [h_1]
+    grads = [torch.randn_like(y) for y in outputs]
+    want = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    both = (*grads, None)[:2]
+    from_input, from_state, to_h, to_c = reference.recurrent_cell_backward(mode, *both, h, c, h_1, c_1, gates)
+    torch.testing.assert_close(from_input[0], want[0])
+    torch.testing.assert_close((from_state if mode == Mode.GRU else from_input)[0], want[1])
+    if mode == Mode.GRU:
+        torch.testing.assert_close(to_h, want[2])
+    if mode == Mode.LSTM:
+        torch.testing.assert_close(to_c, want[3])
+
+
+@pytest.mark.parametrize("name", recurrent_ops.SCHEMAS)
+def test_kernels_agree_with_the_reference(isa, name):
+    """Either backward follows either forward: the saved tensors mean the same."""
+    if not has_kernel(name):
+        pytest.skip(f"the kernel of {name} is not built")
+    for op, args in samples():
+        if op != name:
+            continue
+        got, want = call(name, isa, *args), call(name, "reference", *args)
+        for a, b in zip(got, want, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            # The state that enters the next product may be rounded to the storage dtype.
+            unit = torch.finfo(args[1].dtype if args[1] is not None else args[2].dtype).eps
+            torch.testing.assert_close(a, b, rtol=16 * unit, atol=16 * unit, check_dtype=False)
+
+
+WRONG = [
+    lambda a: (4, *a[1:]),
+    lambda a: (-1, *a[1:]),
+    lambda a: (a[0], a[1].long(), *a[2:]),
+    lambda a: (a[0], a[1][0], *a[2:]),
+    lambda a: (a[0], a[1][..., :3], *a[2:]),
+    lambda a: (a[0], a[1].double(), *a[2:]),
+    lambda a: (*a[:3], a[3][:-1], *a[4:]),
+    lambda a: (*a[:4], a[4][:, :-1], *a[5:]),
+    lambda a: (*a[:5], a[5][:-1], *a[6:]),
+    lambda a: (*a[:8], a[8][:1], *a[9:]),
+    lambda a: (*a[:8], a[8][:, :2], *a[9:]),
+    lambda a: (*a[:9], None, *a[10:]),
+    lambda a: (*a[:9], a[9][:1], *a[10:]),
+    lambda a: (*a[:10], a[8][:1], *a[11:]),
+]
+
+
+@pytest.mark.parametrize("wrong", range(len(WRONG)))
+def test_a_kernel_called_past_its_python_function_still_checks(isa, wrong):
+    """Whatever arrives, it neither reads nor writes out of bounds: it raises."""
+    if not has_kernel("recurrent"):
+        pytest.skip("the recurrent kernels are not built")
+    with pytest.raises(RuntimeError):
+        call("recurrent", isa, *WRONG[wrong](sequence_arguments(Mode.LSTM, torch.float32)))
+
+
+@pytest.mark.parametrize(
+    "sizes", [[3, 2, 2, 1], [3, 1, 1, 1], [2, 2, 1, 2], [3, 3, 2], [4, 1, 1, 1], [3, 4, 0, 0], [-1, 8]]
+)
+def test_a_kernel_checks_batch_sizes(isa, sizes):
+    if not has_kernel("recurrent"):
+        pytest.skip("the recurrent kernels are not built")
+    arguments = sequence_arguments(Mode.LSTM, torch.float32, packed=True)
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        call("recurrent", isa, *arguments[:2], torch.tensor(sizes), *arguments[3:])
+
+
+# ---------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+inductor = {"marks": [pytest.mark.slow, needs_inductor]}
+
+
+def gradients(outputs, leaves):
+    return torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("mode", "backend"), [*((mode, "aot_eager") for mode in MODES), pytest.param(Mode.LSTM, "inductor", **inductor)]
+)
+def test_compiled_with_any_number_of_steps(mode, backend):
+    """No graph break, one graph for every T; values, gradients and dropout are those of eager mode."""
+
+    def function(g, x, *weights):
+        return SEQUENCES[mode][1](x, None, weights, True, 2, 0.5, True, False, generator=g)
+
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    weights = [w.detach().requires_grad_() for w in Case(mode, num_layers=2).module()._flat_weights]
+    for steps in (6, 7, 9):  # none the size of something else, which Dynamo would take for its equal
+        x = torch.randn(steps, 3, 4, dtype=torch.float64, requires_grad=True)
+        got, want = (f(Generator(3), x, *weights) for f in (compiled, function))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+        for a, b in zip(gradients(got, [x, *weights]), gradients(want, [x, *weights]), strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(Generator(3), x, *weights)[0], want[0])
+    assert counter.frame_count <= 2  # with and without gradients
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("states", [False, True])
+def test_compiled_packed_sequences(states):
+    case = Case(bidirectional=True, packed=True)
+    weights = [w.detach().requires_grad_() for w in case.module()._flat_weights]
+
+    def function(x, sizes, *hx):
+        return functional.lstm(x, hx or None, weights, True, 1, 0.0, True, True, batch_sizes=sizes)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    hx = [torch.randn(2, 3, 5, dtype=torch.float64) for _ in range(2)] if states else []
+    for lengths in ((4, 2, 1), (6, 5, 5), (3, 3, 2)):
+        sizes = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])
+        x = torch.randn(sum(lengths), 4, dtype=torch.float64, requires_grad=True)
+        got, want = compiled(x, sizes, *hx), function(x, sizes, *hx)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+        for a, b in zip(gradients(got, [x, *weights]), gradients(want, [x, *weights]), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_cells(mode):
+    """A loop over a cell, with one tensor for both states at its start."""
+    weights = [w.detach().requires_grad_() for w in Case(mode).module()._flat_weights]
+    cell = CELLS[mode][1]
+
+    def function(x, h):
+        states = (h, h) if mode == Mode.LSTM else h
+        for step in x:
+            states = cell(step, states, *weights)
+        return states if mode == Mode.LSTM else (states,)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x, h = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 4), (2, 5)))
+    got, want = compiled(x, h), function(x, h)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(gradients(got, [x, h, *weights]), gradients(want, [x, h, *weights]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_compiled_under_autocast_and_transforms():
+    weights = [w.detach() for w in Case().module(torch.float32)._flat_weights]
+
+    def function(x):
+        return functional.lstm(x, None, weights, True, 1, 0.0, True, False)[0]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = compiled(x)
+        torch.testing.assert_close(got, function(x))
+    assert got.dtype == torch.bfloat16
+    mapped = torch.compile(torch.vmap(function), fullgraph=True, backend="aot_eager")
+    xs = torch.stack([x, -x])
+    torch.testing.assert_close(mapped(xs), torch.stack([function(x), function(-x)]))
+
+
+def test_export():
+    weights = torch.nn.ParameterList(Case().module()._flat_weights)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = weights
+
+        def forward(self, x):
+            return functional.lstm(x, None, list(self.weights), True, 1, 0.0, False, False)[0]
+
+    model, x = Model(), torch.randn(5, 2, 4, dtype=torch.float64)
+    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("T")}}).module()
+    for steps in (5, 3):
+        torch.testing.assert_close(exported(x[:steps]), model(x[:steps]))
+
+
+def test_every_example_runs_on_meta_tensors():
+    for case in EXAMPLES:
+        module = case.module()
+        x, hx = case.operands()
+        on_meta = [None if hx is None else tuple(h.detach().to("meta") for h in hx)]
+        weights = [w.detach().to("meta").requires_grad_() for w in module._flat_weights]
+        outputs = case.ours(x.detach().to("meta"), *on_meta, weights) if not case.masked else ()
+        for a, b in zip(outputs, case.theirs(x, hx, module) if not case.masked else (), strict=True):
+            assert a.is_meta
+            assert a.shape == b.shape
+        if outputs:
+            assert [g.shape for g in gradients(outputs, weights)] == [w.shape for w in weights]
+
+
+def test_work_dtype():
+    assert [work_dtype(d) for d in FLOATS] == [torch.float32, torch.float64, torch.float32, torch.float32]
