@@ -16,7 +16,9 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
 
 from fastgen import _files, _validate
 from fastgen._extras import extra
@@ -31,6 +33,8 @@ __all__ = [
     "load_tokenizer",
     "train_tokenizer",
 ]
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 TOKENIZER_FILE = "tokenizer.json"
 KINDS = ("bytes", "chars", "bpe")
@@ -71,6 +75,15 @@ class Tokenizer(abc.ABC):
         Raises:
             ValueError: for a character that the tokenizer cannot express, naming it and its place.
         """
+
+    def encode_array(self, text: str) -> Array:
+        """The same as an array (N,) of the smallest of uint8, int16, int32 and int64 that holds the vocabulary."""
+        return np.asarray(self.encode(text), dtype=self._dtype)
+
+    @property
+    def _dtype(self) -> type[np.generic]:
+        fitting = (d for d in (np.uint8, np.int16, np.int32) if self.vocab_size - 1 <= np.iinfo(d).max)
+        return next(fitting, np.int64)
 
     @abc.abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
@@ -145,6 +158,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return list(_utf8(text))
 
+    def encode_array(self, text: str) -> Array:
+        return np.frombuffer(_utf8(text), dtype=np.uint8).copy()
+
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(self._checked(tokens)).decode("utf-8", errors="replace")
 
@@ -186,6 +202,13 @@ class CharTokenizer(Tokenizer):
                 f"text: {error.args[0]!r} in line {line}, column {column} is not among the "
                 f"{self.vocab_size} characters of the tokenizer"
             ) from None
+
+    def encode_array(self, text: str) -> Array:
+        alphabet, points = _code_points(self.characters), _code_points(text)
+        tokens = np.searchsorted(alphabet, points).clip(max=len(alphabet) - 1)
+        if not np.array_equal(alphabet[tokens], points):
+            return super().encode_array(text)  # which names the character that is unknown
+        return tokens.astype(self._dtype)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join([self.characters[token] for token in self._checked(tokens)])
@@ -338,6 +361,10 @@ def _library() -> Any:
     with extra("text"):
         import tokenizers
     return tokenizers
+
+
+def _code_points(text: str) -> Array:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def _utf8(text: str) -> bytes:

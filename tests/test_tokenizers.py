@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +50,15 @@ def test_a_stream_makes_up_the_whole_of_any_tokens(tokenizer: Tokenizer, data: s
     tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     stream = tokenizer.stream()
     assert "".join(stream.push(token) for token in tokens) + stream.flush() == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), SUBWORDS, CharTokenizer(SAMPLE)], ids=lambda t: t.kind)
+def test_arrays(tokenizer: Tokenizer) -> None:
+    array = tokenizer.encode_array(SAMPLE)
+    assert array.tolist() == tokenizer.encode(SAMPLE)
+    assert array.dtype == (np.int16 if tokenizer.kind == "subwords" else np.uint8)
+    assert tokenizer.encode_array("").shape == (0,)
+    assert CharTokenizer(map(chr, range(1000, 1300))).encode_array("\u03e8").dtype == np.int16
 
 
 def test_a_character_comes_out_when_it_is_whole() -> None:
@@ -100,6 +110,10 @@ def test_one_token() -> None:
 def test_an_unknown_character_is_named_with_its_place() -> None:
     with pytest.raises(ValueError, match=r"text: 'z' in line 2, column 3 is not among the 4 characters"):
         CharTokenizer("abc\n").encode("abc\nabz")
+    with pytest.raises(ValueError, match=r"text: 'z' in line 2, column 3 is not among the 4 characters"):
+        CharTokenizer("abc\n").encode_array("abc\nabz")
+    with pytest.raises(ValueError, match=r"text: '\\ud83d' in line 1, column 2 is not among"):
+        CharTokenizer("abc\n").encode_array("a\ud83d")
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), SUBWORDS], ids=["bytes", "bpe"])

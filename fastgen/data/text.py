@@ -14,13 +14,12 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen.data._split import held_out
 from fastgen.data.streams import Streams
-from fastgen.tokenizers import ByteTokenizer, Tokenizer
+from fastgen.tokenizers import Tokenizer
 
 __all__ = ["TextSet", "TokenSet", "load_text"]
 
@@ -69,10 +68,7 @@ class TextSet:
         Raises:
             ValueError: for a character that the tokenizer does not know.
         """
-        if isinstance(tokenizer, ByteTokenizer):  # without a Python int for every byte
-            array = np.frombuffer(self.text.encode("utf-8"), dtype=np.uint8).copy()
-        else:
-            array = np.asarray(tokenizer.encode(self.text), dtype=_smallest_dtype(tokenizer.vocab_size))
+        array = tokenizer.encode_array(self.text)
         num_bytes = len(self.text.encode("utf-8"))
         return TokenSet(torch.from_numpy(array), tokenizer, len(self), num_bytes, self.name)
 
@@ -203,10 +199,3 @@ def _without_markdown(text: str) -> str:
     text = re.sub(r"^#+ ", "", text, flags=re.MULTILINE)
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\\(?=[^\w\s])|[*_]", "", text)
-
-
-def _smallest_dtype(vocab_size: int) -> type[np.generic]:
-    for dtype in (np.uint8, np.int16, np.int32):
-        if vocab_size - 1 <= np.iinfo(dtype).max:
-            return dtype
-    return np.int64
