@@ -35,19 +35,23 @@ FASTGEN_FN F sigmoid(F x) {
   return F(T(1)) / (F(T(1)) + e);
 }
 
-// With t = exp(-2 |x|) - 1, tanh |x| = -t / (t + 2): nothing cancels, near zero or anywhere.
+// With e = exp(-2 |x|), tanh |x| = (1 - e) / (1 + e), where 1 - e is made without cancellation, and past 1/2, where a
+// unit in the last place of the result weighs in 1 - tanh^2, 1 - 2 e / (1 + e).
 template <class T, class U, class F>
 FASTGEN_FN F hyperbolic_tangent(F x) {
   using C = Constants<T>;
   using Bits = typename C::Bits;
   constexpr Bits kBias = (Bits(1) << (C::kBits - C::kMantissa - 2)) - 1;
   F shifted, n;
-  // Below -40, t is -1.
+  // Below -40, 1 - e is 1.
   const F r = reduce_by_ln2<T>(larger(F(T(-40)), F(T(-2)) * absolute(x)), shifted, n);
   // 2^n: the shift drops all but n and the bias.
   const F scale = real((bits(shifted) + (U(kBias) - bits(F(C::kRound)))) << C::kMantissa);
-  const F t = multiply_add(exp_minus_1_reduced<T>(r), scale, scale - F(T(1)));
-  const F size = (F(T(0)) - t) / (F(T(2)) + t);
+  const F p = exp_minus_1_reduced<T>(r);
+  const F e = multiply_add(p, scale, scale), minus = multiply_add(p, F(T(0)) - scale, F(T(1)) - scale);
+  const auto near = less(absolute(x), F(T(0.55)));
+  const F ratio = select(near, minus, e + e) / (F(T(1)) + e);
+  const F size = select(near, ratio, F(T(1)) - ratio);
   return real(bits(size) ^ (bits(x) & U(Bits(1) << (C::kBits - 1))));
 }
 

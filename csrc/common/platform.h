@@ -16,7 +16,11 @@
 #define FASTGEN_UNROLL
 #endif
 #else
+#if defined(__OPTIMIZE__)  // without it, inlining only makes the compiler's work many times as long
 #define FASTGEN_FN static inline __attribute__((always_inline))
+#else
+#define FASTGEN_FN static inline __attribute__((unused))
+#endif
 #define FASTGEN_MEMBER inline __attribute__((always_inline))
 #define FASTGEN_UNROLL _Pragma("GCC unroll 16")
 #endif

@@ -1,10 +1,12 @@
 // The kernel tables of csrc/cpu under the sanitizers, without torch: every kernel, instruction set and dtype
 // on heap buffers of exactly the size that the parameters name, so that a read or write one element out of
-// place stops the program. Every result must have the bits of the generic kernels run in one piece.
+// place stops the program. Every result must have the bits of the generic kernels run in one piece; the recurrent
+// kernels, those of the same kernels run in one piece.
 // Usage: kernels_test [isa ...]; prints the number of comparisons.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -33,7 +35,7 @@ void expect_same(const Buffer& a, const Buffer& b, const std::string& what) {
   if (a.size == b.size && memcmp(a.data, b.data, a.size) == 0) return;
   size_t at = 0;
   while (at < a.size && a.data[at] == b.data[at]) ++at;
-  fprintf(stderr, "%s: differs from the generic kernels at byte %zu of %zu\n", what.c_str(), at, a.size);
+  fprintf(stderr, "%s: differs at byte %zu of %zu\n", what.c_str(), at, a.size);
   exit(1);
 }
 
@@ -105,29 +107,34 @@ void test_random(const char* isa) {
   }
 }
 
+// Numbers between -3 and 3, times scale.
+void fill(Buffer& buffer, DType dtype, int seed, double scale) {
+  for (size_t i = 0; i < buffer.size / size_of(dtype); ++i) {
+    const double x = scale * double(int((i * 37 + size_t(seed) * 11) % 101) - 50) / 16;
+    char* at = buffer.data + i * size_of(dtype);
+    if (dtype == DType::kFloat64) {
+      memcpy(at, &x, 8);
+    } else if (dtype == DType::kFloat32) {
+      const float y = float(x);
+      memcpy(at, &y, 4);
+    } else if (dtype == DType::kBFloat16) {
+      BFloat16 y;
+      narrow(float(x), &y);
+      memcpy(at, &y, 2);
+    } else {
+      Float16 y;
+      narrow(float(x), &y);
+      memcpy(at, &y, 2);
+    }
+  }
+}
+
 // A tensor of `rows` (as extents) by `inner`, with the given strides in elements, in a buffer that ends with
 // its last element.
 struct Tensor {
   Tensor(DType dtype, const Shape& shape, const std::vector<int64_t>& outer_stride, int64_t inner_stride, int seed)
       : buffer(elements(shape, outer_stride, inner_stride) * size_of(dtype)) {
-    for (size_t i = 0; i < buffer.size / size_of(dtype); ++i) {
-      const double x = double(int((i * 37 + size_t(seed) * 11) % 101) - 50) / 16;  // exact in every dtype
-      char* at = buffer.data + i * size_of(dtype);
-      if (dtype == DType::kFloat64) {
-        memcpy(at, &x, 8);
-      } else if (dtype == DType::kFloat32) {
-        const float y = float(x);
-        memcpy(at, &y, 4);
-      } else if (dtype == DType::kBFloat16) {
-        BFloat16 y;
-        narrow(float(x), &y);
-        memcpy(at, &y, 2);
-      } else {
-        Float16 y;
-        narrow(float(x), &y);
-        memcpy(at, &y, 2);
-      }
-    }
+    fill(buffer, dtype, seed, 1);
     operand.data = buffer.data;
     for (int d = 0; d < shape.outer_dims; ++d) operand.outer_stride[d] = outer_stride[size_t(d)];
     operand.inner_stride = inner_stride;
@@ -236,12 +243,231 @@ void test_reparameterize(const char* isa) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------------
+// The recurrent family. Its bits differ between instruction sets, but not between splits of the work.
+
+// One call in both directions, on operands of exactly their size.
+struct Recurrent {
+  RecurrentBackwardParams p{};
+  std::vector<int64_t> sizes, firsts;
+  std::vector<std::unique_ptr<Buffer>> operands, results;
+  DType work;
+
+  Recurrent(CellMode mode, DType dtype, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t outputs,
+            int variant)
+      : work(dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32) {
+    const bool projected = outputs > 0, packed = variant & 1, batch_first = variant & 2, masked = variant & 8;
+    p.mode = mode;
+    p.dtype = dtype;
+    p.reverse = variant & 4;
+    p.steps = steps;
+    p.batch = batch;
+    p.input_size = inputs;
+    p.hidden_size = hidden;
+    p.output_size = projected ? outputs : hidden;
+    p.rows = steps * batch;
+    p.row_step = batch_first ? 1 : batch;
+    p.row_batch = batch_first ? steps : 1;
+    if (packed) {
+      p.rows = 0;
+      for (int64_t t = 0; t < steps; ++t) {
+        sizes.push_back(batch - t < 1 ? 1 : batch - t);
+        firsts.push_back(p.rows);
+        p.rows += sizes.back();
+      }
+      p.batch_sizes = sizes.data();
+      p.step_rows = firsts.data();
+      p.row_batch = 1;
+    }
+    const int64_t gates = gate_count(mode) * hidden, states = p.output_size;
+    const bool lstm = mode == CellMode::kLstm;
+    p.input = operand(p.rows * inputs, 1, 1);
+    p.input_step = p.row_step * inputs;
+    p.input_batch = p.row_batch * inputs;
+    p.w_ih = operand(gates * inputs, 2, 0.1);
+    p.w_hh = operand(gates * states, 3, 0.1);
+    p.b_ih = variant & 16 ? operand(gates, 4, 0.1) : nullptr;
+    p.b_hh = variant & 16 ? operand(gates, 5, 0.1) : nullptr;
+    p.w_hr = projected ? operand(states * hidden, 6, 0.1) : nullptr;
+    p.h_0 = operand(batch * states, 7, 0.3);
+    p.c_0 = lstm ? operand(batch * hidden, 8, 0.3) : nullptr;
+    p.h_mask = masked ? operand(batch * states, 9, 0.5) : nullptr;
+    p.grad_output = operand(p.rows * states, 10, 0.1);
+    p.grad_step = p.row_step * states;
+    p.grad_batch = p.row_batch * states;
+    p.grad_h_n = operand(batch * states, 11, 0.1);
+    p.grad_c_n = lstm ? operand(batch * hidden, 12, 0.1) : nullptr;
+  }
+
+  const void* operand(int64_t count, int seed, double scale) {
+    operands.push_back(std::make_unique<Buffer>(size_t(count) * size_of(p.dtype)));
+    fill(*operands.back(), p.dtype, seed, scale);
+    return operands.back()->data;
+  }
+  void* result(int64_t count, DType dtype) {
+    results.push_back(std::make_unique<Buffer>(size_t(count) * size_of(dtype), int(results.size())));
+    return results.back()->data;
+  }
+
+  // parts: of the rows of the batch, each through all steps; 0: all rows together, the steps in two parts of units.
+  void run(const KernelTable& table, int64_t parts) {
+    results.clear();
+    const int64_t gates = gate_count(p.mode) * p.hidden_size, slack = 64;
+    const bool lstm = p.mode == CellMode::kLstm;
+    p.output = result(p.rows * p.output_size, p.dtype);
+    p.h_n = result(p.batch * p.output_size, p.dtype);
+    p.c_n = lstm ? result(p.batch * p.hidden_size, p.dtype) : nullptr;
+    p.gates = saved_gates(p.mode) > 0 ? result(p.rows * 4 * p.hidden_size, p.dtype) : nullptr;
+    p.cells = lstm ? result(p.rows * p.hidden_size, work) : nullptr;
+    forward(table, parts);
+    p.grad_input = result(p.rows * p.input_size, p.dtype);
+    p.grad_w_ih = result(gates * p.input_size, work);
+    p.grad_w_hh = result(gates * p.output_size, work);
+    p.grad_b_ih = p.b_ih != nullptr ? result(gates, work) : nullptr;
+    p.grad_b_hh = p.b_hh != nullptr ? result(gates, work) : nullptr;
+    p.grad_w_hr = p.w_hr != nullptr ? result(p.output_size * p.hidden_size, work) : nullptr;
+    p.grad_h_0 = result(p.batch * p.output_size, p.dtype);
+    p.grad_c_0 = lstm ? result(p.batch * p.hidden_size, p.dtype) : nullptr;
+    Buffer grad_gates(size_t(p.rows * gate_gradients(p.mode) * p.hidden_size) * size_of(p.dtype) + slack);
+    Buffer hidden(size_t(p.rows * p.hidden_size) * size_of(p.dtype));
+    Buffer grad_hidden(size_t(p.rows * p.output_size) * size_of(p.dtype) + slack);
+    std::vector<const void*> pointers(size_t(3 * p.rows));
+    p.grad_gates = grad_gates.data;
+    p.hidden = p.w_hr != nullptr ? hidden.data : nullptr;
+    p.grad_hidden = p.w_hr != nullptr ? grad_hidden.data : nullptr;
+    p.input_rows = pointers.data();
+    p.state_rows = p.input_rows + p.rows;
+    p.mask_rows = p.state_rows + p.rows;
+    backward(table, parts);
+  }
+
+  // body(begin, end) over [0, count) in one or two parts.
+  template <class Body>
+  static void halves(int64_t count, int64_t parts, const Body& body) {
+    const int64_t middle = parts == 1 ? 0 : count / 2;
+    body(middle, count);
+    if (middle > 0) body(0, middle);
+  }
+
+  void forward(const KernelTable& table, int64_t parts) {
+    using Phase = RecurrentPhase;
+    const RecurrentSizes of = table.recurrent_sizes(p, p.batch);
+    Buffer packed{size_t(of.packed)};
+    p.packed = packed.data;
+    RecurrentWork work{};
+    const auto blocks = [&](Phase phase, int64_t count) {
+      halves(count, parts, [&](int64_t begin, int64_t end) {
+        work.phase = phase;
+        work.first_block = begin;
+        work.end_block = end;
+        table.recurrent(p, work);
+      });
+    };
+    blocks(Phase::kPack, of.blocks + of.projection_blocks);
+    if (parts > 0) {
+      halves(p.batch, parts, [&](int64_t begin, int64_t end) {
+        Buffer scratch(size_t(table.recurrent_sizes(p, end - begin).scratch));
+        table.recurrent(p, {Phase::kRows, begin, end, 0, 0, 0, 0, scratch.data});
+      });
+      return;
+    }
+    Buffer scratch(size_t(of.scratch));
+    work.end_row = p.batch;
+    work.scratch = scratch.data;
+    blocks(Phase::kStart, 1);
+    for (int64_t s = 0; s < p.steps; s += of.chunk) {
+      work.first_step = s;
+      work.end_step = s + of.chunk < p.steps ? s + of.chunk : p.steps;
+      blocks(Phase::kGather, 1);
+      blocks(Phase::kInput, of.blocks);
+      for (; work.first_step < work.end_step; ++work.first_step) {
+        blocks(Phase::kStep, of.blocks);
+        if (of.projection_blocks > 0) blocks(Phase::kProject, of.projection_blocks);
+      }
+    }
+    blocks(Phase::kFinish, 1);
+  }
+
+  void backward(const KernelTable& table, int64_t parts) {
+    using Phase = RecurrentBackwardPhase;
+    const RecurrentBackwardSizes of = table.recurrent_backward_sizes(p, p.batch);
+    Buffer packed{size_t(of.packed)};
+    p.packed = packed.data;
+    RecurrentBackwardWork work{};
+    const auto blocks = [&](Phase phase, int64_t count) {
+      halves(count, parts, [&](int64_t begin, int64_t end) {
+        work.phase = phase;
+        work.first_block = begin;
+        work.end_block = end;
+        table.recurrent_backward(p, work);
+      });
+    };
+    blocks(Phase::kPack, of.panels);
+    if (parts > 0) {
+      halves(p.batch, parts, [&](int64_t begin, int64_t end) {
+        Buffer scratch(size_t(table.recurrent_backward_sizes(p, end - begin).scratch));
+        table.recurrent_backward(p, {Phase::kRows, begin, end, 0, 0, 0, 0, scratch.data});
+      });
+    } else {
+      Buffer scratch(size_t(of.scratch));
+      work.end_row = p.batch;
+      work.scratch = scratch.data;
+      blocks(Phase::kStart, 1);
+      for (work.first_step = p.steps - 1; work.first_step >= 0; --work.first_step) {
+        if (p.w_hr != nullptr) blocks(Phase::kReturn, of.blocks);
+        blocks(Phase::kStep, p.w_hr != nullptr ? of.projection_blocks : of.blocks);
+      }
+      blocks(Phase::kReturn, of.blocks);
+      blocks(Phase::kFinish, 1);
+    }
+    halves(p.rows, parts, [&](int64_t begin, int64_t end) {
+      Buffer scratch(size_t(of.input_scratch));
+      table.recurrent_backward(p, {Phase::kInput, begin, end, 0, 0, 0, 0, scratch.data});
+    });
+    table.recurrent_backward(p, {Phase::kPoint, 0, 0, 0, p.steps, 0, 0, nullptr});
+    halves(gate_count(p.mode) * p.hidden_size + (p.w_hr != nullptr ? p.output_size : 0), parts,
+           [&](int64_t begin, int64_t end) {
+             Buffer scratch(size_t(of.weight_scratch));
+             table.recurrent_backward(p, {Phase::kWeights, 0, 0, 0, 0, begin, end, scratch.data});
+           });
+  }
+};
+
+void test_recurrent(const char* isa) {
+  const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+  int variant = 0;
+  for (int mode = 0; mode < 4; ++mode) {
+    for (const DType dtype : dtypes) {
+      for (const int64_t hidden : {1, 17, 40}) {
+        for (const int64_t outputs : {0, 5}) {
+          if (outputs > 0 && mode != 0) continue;
+          variant += 7;  // coprime to 32: all options meet
+          const int64_t inputs = variant % 3 == 0 ? 16 : 3, batch = 1 + variant % 9;
+          Recurrent whole(CellMode(mode), dtype, 4, batch, inputs, hidden, outputs, variant);
+          Recurrent other(CellMode(mode), dtype, 4, batch, inputs, hidden, outputs, variant);
+          whole.run(table(isa), 1);
+          for (const int64_t parts : {2, 0}) {
+            other.run(table(isa), parts);
+            for (size_t i = 0; i < whole.results.size(); ++i) {
+              expect_same(*whole.results[i], *other.results[i],
+                          std::string(isa) + " recurrent mode " + std::to_string(mode) + " dtype " +
+                              std::to_string(int(dtype)) + " hidden " + std::to_string(hidden) + " variant " +
+                              std::to_string(variant % 32) + " result " + std::to_string(i));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     test_random(argv[i]);
     test_reparameterize(argv[i]);
+    test_recurrent(argv[i]);
   }
   printf("%ld comparisons\n", comparisons);
   return comparisons > 0 ? 0 : 1;

@@ -231,7 +231,8 @@ def test_checkpoints_go_both_ways(tmp_path):
             [], []
         )
         x = torch.randn(2, 3, 5)
-        assert torch.equal(source.eval()(x), target.eval()(x))
+        # fastgen's recurrent layers round in another order.
+        torch.testing.assert_close(source.eval()(x), target.eval()(x))
 
 
 def test_pickles_name_no_class_of_ours():
