@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Union
 
@@ -63,8 +65,23 @@ def _uint64(name: str, value: int) -> int:
     return value
 
 
+# A generator moves by a read and a write, and torch's ops release the GIL. One lock for all generators: it is held for
+# a microsecond, and a lock in each would have to be left out of copies and pickles.
+_moving = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a forked worker must not find it held by a thread that stayed behind
+    os.register_at_fork(before=_moving.acquire, after_in_parent=_moving.release, after_in_child=_moving.release)
+
+
+def _one_thread_at_a_time() -> contextlib.AbstractContextManager[Any]:
+    # torch.compile knows no locks: there the op `claim` alone stands between threads.
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _moving
+
+
 class Generator:
     """A stream of random numbers, addressed by (seed, offset).
+
+    Threads may share a generator: no element is given out twice. (Draws inside a function compiled by
+    `torch.compile` are outside this promise.)
 
     Args:
         seed: names the stream, 0 <= seed < 2**64.
@@ -98,28 +115,33 @@ class Generator:
 
     def manual_seed(self, seed: int) -> Generator:
         """Restart at offset 0 of the stream named `seed`; returns self, as torch's generator does."""
-        self._state.copy_(torch.tensor([_signed(_uint64("seed", seed)), 0], device="cpu"))
+        state = torch.tensor([_signed(_uint64("seed", seed)), 0], device="cpu")
+        with _one_thread_at_a_time():
+            self._state.copy_(state)
         return self
 
     def get_state(self) -> Tensor:
         """(2,) int64: the bit patterns of seed and offset."""
-        return self._state.clone()
+        with _one_thread_at_a_time():
+            return self._state.clone()
 
     def set_state(self, state: Tensor) -> Generator:
         """Restore what `get_state` gave."""
         if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.shape != (2,):
             got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
             raise ValueError(f"state: expected an int64 tensor of shape (2,) from get_state(), got {got}")
-        self._state.copy_(state)
+        with _one_thread_at_a_time():
+            self._state.copy_(state)
         return self
 
     def clone(self) -> Generator:
         """A generator at the same place of the same stream, that moves on its own."""
-        return Generator(self.seed, self.offset, device=self.device)
+        return Generator(0, device=self.device).set_state(self.get_state())
 
     def skip(self, count: int) -> Generator:
         """Move `count` elements ahead (or back, if negative) in O(1); returns self."""
-        self._state[1] += _signed(count % _UINT64)
+        with _one_thread_at_a_time():
+            self._state[1] += _signed(count % _UINT64)
         return self
 
     def fork(self, key: int) -> Generator:
@@ -135,7 +157,8 @@ class Generator:
 
     def reserve(self, count: int, device: Device = None) -> Tensor:
         """Take the next `count` elements: their (2,) int64 `seed_offset`, as the ops want it."""
-        taken = torch.ops.fastgen.claim.default(self._state, count)
+        with _one_thread_at_a_time():
+            taken = torch.ops.fastgen.claim.default(self._state, count)
         return taken if device is None else taken.to(device)
 
     def __repr__(self) -> str:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -270,3 +275,50 @@ def test_errors(draw, error, message):
     assert "\n" not in str(caught.value)
     caught.match(f"^{message}")
     assert g.offset == 7
+
+
+def test_threads_that_share_a_generator_get_different_elements(monkeypatch):
+    def slow(state, count):  # between its read and its write every other thread has its turn
+        taken = state.clone()
+        time.sleep(0.001)
+        state[1] = taken[1] + count
+        return taken
+
+    def work(index):
+        for _ in range(10):
+            taken[index].append(int(g.reserve(3)[1]))
+            g.skip(2)
+
+    monkeypatch.setattr(torch.ops.fastgen.claim, "default", slow)
+    g, taken = Generator(5), [[] for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert g.offset == 4 * 10 * (3 + 2)
+    offsets = sorted(itertools.chain(*taken))
+    assert len(offsets) == 40
+    assert all(after - before >= 3 for before, after in itertools.pairwise(offsets))
+
+
+def test_a_forked_process_can_draw_though_another_thread_was_drawing():
+    program = """
+import os, threading, time
+from fastgen import random
+held = threading.Event()
+def hold():
+    with random._moving:
+        held.set()
+        time.sleep(0.3)
+threading.Thread(target=hold).start()
+held.wait(10)
+if (child := os.fork()) == 0:
+    os._exit(0 if random.Generator(1).reserve(3)[1] == 0 else 1)
+for _ in range(300):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        raise SystemExit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.1)
+os.kill(child, 9)
+raise SystemExit("the child hangs")
+"""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
