@@ -207,4 +207,18 @@ struct LinearRowsParams {
   void* y;           // (batch, outputs), contiguous
 };
 
+// The next token of each row from its scores: fastgen/reference/generate.py, pick_tokens. Unit of work: rows.
+struct DrawParams {
+  DType dtype;
+  int64_t vocabulary;  // V
+  const void* logits;  // (rows, V), contiguous
+  const bool* seen;    // null, or rows of V of which seen_rows[i] is that of row i
+  const int64_t* seen_rows;
+  const uint64_t *seeds, *elements;  // (rows)
+  double temperature, top_p, min_p, repetition_penalty;
+  int64_t top_k;
+  int64_t* weights;  // (rows, V), scratch
+  int64_t* tokens;   // (rows); -1 where there is none to draw
+};
+
 }  // namespace fastgen

@@ -19,6 +19,7 @@ struct KernelTable {
   void (*recurrent_cell)(const CellParams&, int64_t begin, int64_t end);                   // blocks of kCellUnits
   void (*recurrent_cell_backward)(const CellBackwardParams&, int64_t begin, int64_t end);  // rows
   void (*linear_rows)(const LinearRowsParams&, int64_t begin, int64_t end);                // blocks of kLinearOutputs
+  void (*draw_tokens)(const DrawParams&, int64_t begin, int64_t end);                      // rows
 };
 
 constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay

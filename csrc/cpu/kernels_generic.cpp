@@ -6,6 +6,7 @@
 #include "reparameterize.inl"
 #include "recurrent_backward.inl"
 #include "cell.inl"
+#include "generate.inl"
 
 namespace fastgen {
 
@@ -20,6 +21,7 @@ const KernelTable kGenericKernels = {"generic",
                                      recurrent_backward,
                                      recurrent_cell,
                                      recurrent_cell_backward,
-                                     linear_rows};
+                                     linear_rows,
+                                     draw_tokens};
 
 }  // namespace fastgen

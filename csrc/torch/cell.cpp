@@ -9,11 +9,6 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-CellMode mode_of(int64_t mode) {
-  STD_TORCH_CHECK(mode >= 0 && mode <= 3, "mode: expected 0 (LSTM), 1 (GRU), 2 (RNN tanh) or 3 (RNN relu), got ", mode);
-  return CellMode(mode);
-}
-
 Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   const int64_t sizes[] = {rows, columns};
   return empty_cpu(sizes, 2, dtype);
@@ -78,10 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_cell(int64_t mode_number, const Ten
   }
   p.h_1 = h_1.mutable_data_ptr();
   p.gates = has_gates(p.mode) ? kept.mutable_data_ptr() : nullptr;
-  const auto step = kernels().recurrent_cell;
-  for_units((p.hidden_size + kCellUnits - 1) / kCellUnits,
-            p.batch * gate_count(p.mode) * kCellUnits * (p.input_size + p.state_size),
-            [&](int64_t begin, int64_t end) { step(p, begin, end); });
+  run(p, kernels());
   return {h_1, c_1, kept};
 }
 

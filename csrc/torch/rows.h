@@ -1,8 +1,9 @@
-// Matrices as the kernels of cell.inl read them: rows of adjacent elements.
+// Matrices as the kernels of cell.inl read them, rows of adjacent elements, and how their work is split.
 #pragma once
 
 #include <algorithm>
 
+#include "../cpu/kernel_table.h"
 #include "tensor.h"
 
 namespace fastgen {
@@ -37,6 +38,18 @@ void for_units(int64_t units, int64_t work, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kProductGrain / std::max<int64_t>(1, work));
   if (units <= grain) return body(0, units);
   torch::stable::parallel_for(0, units, grain, body);
+}
+
+inline CellMode mode_of(int64_t mode) {
+  STD_TORCH_CHECK(mode >= 0 && mode <= 3, "mode: expected 0 (LSTM), 1 (GRU), 2 (RNN tanh) or 3 (RNN relu), got ", mode);
+  return CellMode(mode);
+}
+
+// One step of a layer, split over the threads.
+inline void run(const CellParams& p, const KernelTable& table) {
+  for_units((p.hidden_size + kCellUnits - 1) / kCellUnits,
+            p.batch * gate_count(p.mode) * kCellUnits * (p.input_size + p.state_size),
+            [&](int64_t begin, int64_t end) { table.recurrent_cell(p, begin, end); });
 }
 
 }  // namespace fastgen
