@@ -1,7 +1,7 @@
 """What every model shares: a configuration that survives JSON, and weights in a folder.
 
 A model folder holds `config.json` (the configuration, its `model_type` and the fastgen version that
-wrote it) and `model.safetensors` (the state dict).
+wrote it), `model.safetensors` (the state dict) and, if the model has one, its `tokenizer.json`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from fastgen._load import kernel_devices
 from fastgen.models import RNN, GaussianMixture, RNNConfig, detach_state, from_pretrained
 from fastgen.models.rnn import State
 from fastgen.tokenizers import ByteTokenizer, CharTokenizer
@@ -156,6 +158,19 @@ def test_dropout_of_embedding_and_output(locked: bool) -> None:
     assert torch.equal(model._dropped(x), x)
 
 
+@pytest.mark.parametrize("name", ["state_dropout", "weight_dropout"])
+def test_dropout_inside_the_layers(name: str) -> None:
+    plain = RNN(**TEXT)
+    dropped = RNN(**TEXT, **{name: 0.5})
+    assert getattr(dropped.rnn, name) == 0.5
+    dropped.load_state_dict(plain.state_dict())
+    x = tokens(3, 6)
+    assert torch.equal(dropped.eval()(x).logits, plain.eval()(x).logits)
+    first, second = (dropped.train()(x).logits for _ in range(2))
+    assert torch.equal(first[:, 0], second[:, 0]), "the first step has no state yet"
+    assert not torch.equal(first[:, 1:], second[:, 1:])
+
+
 # ---------------------------------------------------------------------------------------------------
 # Series
 
@@ -262,6 +277,24 @@ def test_losses_are_at_least_float32(dtype: torch.dtype) -> None:
     got = model.to(dtype)(values, values).loss
     assert got.dtype == at_least
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.skipif(not kernel_devices("recurrent"), reason="the layers are PyTorch's, which do not trace")
+@pytest.mark.parametrize("fields", [TEXT, SERIES], ids=["text", "series"])
+def test_compiles_to_one_graph_for_any_length(fields: dict[str, int]) -> None:
+    model = RNN(**fields)
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for length in (5, 9, 4):
+        x = tokens(2, length) if "vocab_size" in fields else series(2, length)
+        torch.testing.assert_close(compiled(x, x).loss, model(x, x).loss)
+    assert graphs == 1
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,19 @@ def test_a_row_does_not_depend_on_its_batch(
     together = LSTM.generate(prompts, 12, seed=seeds, **sampling)
     alone = [LSTM.generate(prompt, 12, seed=seed, **sampling) for prompt, seed in zip(prompts, seeds, strict=True)]
     assert together == alone
+
+
+def test_threads_do_not_show(threads: Callable[[int], None]) -> None:
+    """With layers wide enough to be worth sharing."""
+    rnn = model(hidden_size=320, num_layers=1)
+    prompts, results = ["ab", "c", "def"], []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(rnn.generate(prompts, 40, seed=3, return_state=True))
+    (texts, state), *others = results
+    for other_texts, other_state in others:
+        assert other_texts == texts
+        assert_same(other_state.h, state.h)
 
 
 @given(st.integers(1, 19), st.booleans())
