@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,21 +56,40 @@ def zygote() -> Iterator[Zygote]:
     zygote.close()
 
 
-@pytest.fixture(scope="module")
-def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, float]:
-    """Arguments of a run, its folder when nothing disturbs it, and how long it takes."""
-    folder = tmp_path_factory.mktemp("kill")
+def vae(folder: Path) -> str:
+    """The options of a run of 50 steps on data in `folder`."""
     np.savez(folder / "blobs.npz", images=images(120).images.numpy(), labels=images(120).labels.numpy())
     options = "--architecture mlp --hidden-sizes 16 --latent-dim 3 --dropout 0.2 --conditional --kl-warmup 30"
-    options += " --epochs 5 --batch-size 10 --save-every 4 --log-every 3 --importance-samples 5 --no-tensorboard"
-    arguments = ["train", "vae", "--data", str(folder / "blobs.npz"), *options.split()]
-    start = time.monotonic()
-    assert zygote.run(*arguments, "--out", str(folder / "whole")) == 0
-    return arguments, folder / "whole", time.monotonic() - start
+    return f"vae --data {folder}/blobs.npz {options} --epochs 5 --batch-size 10 --importance-samples 5"
+
+
+def rnn(folder: Path) -> str:
+    """The same of a recurrent network, with all kinds of dropout and a state that goes on from step to step."""
+    (folder / "cats.txt").write_text("the cat sat on the mat.\n" * 20)
+    options = "--hidden-size 16 --num-layers 2 --dropout 0.2 --locked-dropout --state-dropout 0.1 --weight-dropout 0.1"
+    return f"rnn --data {folder}/cats.txt {options} --epochs 5 --batch-size 4 --seq-len 11 --sample-length 20"
+
+
+class Whole:
+    """A run that nothing disturbs: its arguments, its folder, and how long it takes."""
+
+    def __init__(self, zygote: Zygote, options: Callable[[Path], str], folder: Path) -> None:
+        more = "--save-every 4 --log-every 3 --no-tensorboard"
+        self.arguments = ["train", *options(folder).split(), *more.split()]
+        self.folder = folder / "whole"
+        start = time.monotonic()
+        assert zygote.run(*self.arguments, "--out", str(self.folder)) == 0
+        self.seconds = time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[Path], str]], Whole]:
+    return functools.cache(lambda options: Whole(zygote, options, tmp_path_factory.mktemp("kill")))
 
 
 def check_same(out: Path, whole: Path) -> None:
-    for name in ("model/model.safetensors", "model/config.json", "samples.png", "interpolation.png"):
+    reports = ("samples.txt", "tokenizer.json") if (whole / "samples.txt").exists() else ("samples.png",)
+    for name in ("model/model.safetensors", "model/config.json", *reports):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     last = "checkpoints/step-00000050.safetensors"
     ours, theirs = Checkpoint.load(out / last), Checkpoint.load(whole / last)
@@ -77,24 +97,28 @@ def check_same(out: Path, whole: Path) -> None:
     assert all(ours.tensors[name].equal(theirs.tensors[name]) for name in ours.tensors)
     tables = [read_metrics(folder / "metrics.csv") for folder in (out, whole)]
     for row in (*tables[0], *tables[1]):
-        del row["seconds"], row["examples_per_second"]
+        for name in ("seconds", "examples_per_second", "tokens_per_second"):
+            row.pop(name, None)
     assert tables[0] == tables[1]
     leftovers = [path for path in out.rglob("*.safetensors") if path.name.startswith(".")]
     assert leftovers == []
 
 
-@pytest.mark.parametrize("share", [0.2, 0.7])
-def test_killed_again_and_again(share: float, zygote: Zygote, whole: tuple[list[str], Path, float]) -> None:
-    arguments, reference, seconds = whole
+@pytest.mark.parametrize(("family", "share"), [(vae, 0.2), (vae, 0.7), (rnn, 0.4)])
+def test_killed_again_and_again(
+    family: Callable[[Path], str], share: float, zygote: Zygote, whole: Callable[..., Whole]
+) -> None:
+    undisturbed = whole(family)
+    arguments, reference = undisturbed.arguments, undisturbed.folder
     out = reference.with_name(f"killed-{share}")
-    code = zygote.run(*arguments, "--out", str(out), kill_after=share * seconds)
+    patience = share * undisturbed.seconds
+    code = zygote.run(*arguments, "--out", str(out), kill_after=patience)
     assert code in (-KILLED, 0)
-    patience = share * seconds
     for _ in range(30):
         if code == 0:
             break
         if (out / "config.json").exists():
-            code = zygote.run("train", "vae", "--resume", str(out), kill_after=patience)
+            code = zygote.run(*arguments[:2], "--resume", str(out), kill_after=patience)
         else:  # killed before the run began
             code = zygote.run(*arguments, "--out", str(out), kill_after=patience)
         patience *= 1.3  # enough in the end to come from one checkpoint to the next
@@ -102,20 +126,22 @@ def test_killed_again_and_again(share: float, zygote: Zygote, whole: tuple[list[
     check_same(out, reference)
 
 
-@pytest.mark.parametrize("number", [1, 4])
-def test_killed_while_writing_a_checkpoint(number: int, zygote: Zygote, whole: tuple[list[str], Path, float]) -> None:
-    arguments, reference, _ = whole
+@pytest.mark.parametrize(("family", "number"), [(vae, 1), (vae, 4), (rnn, 8)])
+def test_killed_while_writing_a_checkpoint(
+    family: Callable[[Path], str], number: int, zygote: Zygote, whole: Callable[..., Whole]
+) -> None:
+    arguments, reference = whole(family).arguments, whole(family).folder
     out = reference.with_name(f"writing-{number}")
     assert zygote.run(*arguments, "--out", str(out), die=number) == -KILLED
     (leftover,) = (out / "checkpoints").glob(".step-*")
     with pytest.raises(ValueError, match="damaged"):
         Checkpoint.load(leftover)
-    assert zygote.run("train", "vae", "--resume", str(out)) == 0
+    assert zygote.run(*arguments[:2], "--resume", str(out)) == 0
     check_same(out, reference)
 
 
-def test_a_line_cut_short_is_written_again(zygote: Zygote, whole: tuple[list[str], Path, float]) -> None:
-    arguments, reference, _ = whole
+def test_a_line_cut_short_is_written_again(zygote: Zygote, whole: Callable[..., Whole]) -> None:
+    arguments, reference = whole(vae).arguments, whole(vae).folder
     out = reference.with_name("cut")
     assert zygote.run(*arguments, "--out", str(out), die=9) == -KILLED
     with open(out / "metrics.csv", "a") as file:

@@ -58,6 +58,33 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path: Path) -> 
     assert len(read_metrics(taken / "metrics.csv")) == len(tables[0])
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_streams(tmp_path: Path) -> None:
+    (tmp_path / "cats.txt").write_text("the cat sat on the mat.\n" * 40)
+    model = "--hidden-size 16 --num-layers 1 --batch-size 4 --seq-len 20 --epochs 2 --log-every 1"
+    train = ["train", "rnn", "--data", str(tmp_path / "cats.txt"), *model.split(), "--device", "cpu", "--quiet"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "fastgen.cli", *train, "--out", str(tmp_path / "two")]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    assert main([*train, "--out", str(tmp_path / "one")]) == 0
+
+    tables = [read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two")]
+    assert len(tables[0]) == len(tables[1]) == 2 * 11 + 2 + 1
+    for ours, theirs in zip(*tables, strict=True):
+        assert (ours["split"], ours["step"]) == (theirs["split"], theirs["step"])
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-5), ours["step"]
+    last = "checkpoints/step-00000022.safetensors"
+    one, two = Checkpoint.load(tmp_path / "one" / last), Checkpoint.load(tmp_path / "two" / last)
+    for name in ("carried.h", "carried.c"):  # of all streams, in the same order
+        assert one.tensors[name].shape == (4, 1, 16)
+        torch.testing.assert_close(two.tensors[name], one.tensors[name], rtol=1e-3, atol=1e-5)
+
+    # One process can take over what two began.
+    assert main(["train", "rnn", "--resume", str(tmp_path / "two"), "--epochs", "3", "--quiet"]) == 0
+    assert len(read_metrics(tmp_path / "two" / "metrics.csv")) == 3 * 11 + 3 + 1
+
+
 def test_a_batch_that_cannot_be_shared() -> None:
     from fastgen.train.trainer import _divisible_batch
 

@@ -71,12 +71,10 @@ def _series(folder: Path, given: str | None) -> SeriesSet:
         if given is None:
             raise ValueError(f"--series: expected one, as {folder} is not in the folder of a run, got none") from None
         source = {}
-    if given is None or source.get("columns") or source.get("time_column"):
-        columns = source.get("columns")
-        return load_series(
-            given or source["data"], columns=columns and columns.split(","), time_column=source.get("time_column")
-        )
-    return load_series(given)
+    if given is not None and Path(given).suffix.lower() not in (".csv", ".tsv", ".txt"):
+        return load_series(given)  # it has no names to choose columns by
+    columns, time_column = source.get("columns"), source.get("time_column")
+    return load_series(given or source["data"], columns=columns and columns.split(","), time_column=time_column)
 
 
 def _table(draws: Tensor, columns: tuple[str, ...]) -> str:
