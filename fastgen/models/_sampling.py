@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ IGNORED = -100
 _UINT64 = 1 << 64
 _STEPS_A_CALL = 64  # between two of them a Ctrl-C is noticed
 
+LogitsProcessor: TypeAlias = Callable[[list[Tensor], Tensor], Tensor]
 Seed: TypeAlias = "int | Sequence[int] | None"
 Stop: TypeAlias = "int | str | Sequence[int | str] | None"
 
@@ -152,11 +154,13 @@ def generate_tokens(
     seed: Seed,
     n: int,
     state: GenerationState | None,
+    logits_processor: LogitsProcessor | None,
     one_by_one: bool,
 ) -> Generation:
     """A generation whose steps give one token each, or, not `one_by_one`, as many as is convenient."""
     prompts = _TokenPrompts(model, prompt, n, state)
-    rows = _TokenRows(model, prompts.rows, max_new_tokens, sampling, _row_seeds(seed, len(prompts.rows), state), state)
+    seeds = _row_seeds(seed, len(prompts.rows), state)
+    rows = _TokenRows(model, prompts.rows, max_new_tokens, sampling, seeds, state, logits_processor)
     tokens, strings = _stops(stop, model)
     rows.stop = torch.tensor(tokens, dtype=torch.int64, device=model.device)
     if not prompts.is_text and not strings:
@@ -254,9 +258,14 @@ class _TokenRows:
         sampling: Sampling,
         seeds: Tensor,
         state: GenerationState | None,
+        logits_processor: LogitsProcessor | None,
     ) -> None:
         _validate.integer("max_new_tokens", max_new_tokens, 1)
         device, n = model.device, len(prompts)
+        self._generate: Callable[..., None] = torch.ops.fastgen.rnn_generate
+        if logits_processor is not None:
+            self._processor = logits_processor
+            self._generate = functools.partial(reference.rnn_generate, process=self._processed)
         self._sampling, self._penalised = sampling, sampling.repetition_penalty != 1
         self._first = 0 if state is None else 1  # where the buffer begins with the state's pending token
         h, c, offset, self._seen = _start(model, n, state)
@@ -304,7 +313,7 @@ class _TokenRows:
 
     def _advance(self, steps: int) -> None:
         embedding, weights, projection, output, bias = self._weights
-        torch.ops.fastgen.rnn_generate(
+        self._generate(
             self._mode,
             self._tokens,
             self._position,
@@ -324,6 +333,13 @@ class _TokenRows:
             self.stop,
             steps,
         )
+
+    def _processed(self, rows: Tensor, logits: Tensor) -> Tensor:
+        before = [self._tokens[row, self._first : self._position[row]] for row in rows.tolist()]
+        processed = self._processor(before, logits)
+        if not isinstance(processed, Tensor) or processed.shape != logits.shape:
+            raise ValueError(f"logits_processor: expected logits {tuple(logits.shape)} from it, got {_kind(processed)}")
+        return processed
 
     def is_over(self, row: int) -> bool:
         return int(self._status[row]) != Status.RUNNING

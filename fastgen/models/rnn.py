@@ -28,7 +28,14 @@ from typing_extensions import Self
 import fastgen.nn as nn
 from fastgen import _validate
 from fastgen.models._pretrained import Folder, PretrainedConfig, PretrainedModel
-from fastgen.models._sampling import Generation, GenerationState, Sampling, generate_tokens, generate_values
+from fastgen.models._sampling import (
+    Generation,
+    GenerationState,
+    LogitsProcessor,
+    Sampling,
+    generate_tokens,
+    generate_values,
+)
 from fastgen.random import Device, dropout_mask
 from fastgen.reference.recurrent import Mode
 from fastgen.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -345,6 +352,7 @@ class RNN(PretrainedModel):
         seed: int | Sequence[int] | None = None,
         n: int = 1,
         state: GenerationState | None = None,
+        logits_processor: LogitsProcessor | None = None,
         return_state: bool = False,
         stream: bool = False,
     ) -> Any:
@@ -371,6 +379,9 @@ class RNN(PretrainedModel):
             n: continuations of each prompt; row p n + i is number i of prompt p.
             state: from an earlier call, to go on from; the prompt comes behind what it has, and may be empty. It
                 is not changed.
+            logits_processor: (tokens, logits) -> logits, called before every draw with the tokens so far (of
+                this call, prompt included) of the k rows that draw, a list of (L,), and their logits
+                (k, vocab_size), before any filter. The loop then runs in Python, with the same tokens.
             return_state: give (result, `GenerationState`).
             stream: give a `Generation`, an iterator over what is new.
 
@@ -386,10 +397,12 @@ class RNN(PretrainedModel):
             raise ValueError("return_state: expected False where stream is True, a Generation has its state")
         if self.is_text:
             sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
-            generation = generate_tokens(self, prompt, max_new_tokens, sampling, stop, seed, n, state, stream)
+            generation = generate_tokens(
+                self, prompt, max_new_tokens, sampling, stop, seed, n, state, logits_processor, stream
+            )
         else:
             given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop}
-            for name, value in given.items():
+            for name, value in {**given, "logits_processor": logits_processor}.items():
                 if value is not None:
                     raise ValueError(f"{name}: expected None for a model of numbers, got {value!r}")
             if repetition_penalty != 1:

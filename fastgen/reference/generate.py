@@ -12,7 +12,7 @@ rounding that could depend on their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import torch
@@ -68,6 +68,7 @@ def rnn_generate(
     repetition_penalty: float,
     stop: Tensor,
     steps: int,
+    process: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Feed each running row up to `steps` tokens, and draw the next one wherever the prompt is over.
 
@@ -91,6 +92,7 @@ def rnn_generate(
         temperature, top_k, top_p, min_p, repetition_penalty: see `pick_tokens`.
         stop: (S,) int64, tokens after which a row stops.
         steps: tokens to feed to a row at most.
+        process: not in the op: (rows (k,), their logits (k, V)) -> the logits to pick from.
     """
     product = torch.ops.fastgen.linear_rows
     for _ in range(steps):
@@ -109,6 +111,8 @@ def rnn_generate(
         if projection is not None:
             x = product(x, projection, None)
         logits = product(x, output_weight, output_bias)
+        if process is not None:
+            logits = process(rows, logits)
         drawn = pick_tokens(
             logits,
             None if seen is None else seen[rows],

@@ -290,6 +290,46 @@ def test_a_stream_does_not_touch_modes() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Logits by a function of the caller
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {}, FILTERED])
+def test_a_processor_that_changes_nothing_changes_nothing(sampling: dict[str, float]) -> None:
+    prompts = ["ab", "c", "d e"]
+    seen = []
+
+    def note(tokens: list[Tensor], logits: Tensor) -> Tensor:
+        seen.append([row.tolist() for row in tokens])
+        assert logits.shape == (len(tokens), len(LETTERS))
+        return logits
+
+    got = LSTM.generate(prompts, 9, seed=3, logits_processor=note, **sampling)
+    assert got == LSTM.generate(prompts, 9, seed=3, **sampling)
+    encoded = [LSTM.tokenizer.encode(text) for text in got]
+    assert seen[0] == [encoded[1][:1]]
+    assert seen[2] == [encoded[0][:3], encoded[1][:3], encoded[2][:3]]
+    assert seen[-1] == [encoded[2][:-1]]
+
+
+def test_a_processor_can_forbid_and_force() -> None:
+    def no_a(tokens: list[Tensor], logits: Tensor) -> Tensor:
+        logits[:, LSTM.tokenizer.token("a")] = -math.inf
+        return logits
+
+    assert "a" in LSTM.generate("b", 60, seed=3)
+    assert "a" not in LSTM.generate("b", 60, seed=3, logits_processor=no_a)
+    assert "a" not in "".join(LSTM.generate("b", 60, seed=3, logits_processor=no_a, stream=True))
+
+    def count_up(tokens: list[Tensor], logits: Tensor) -> Tensor:
+        following = torch.stack([row[-1] + 1 for row in tokens]) % len(LETTERS)
+        return torch.nn.functional.one_hot(following, len(LETTERS)) * 1000.0
+
+    assert LSTM.generate("bc", 8, logits_processor=count_up) == "bcdefgh\n a"
+    with pytest.raises(ValueError, match=r"logits_processor: expected logits \(1, 10\) from it, got \(1, 9\)"):
+        LSTM.generate("b", logits_processor=lambda tokens, logits: logits[:, 1:])
+
+
+# ---------------------------------------------------------------------------------------------------
 # Series
 
 
