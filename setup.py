@@ -43,6 +43,7 @@ SOURCE_FLAGS = {
     "csrc/cpu/kernels_generic.cpp": KERNEL_FLAGS,
     "csrc/cpu/kernels_avx2.cpp": [*KERNEL_FLAGS, "-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu/kernels_avx512.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
+    "csrc/cpu/kernels_avx512_bf16.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS, "-mavx512bf16"],
 }
 CPU_SOURCES = [s for s in SOURCE_FLAGS if X86 or "avx" not in s]
 TORCH_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))

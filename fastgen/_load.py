@@ -22,7 +22,7 @@ from fastgen import _ops
 from fastgen._version import __version__
 
 _FOLDER = Path(__file__).parent
-_ISA_NAMES = ("generic", "avx2", "avx512")
+_ISA_NAMES = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 class _Library:
@@ -111,7 +111,9 @@ def cpu_isa() -> str | None:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Choose the CPU kernels: "generic", "avx2" or "avx512". The numbers are the same with each.
+    """Choose the CPU kernels: "generic", "avx2", "avx512" or "avx512_bf16".
+
+    Random numbers and reparameterisation are the same with each; recurrent layers differ in rounding.
 
     Raises:
         RuntimeError: if this build or this CPU does not have it.

@@ -10,7 +10,7 @@
 namespace fastgen {
 namespace {
 
-bool has_avx2 = false, has_avx512 = false;
+bool has_avx2 = false, has_avx512 = false, has_avx512_bf16 = false;
 
 #if defined(FASTGEN_X86)
 // Register state the operating system saves on a context switch (XCR0).
@@ -31,15 +31,27 @@ void detect() {
   has_avx2 = ymm && f16c && fma && (b >> 5 & 1);
   const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
   has_avx512 = has_avx2 && zmm && f && dq && bw && vl;
+  has_avx512_bf16 = has_avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
-const KernelTable* const kTables[] = {&kAvx512Kernels, &kAvx2Kernels, &kGenericKernels};
+const KernelTable kAvx512Bf16Kernels = [] {
+  KernelTable table = kAvx512Kernels;
+  table.isa = "avx512_bf16";
+  table.recurrent_sizes = recurrent_sizes_bf16;
+  table.recurrent = recurrent_bf16;
+  table.recurrent_backward_sizes = recurrent_backward_sizes_bf16;
+  table.recurrent_backward = recurrent_backward_bf16;
+  return table;
+}();
+
+const KernelTable* const kTables[] = {&kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels, &kGenericKernels};
 #else
 void detect() {}
 const KernelTable* const kTables[] = {&kGenericKernels};
 #endif
 
 bool usable(const KernelTable* table) {
+  if (strcmp(table->isa, "avx512_bf16") == 0) return has_avx512_bf16;
   if (strcmp(table->isa, "avx512") == 0) return has_avx512;
   if (strcmp(table->isa, "avx2") == 0) return has_avx2;
   return true;

@@ -28,6 +28,12 @@ extern const KernelTable kGenericKernels;
 #if defined(FASTGEN_X86)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+
+// What a table for AVX-512 with BF16 has in place of kAvx512Kernels.
+RecurrentSizes recurrent_sizes_bf16(const RecurrentParams&, int64_t rows);
+void recurrent_bf16(const RecurrentParams&, const RecurrentWork&);
+RecurrentBackwardSizes recurrent_backward_sizes_bf16(const RecurrentBackwardParams&, int64_t rows);
+void recurrent_backward_bf16(const RecurrentBackwardParams&, const RecurrentBackwardWork&);
 #endif
 
 }  // namespace fastgen

@@ -4,7 +4,7 @@
 // After vec_generic.h, which defines Isa:
 #include "random.inl"
 #include "reparameterize.inl"
-#include "recurrent_backward.inl"
+#include "recurrent_kernels.inl"
 #include "cell.inl"
 #include "generate.inl"
 

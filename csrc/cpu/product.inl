@@ -56,10 +56,14 @@ struct Multiply {
   static FASTGEN_MEMBER void load_right(const Right* right, F& out) { load(right, out); }
   static FASTGEN_MEMBER F step(F left, F right, F sum) { return multiply_add(left, right, sum); }
 
+  // What the kDepth rows of one step are packed into, either side.
+  static FASTGEN_MEMBER void put_step(const F (&rows)[kDepth], T* out) { store(out, rows[0]); }
+  // Packs a vector of columns as pack_transposed does, `step` columns apart from one depth to the next.
   template <class Storage>
   static FASTGEN_MEMBER void pack(const Storage* const (&rows)[kLanes<T>], int64_t depth, int64_t step, Right* out) {
     pack_transposed<F>(rows, depth, step, out);
   }
+  // A row of the left side, to whole steps of the depth.
   template <class Storage>
   static FASTGEN_MEMBER void copy_row(const Storage* from, int64_t count, Left* out) {
     for (int64_t k = 0; k < count; k += kLanes<T>) {
@@ -153,16 +157,46 @@ FASTGEN_FN int next_tile(int64_t left) {
   return int((left + tiles - 1) / tiles);
 }
 
-// The right side as it stands, rows along the columns of the result: panels of kVectors * lanes columns from `first`
-// on, of which `columns` exist. rows(k) points at row k.
+// A right side as it stands, its rows along the columns of the result, by number of the row and in vectors of columns:
+// a matrix,
+template <class Storage>
+struct MatrixRows {
+  using T = typename WorkType<Storage>::T;
+  const void* data;
+  int64_t columns;
+  FASTGEN_MEMBER typename Work<T>::F operator()(int64_t k, int64_t j, int count) const {
+    return take<typename Work<T>::F>(static_cast<const Storage*>(data) + k * columns + j, count);
+  }
+};
+// or rows by pointer, each times a row of masks where there are masks.
+template <class Storage>
+struct PointedRows {
+  using T = typename WorkType<Storage>::T;
+  const void* const* rows;
+  const void* const* masks;
+  FASTGEN_MEMBER typename Work<T>::F operator()(int64_t k, int64_t j, int count) const {
+    using F = typename Work<T>::F;
+    const F value = take<F>(static_cast<const Storage*>(rows[k]) + j, count);
+    return masks == nullptr ? value : value * take<F>(static_cast<const Storage*>(masks[k]) + j, count);
+  }
+};
+
+// The panel of kVectors * lanes columns from `first` on, of which `columns` exist, of rows [begin, begin + depth).
 template <class A, int kVectors, class Rows>
-FASTGEN_FN void pack_panel(const Rows& rows, int64_t depth, int64_t first, int64_t columns, typename A::Right* out) {
+__attribute__((noinline)) void pack_panel(const Rows& rows, int64_t begin, int64_t depth, int64_t first,
+                                          int64_t columns, typename A::Right* out) {
   using F = typename A::F;
   constexpr int kWidth = kLanes<typename A::T>;
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < depth; k += A::kDepth) {
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t left = columns - first - v * kWidth;
-      store(out + (k * kVectors + v) * kWidth, left <= 0 ? F(typename A::T(0)) : rows(k, first + v * kWidth, left));
+      const int64_t column = first + v * kWidth, left = columns - column;
+      F x[A::kDepth];
+      for (int i = 0; i < A::kDepth; ++i) {
+        const bool exists = left > 0 && k + i < depth;
+        x[i] = exists ? rows(begin + k + i, column, left < kWidth ? int(left) : kWidth) : F(typename A::T(0));
+      }
+      A::put_step(x, out);
+      out += kWidth * A::kDepth;
     }
   }
 }
@@ -176,47 +210,43 @@ constexpr int64_t kRowGroup = 96;      // rows of the left side that are packed 
 // weights are. The sum is made in blocks of kDepthBlock, added up in order: as with any cascade, its error grows with
 // the root of the number of blocks only.
 //
-// left rows are `left_stride` elements apart, with room to read a vector behind the last element. right(k, n, count)
-// gives a vector of row k at column n, of which `count` lanes are wanted.
+// left rows are `left_stride` elements apart, with room to read a vector behind the last element.
 template <class A>
 struct TransposedProduct {
   using T = typename A::T;
   using F = typename A::F;
+  using Left = typename A::Left;
+  using Right = typename A::Right;
   static constexpr int kWidth = kLanes<T>, kColumns = kFlatVectors * kWidth, kRows = kTileRows<kFlatVectors>;
   static constexpr int64_t kGroup = kRowGroup / kRows * kRows;
+  static_assert(kDepthBlock % A::kDepth == 0 && kWidth >= kRows, "");
 
   static int64_t scratch_bytes() {
-    return int64_t(sizeof(T)) * (kDepthBlock * kColumnBlock + kDepthBlock * kGroup + kWidth);
+    return int64_t(sizeof(Right)) * kDepthBlock * kColumnBlock +
+           int64_t(sizeof(Left)) * (kDepthBlock * kGroup + kWidth * A::kDepth);
   }
 
-  template <class Storage, class Right>
-  static void run(const Storage* left, int64_t left_stride, const Right& right, int64_t depth, int64_t rows,
-                  int64_t columns, T* out, void* scratch) {
+  template <class Storage, class Rows>
+  static __attribute__((noinline)) void run(const Storage* left, int64_t left_stride, const Rows& right, int64_t depth,
+                                            int64_t rows, int64_t columns, T* out, void* scratch) {
     if (rows <= 0) return;
-    T* panels = static_cast<T*>(scratch);
-    T* packed = panels + kDepthBlock * kColumnBlock;
+    Right* panels = static_cast<Right*>(scratch);
+    Left* packed = reinterpret_cast<Left*>(panels + kDepthBlock * kColumnBlock);
     for (int64_t n = 0; n < columns; n += kColumnBlock) {
       const int64_t width = columns - n < kColumnBlock ? columns - n : kColumnBlock;
       for (int64_t k = 0; k < depth; k += kDepthBlock) {
         const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
-        const auto rows_from_k = [&](int64_t i, int64_t column, int64_t count) { return right(k + i, column, count); };
+        const int64_t deep = round_up<int64_t>(block, A::kDepth);
         for (int64_t j = 0; j < width; j += kColumns) {
-          pack_panel<A, kFlatVectors>(rows_from_k, block, n + j, columns, panels + j * block);
+          pack_panel<A, kFlatVectors>(right, k, block, n + j, columns, panels + j * deep);
         }
         for (int64_t m = 0; m < rows; m += kGroup) {
           const int64_t group = rows - m < kGroup ? rows - m : kGroup;
-          // A vector is written for each row of a tile: what it overwrites past the tile is written after it.
-          for (int64_t i = 0; i < group; i += kRows) {
-            for (int64_t q = 0; q < block; ++q) {
-              F value;
-              load(left + (k + q) * left_stride + m + i, value);
-              store(packed + (i * block) + q * kRows, value);
-            }
-          }
+          pack_left(left + k * left_stride + m, left_stride, block, group, packed);
           for (int64_t j = 0; j < width; j += kColumns) {
             for (int64_t i = 0; i < group; i += kRows) {
               alignas(64) T tile[kRows * kColumns];
-              multiply_packed(packed + i * block, panels + j * block, block, tile);
+              multiply_packed(packed + i * deep, panels + j * deep, deep, tile);
               add(tile, group - i < kRows ? group - i : kRows, width - j, k == 0, out + (m + i) * columns + n + j,
                   columns);
             }
@@ -227,10 +257,31 @@ struct TransposedProduct {
   }
 
  private:
-  static __attribute__((noinline)) void multiply_packed(const T* left, const T* right, int64_t depth, T* tile) {
+  // [tile][depth][kRows]. A whole vector is written for each row of a tile: what it overwrites past the tile is
+  // written after it.
+  template <class Storage>
+  static __attribute__((noinline)) void pack_left(const Storage* left, int64_t stride, int64_t depth, int64_t rows,
+                                                  Left* out) {
+    for (int64_t i = 0; i < rows; i += kRows) {
+      for (int64_t k = 0; k < depth; k += A::kDepth) {
+        F x[A::kDepth];
+        for (int q = 0; q < A::kDepth; ++q) {
+          if (k + q < depth) {
+            load(left + (k + q) * stride + i, x[q]);
+          } else {
+            x[q] = F(T(0));
+          }
+        }
+        A::put_step(x, out);
+        out += kRows * A::kDepth;
+      }
+    }
+  }
+  static __attribute__((noinline)) void multiply_packed(const Left* left, const Right* right, int64_t depth, T* tile) {
     multiply_tile<A, kRows, kFlatVectors>(LeftColumns<A, kRows>(left), right, depth, nullptr, 0, tile, kColumns);
   }
-  static FASTGEN_MEMBER void add(const T* tile, int64_t rows, int64_t columns, bool first, T* out, int64_t stride) {
+  static __attribute__((noinline)) void add(const T* tile, int64_t rows, int64_t columns, bool first, T* out,
+                                            int64_t stride) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < kColumns && j < columns; j += kWidth) {
         const int count = columns - j < kWidth ? int(columns - j) : kWidth;

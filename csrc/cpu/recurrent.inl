@@ -14,7 +14,7 @@
 namespace fastgen {
 namespace {
 
-// How a cell's gates lie in a panel.
+// How a cell's gates lie in a panel. kTanh stands for both kinds of RNN.
 template <CellMode kMode>
 struct Gates {
   static constexpr int kCount = kMode == CellMode::kLstm ? 4 : kMode == CellMode::kGru ? 3 : 1;
@@ -354,7 +354,7 @@ class Recurrence {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t unit = u * kUnits + v * kWidth;
         if (unit >= p.hidden_size) break;
-        const F h = kMode == CellMode::kTanh ? hyperbolic_tangent<T, U>(x[v]) : larger(F(T(0)), x[v]);
+        const F h = p.mode == CellMode::kTanh ? hyperbolic_tangent<T, U>(x[v]) : larger(F(T(0)), x[v]);
         emit(work, scratch, t, at, unit, h);
       }
     }

@@ -5,12 +5,14 @@
 // the gradients of the input and of the weights are one product each, over all rows of all steps:
 //   dX = dG W_ih    dW_ih = dG^T X    dW_hh = dG^T H, H the states that the steps began with.
 // A GRU's n has a gradient of its own on the hidden side: r d(n).
+#pragma once
+
 #include "recurrent.inl"
 
 namespace fastgen {
 namespace {
 
-template <CellMode kMode, class Storage, class A>
+template <class Storage, class A>
 class RecurrenceBackward {
   using T = typename A::T;
   using F = typename A::F;
@@ -19,10 +21,6 @@ class RecurrenceBackward {
   using Right = typename A::Right;
   using Work = RecurrentBackwardWork;
   static constexpr int kWidth = kLanes<T>, kColumns = kFlatVectors * kWidth, kRows = kTileRows<kFlatVectors>;
-  static constexpr int kGates = Gates<kMode>::kCount;
-  static constexpr bool kGru = kMode == CellMode::kGru;
-  // Columns of grad_gates over H.
-  static constexpr int kGradients = kGru ? 4 : kGates;
   // dG enters the products as it is stored.
   static constexpr bool kInPlace = sizeof(Storage) == sizeof(Left) && A::kDepth == 1;
   static constexpr int64_t kInputRows = 96;    // rows of dX made at once
@@ -31,8 +29,10 @@ class RecurrenceBackward {
  public:
   explicit RecurrenceBackward(const RecurrentBackwardParams& params)
       : p(params),
-        gates(int64_t(kGates) * p.hidden_size),
-        gate_stride(int64_t(kGradients) * p.hidden_size),
+        lstm(p.mode == CellMode::kLstm),
+        gru(p.mode == CellMode::kGru),
+        gates(gate_count(p.mode) * p.hidden_size),
+        gate_stride(gate_gradients(p.mode) * p.hidden_size),
         gates_depth(round_up<int64_t>(gates, A::kDepth)),
         state_depth(round_up<int64_t>(p.output_size, A::kDepth)),
         state_stride(round_up<int64_t>(p.output_size, kColumns)),
@@ -56,7 +56,7 @@ class RecurrenceBackward {
     sizes.packed = packed_bytes;
     sizes.scratch = Scratch(*this, nullptr, rows).bytes;
     sizes.input_scratch = InputScratch(*this, nullptr).bytes;
-    sizes.weight_scratch = TransposedProduct<Multiply<T>>::scratch_bytes();
+    sizes.weight_scratch = TransposedProduct<A>::scratch_bytes();
     return sizes;
   }
 
@@ -92,8 +92,8 @@ class RecurrenceBackward {
     FASTGEN_MEMBER Scratch(const RecurrenceBackward& of, void* base, int64_t rows) {
       Arena arena(base);
       dh = arena.take<T>(rows * of.state_stride);
-      dc = arena.take<T>(kMode == CellMode::kLstm ? rows * of.unit_stride : 0);
-      direct = arena.take<T>(kGru ? rows * of.unit_stride : 0);
+      dc = arena.take<T>(of.lstm ? rows * of.unit_stride : 0);
+      direct = arena.take<T>(of.gru ? rows * of.unit_stride : 0);
       fed[0] = arena.take<Left>(kInPlace ? 0 : rows * of.gates_depth);
       fed[1] = arena.take<Left>(kInPlace ? 0 : rows * of.gates_depth);
       outer = arena.take<Left>(of.p.w_hr != nullptr ? rows * of.state_stride : 0);
@@ -114,23 +114,17 @@ class RecurrenceBackward {
   };
 
   void pack(int64_t i) const {
-    const auto from = [](const void* matrix, int64_t columns) {
-      const auto* rows = static_cast<const Storage*>(matrix);
-      return [rows, columns](int64_t k, int64_t j, int64_t count) {
-        return take<F>(rows + k * columns + j, count < kWidth ? int(count) : kWidth);
-      };
-    };
     if (i < blocks) {
-      return pack_panel<A, kFlatVectors>(from(p.w_hh, p.output_size), gates, i * kColumns, p.output_size,
-                                         w_hh + i * gates_depth * kColumns);
+      return pack_panel<A, kFlatVectors>(MatrixRows<Storage>{p.w_hh, p.output_size}, 0, gates, i * kColumns,
+                                         p.output_size, w_hh + i * gates_depth * kColumns);
     }
     i -= blocks;
     if (i < projection_blocks) {
-      return pack_panel<A, kFlatVectors>(from(p.w_hr, p.hidden_size), p.output_size, i * kColumns, p.hidden_size,
-                                         w_hr + i * state_depth * kColumns);
+      return pack_panel<A, kFlatVectors>(MatrixRows<Storage>{p.w_hr, p.hidden_size}, 0, p.output_size, i * kColumns,
+                                         p.hidden_size, w_hr + i * state_depth * kColumns);
     }
     i -= projection_blocks;
-    pack_panel<A, kFlatVectors>(from(p.w_ih, p.input_size), gates, i * kColumns, p.input_size,
+    pack_panel<A, kFlatVectors>(MatrixRows<Storage>{p.w_ih, p.input_size}, 0, gates, i * kColumns, p.input_size,
                                 w_ih + i * gates_depth * kColumns);
   }
 
@@ -166,10 +160,13 @@ class RecurrenceBackward {
     const auto* dc = static_cast<const Storage*>(p.grad_c_n);
     for (int64_t b = work.first_row; b < work.end_row; ++b) {
       const int64_t at = b - work.first_row;
+      for (int64_t k = gates; !kInPlace && k < gates_depth; ++k) {
+        scratch.fed[0][at * gates_depth + k] = scratch.fed[1][at * gates_depth + k] = Left{};
+      }
       for (int64_t j = 0; j < state_stride; j += kWidth) {
         store(scratch.dh + at * state_stride + j, upto(dh, b * p.output_size, j, p.output_size));
       }
-      if constexpr (kMode == CellMode::kLstm) {
+      if (lstm) {
         for (int64_t j = 0; j < unit_stride; j += kWidth) {
           store(scratch.dc + at * unit_stride + j, upto(dc, b * p.hidden_size, j, p.hidden_size));
         }
@@ -193,7 +190,7 @@ class RecurrenceBackward {
       T* to = scratch.dh + n * state_stride + j * kColumns;
       multiply_rows<A, kFlatVectors>(count, left, w_hh + j * gates_depth * kColumns, gates_depth, nullptr, 0, to,
                                      state_stride);
-      if (kGru || p.h_mask != nullptr) {
+      if (gru || p.h_mask != nullptr) {
         for (int r = 0; r < count; ++r) {
           for (int v = 0; v < kFlatVectors; ++v) {
             const int64_t at = r * state_stride + v * kWidth, column = j * kColumns + v * kWidth;
@@ -203,7 +200,7 @@ class RecurrenceBackward {
               const auto* mask = static_cast<const Storage*>(p.h_mask);
               value = value * upto(mask, (work.first_row + n + r) * p.output_size, column, p.output_size);
             }
-            if constexpr (kGru) {
+            if (gru) {
               load(scratch.direct + (n + r) * unit_stride + column, direct);
               value = value + direct;
             }
@@ -246,6 +243,16 @@ class RecurrenceBackward {
   }
 
   void step(const Work& work, const Scratch& scratch) const {
+    switch (p.mode) {
+      case CellMode::kLstm: return step_of<CellMode::kLstm>(work, scratch);
+      case CellMode::kGru: return step_of<CellMode::kGru>(work, scratch);
+      case CellMode::kTanh: return step_of<CellMode::kTanh>(work, scratch);
+      case CellMode::kRelu: return step_of<CellMode::kRelu>(work, scratch);
+    }
+  }
+
+  template <CellMode kMode>
+  __attribute__((noinline)) void step_of(const Work& work, const Scratch& scratch) const {
     const int64_t s = work.first_step, rows = rows_at(work, s), t = time_of(p, s);
     alignas(64) T tile[kRows * kColumns];
     for (int64_t j = work.first_block; j < work.end_block; ++j) {
@@ -255,7 +262,7 @@ class RecurrenceBackward {
           for (int v = 0; v < kFlatVectors; ++v) {
             const int64_t unit = j * kColumns + v * kWidth;
             if (unit >= p.hidden_size) break;
-            cell(work, scratch, s, n, unit, dh_at(work, scratch, t, n, unit));
+            cell<kMode>(work, scratch, s, n, unit, dh_at(work, scratch, t, n, unit));
           }
         }
         continue;
@@ -272,7 +279,7 @@ class RecurrenceBackward {
             if (unit >= p.hidden_size) break;
             F dh;
             load(tile + r * kColumns + v * kWidth, dh);
-            cell(work, scratch, s, n + r, unit, dh);
+            cell<kMode>(work, scratch, s, n + r, unit, dh);
           }
         }
         n += count;
@@ -281,9 +288,12 @@ class RecurrenceBackward {
   }
 
   // dG of a vector of units, and what reaches c and h of the step before.
+  template <CellMode kMode>
   FASTGEN_MEMBER void cell(const Work& work, const Scratch& scratch, int64_t s, int64_t n, int64_t unit, F dh) const {
     const int64_t t = time_of(p, s), b = work.first_row + n, row = row_number(p, t, b);
     const int count = lanes_from(unit, p.hidden_size);
+    constexpr bool kGru = kMode == CellMode::kGru;
+    constexpr int kGates = Gates<kMode>::kCount, kGradients = kGru ? 4 : kGates;
     const F one(T(1));
     F gradient[kGradients];
     if constexpr (kMode == CellMode::kLstm) {
@@ -384,7 +394,7 @@ class RecurrenceBackward {
         } else {
           Left* copy = scratch.copy + n * gates_depth;
           left[n] = copy;
-          if constexpr (kGru) {
+          if (gru) {
             A::copy_row(from, 2 * p.hidden_size, copy);
             A::copy_row(from + 3 * p.hidden_size, p.hidden_size, copy + 2 * p.hidden_size);
           } else {
@@ -392,7 +402,7 @@ class RecurrenceBackward {
           }
         }
       }
-      const int64_t split = kGru && kInPlace ? 2 * p.hidden_size : gates_depth;
+      const int64_t split = gru && kInPlace ? 2 * p.hidden_size : gates_depth;
       multiply_input(left, rows, 0, split, 0, scratch.sums);
       if (split < gates_depth) multiply_input(left, rows, split, gates_depth, p.hidden_size, scratch.sums);
       for (int64_t n = 0; n < rows; ++n) {
@@ -429,10 +439,10 @@ class RecurrenceBackward {
     const int64_t begin = work.first_block < gates ? work.first_block : gates;
     const int64_t end = work.end_block < gates ? work.end_block : gates;
     const int64_t own = 2 * p.hidden_size;  // from here on, a GRU's gates have columns of their own for the input
-    const int64_t middle = !kGru ? end : own < begin ? begin : own < end ? own : end;
-    using Product = TransposedProduct<Multiply<T>>;
+    const int64_t middle = !gru ? end : own < begin ? begin : own < end ? own : end;
+    using Product = TransposedProduct<A>;
     if (p.grad_w_ih != nullptr) {
-      const auto inputs = right_side(p.input_rows, nullptr);
+      const PointedRows<Storage> inputs{p.input_rows, nullptr};
       T* out = static_cast<T*>(p.grad_w_ih);
       Product::run(dg + begin, gate_stride, inputs, p.rows, middle - begin, p.input_size, out + begin * p.input_size,
                    work.scratch);
@@ -440,9 +450,9 @@ class RecurrenceBackward {
                    out + middle * p.input_size, work.scratch);
     }
     if (p.grad_w_hh != nullptr) {
-      Product::run(dg + begin, gate_stride, right_side(p.state_rows, p.h_mask == nullptr ? nullptr : p.mask_rows),
-                   p.rows, end - begin, p.output_size, static_cast<T*>(p.grad_w_hh) + begin * p.output_size,
-                   work.scratch);
+      const PointedRows<Storage> states{p.state_rows, p.h_mask == nullptr ? nullptr : p.mask_rows};
+      Product::run(dg + begin, gate_stride, states, p.rows, end - begin, p.output_size,
+                   static_cast<T*>(p.grad_w_hh) + begin * p.output_size, work.scratch);
     }
     if (p.grad_b_ih != nullptr) {
       add_up(dg + begin, middle - begin, static_cast<T*>(p.grad_b_ih) + begin);
@@ -451,23 +461,11 @@ class RecurrenceBackward {
     if (p.grad_b_hh != nullptr) add_up(dg + begin, end - begin, static_cast<T*>(p.grad_b_hh) + begin);
     if (p.grad_w_hr != nullptr && work.end_block > gates) {
       const int64_t first = (work.first_block > gates ? work.first_block : gates) - gates;
-      const auto* hidden = static_cast<const Storage*>(p.hidden);
       const int64_t columns = p.hidden_size;
-      const auto right = [hidden, columns](int64_t k, int64_t j, int64_t count) {
-        return take<F>(hidden + k * columns + j, count < kWidth ? int(count) : kWidth);
-      };
-      Product::run(static_cast<const Storage*>(p.grad_hidden) + first, p.output_size, right, p.rows,
-                   work.end_block - gates - first, columns, static_cast<T*>(p.grad_w_hr) + first * columns,
-                   work.scratch);
+      Product::run(static_cast<const Storage*>(p.grad_hidden) + first, p.output_size,
+                   MatrixRows<Storage>{p.hidden, columns}, p.rows, work.end_block - gates - first, columns,
+                   static_cast<T*>(p.grad_w_hr) + first * columns, work.scratch);
     }
-  }
-
-  static FASTGEN_MEMBER auto right_side(const void* const* rows, const void* const* masks) {
-    return [rows, masks](int64_t k, int64_t j, int64_t count) {
-      const int lanes = count < kWidth ? int(count) : kWidth;
-      const F value = take<F>(static_cast<const Storage*>(rows[k]) + j, lanes);
-      return masks == nullptr ? value : value * take<F>(static_cast<const Storage*>(masks[k]) + j, lanes);
-    };
   }
 
   // out[m] = sum over the rows of dG, in blocks as the products of the weights.
@@ -494,6 +492,7 @@ class RecurrenceBackward {
   }
 
   const RecurrentBackwardParams& p;
+  const bool lstm, gru;
   const int64_t gates, gate_stride;                       // G H, and elements of a row of grad_gates
   const int64_t gates_depth, state_depth;                 // rounded up to whole steps of the product
   const int64_t state_stride, unit_stride, input_stride;  // rounded up to whole panels
@@ -502,42 +501,18 @@ class RecurrenceBackward {
   int64_t packed_bytes;
 };
 
-template <template <CellMode, class, class> class Kernel, CellMode kMode, class Params, class Body>
-FASTGEN_FN void with_dtype(const Params& p, const Body& body) {
-  switch (p.dtype) {
-    case DType::kFloat64: return body(Kernel<kMode, double, Multiply<double>>(p));
-    case DType::kBFloat16: return body(Kernel<kMode, BFloat16, Multiply<float>>(p));
-    case DType::kFloat16: return body(Kernel<kMode, Float16, Multiply<float>>(p));
-    default: return body(Kernel<kMode, float, Multiply<float>>(p));
-  }
-}
-// Calls body(Kernel<mode, storage, arithmetic>(p)).
-template <template <CellMode, class, class> class Kernel, class Params, class Body>
-FASTGEN_FN void with_kernel(const Params& p, const Body& body) {
+// Calls body(kernel) with the kernel for the params' direction and mode, of a storage type and an arithmetic.
+template <class Storage, class A, class Body>
+FASTGEN_FN void with_mode(const RecurrentParams& p, const Body& body) {
   switch (p.mode) {
-    case CellMode::kLstm: return with_dtype<Kernel, CellMode::kLstm>(p, body);
-    case CellMode::kGru: return with_dtype<Kernel, CellMode::kGru>(p, body);
-    case CellMode::kTanh: return with_dtype<Kernel, CellMode::kTanh>(p, body);
-    case CellMode::kRelu: return with_dtype<Kernel, CellMode::kRelu>(p, body);
+    case CellMode::kLstm: return body(Recurrence<CellMode::kLstm, Storage, A>(p));
+    case CellMode::kGru: return body(Recurrence<CellMode::kGru, Storage, A>(p));
+    default: return body(Recurrence<CellMode::kTanh, Storage, A>(p));
   }
 }
-
-RecurrentSizes recurrent_sizes(const RecurrentParams& p, int64_t rows) {
-  RecurrentSizes sizes{};
-  with_kernel<Recurrence>(p, [&](const auto& kernel) { sizes = kernel.sizes(rows); });
-  return sizes;
+template <class Storage, class A, class Body>
+FASTGEN_FN void with_mode(const RecurrentBackwardParams& p, const Body& body) {
+  body(RecurrenceBackward<Storage, A>(p));
 }
-void recurrent(const RecurrentParams& p, const RecurrentWork& work) {
-  with_kernel<Recurrence>(p, [&](const auto& kernel) { kernel.run(work); });
-}
-RecurrentBackwardSizes recurrent_backward_sizes(const RecurrentBackwardParams& p, int64_t rows) {
-  RecurrentBackwardSizes sizes{};
-  with_kernel<RecurrenceBackward>(p, [&](const auto& kernel) { sizes = kernel.sizes(rows); });
-  return sizes;
-}
-void recurrent_backward(const RecurrentBackwardParams& p, const RecurrentBackwardWork& work) {
-  with_kernel<RecurrenceBackward>(p, [&](const auto& kernel) { kernel.run(work); });
-}
-
 }  // namespace
 }  // namespace fastgen

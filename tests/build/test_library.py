@@ -79,7 +79,7 @@ def test_bindings_include_the_stable_headers_only(folder):
         assert [i for i in of_torch if not i.startswith(allowed)] == [], path.name
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_no_weak_symbols_in_the_vector_objects(cpp_cache, isa):
     """The linker keeps one of several weak bodies, maybe this one, and then runs it on a CPU that cannot."""
     script = setup_script()

@@ -218,7 +218,7 @@ def test_the_program_is_the_command_line() -> None:
 def test_a_variable_that_cannot_be_is_one_line() -> None:
     ended = program("", "doctor", FASTGEN_CPU_ISA="bogus")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "error: FASTGEN_CPU_ISA: expected one of generic, avx2, avx512, got 'bogus'\n"
+    assert ended.stderr == "error: FASTGEN_CPU_ISA: expected one of generic, avx2, avx512, avx512_bf16, got 'bogus'\n"
     assert "Traceback" in program("", "doctor", FASTGEN_CPU_ISA="bogus", FASTGEN_TRACEBACK="1").stderr
 
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import ROOT, build, compiler, setup_script
+from support import ALL_ISAS, ROOT, build, compiler, setup_script
 
 # Unoptimised code keeps every access, and compiles fastest. Null and alignment checks would double the time; ASan
 # stops at null as well.
@@ -30,6 +30,7 @@ def driver(cpp_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(cpp_cache, "kernels_test", [*units, [*common, "tests/cpp/kernels_test.cpp"]], SANITIZE)
 
 
+@pytest.mark.parametrize("isa", ALL_ISAS)
 def test_kernels(driver, isa):
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     done = subprocess.run([driver, isa], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **options})
