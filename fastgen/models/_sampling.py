@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -577,13 +577,21 @@ def _row_seeds(seed: Seed, n: int, state: GenerationState | None) -> Tensor:
         return state.seeds
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64) + torch.arange(n)
-    seeds = [(seed + row) % _UINT64 for row in range(n)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != n:
-        raise ValueError(f"seed: expected one, or one for each of the {n} rows, got {len(seeds)}")
-    for value in seeds if not isinstance(seed, int) else (seed,):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _UINT64:
-            raise ValueError(f"seed: expected ints from 0 to 2**64 - 1, got {value!r}")
+    if isinstance(seed, Iterable):
+        seeds = [_seed(item) for item in seed]
+        if len(seeds) != n:
+            raise ValueError(f"seed: expected one, or one for each of the {n} rows, got {len(seeds)}")
+    else:
+        first = _seed(seed)
+        seeds = [(first + row) % _UINT64 for row in range(n)]
     return torch.tensor([value - _UINT64 if value >= _UINT64 // 2 else value for value in seeds])
+
+
+def _seed(value: Any) -> int:
+    seed = _validate.integer("seed", value, 0)
+    if seed >= _UINT64:
+        raise ValueError(f"seed: expected an int under 2**64, got {value!r}")
+    return seed
 
 
 def _kind(value: Any) -> str:

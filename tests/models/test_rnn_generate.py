@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,6 +158,8 @@ def test_seeds() -> None:
     rows = LSTM.generate("ab", 30, seed=5, n=3)
     assert rows == [LSTM.generate("ab", 30, seed=5 + row) for row in range(3)]
     assert len(set(rows)) == 3
+    assert LSTM.generate("ab", 30, seed=np.array([5, 6, 7]), n=3) == rows
+    assert LSTM.generate("ab", 30, seed=np.int64(5)) == rows[0]
     last = 2**64 - 1
     assert LSTM.generate("ab", 30, seed=last, n=2)[1] == LSTM.generate("ab", 30, seed=0)
     torch.manual_seed(11)
@@ -398,7 +401,9 @@ def test_a_series_in_parts_and_in_a_stream() -> None:
         ("a", {"stop": 10}, "stop: expected tokens 0 to 9, got 10"),
         ("a", {"stop": "z"}, "stop: text: 'z' in line 1"),
         ("a", {"seed": [1, 2]}, "seed: expected one, or one for each of the 1 rows, got 2"),
-        ("a", {"seed": -1}, "seed: expected ints from 0 to"),
+        ("a", {"seed": -1}, "seed: expected an int of at least 0, got -1"),
+        ("a", {"seed": [2**64]}, "seed: expected an int under 2[*][*]64, got 18446744073709551616"),
+        ("a", {"seed": 1.5}, "seed: expected an int of at least 0, got 1.5"),
         ("a", {"n": 0}, "n: expected an int of at least 1, got 0"),
         ("a", {"stream": True, "return_state": True}, "return_state: expected False where stream is True"),
     ],
