@@ -170,8 +170,14 @@ class _Recurrent(torch.autograd.Function):
         return None, None, None, *(grad if want else None for grad, want in zip(results, wanted, strict=True))
 
 
+_MANY_ROWS = 8  # measured: from here on the sequence's backward is as fast as PyTorch's products, then up to twice
+
+
 class _RecurrentCell(torch.autograd.Function):
-    """The op gives the gradients before the four products, which are taken here."""
+    """The gradient for few rows: an op for what is in front of the four products, which are taken here.
+
+    For many rows packing the weights pays, and a step is a sequence of one.
+    """
 
     @staticmethod
     def forward(ctx: Any, mode: int, *operands: Tensor | None) -> Any:
@@ -194,7 +200,19 @@ class _RecurrentCell(torch.autograd.Function):
                 return _plain_cell(mode, *operands)[:2]
 
             return None, *_through(forward, operands, wanted, (grad_h, grad_c))
-        input, h, c, w_ih, w_hh, _, _ = operands
+        input, h, c, w_ih, w_hh, b_ih, b_hh = operands
+        if h.shape[0] >= _MANY_ROWS:
+            # The wanted results of a sequence of one step, which come in another order.
+            order = (0, 6, 7, 1, 2, 3, 4)
+            needs = sum(1 << i for i, want in zip(order, wanted, strict=True) if want)
+            cells = c_1 if c is None else c_1[None].to(work_dtype(c_1.dtype))
+            saved = h_1[None], gates[None] if gates.dim() > 1 else gates, cells
+            grad_output = None if grad_h is None else grad_h[None]
+            weights = w_ih, w_hh, b_ih, b_hh, None
+            found = _recurrent_backward(
+                mode, grad_output, None, grad_c, input[None], None, *weights, h, c, None, *saved, False, False, needs
+            )
+            return None, *(found[i] if want else None for i, want in zip(order, wanted, strict=True))
         from_input, from_state, direct, to_c = _recurrent_cell_backward(mode, grad_h, grad_c, h, c, h_1, c_1, gates)
         if mode != Mode.GRU:
             from_state = from_input
