@@ -58,11 +58,17 @@ def _fastgen(
 ) -> None:
     """Generative models on hand-built CPU and CUDA kernels.
 
-    A first run, on 5,000 digits that come with the extra `demo`:
+    A first run, with the data of the extra `demo`, on 5,000 digits or on Shakespeare:
 
         fastgen train vae --data mnist --out runs/digits
 
         fastgen generate runs/digits --n 64 --seed 1 --out digits.png
+
+        fastgen train rnn --data shakespeare --out runs/plays
+
+        fastgen generate runs/plays --prompt "HAMLET:" --stream
+
+    Each command explains itself: fastgen train vae --help, and so on.
     """
 
 

@@ -38,7 +38,8 @@ def bench(
 
     Every answer is checked before it is timed; rivals take turns, so that a busy machine slows all of them
     alike; beside them runs a plain pass over the same bytes, which nothing can beat. Close other programs all
-    the same: the column +- tells how much the machine swung. Exit code 1 if an answer of fastgen is wrong.
+    the same: the column +- tells how much the machine swung, and a figure with a ? was disturbed too much to
+    be used. Exit code 1 if an answer of fastgen is wrong.
 
     Examples:
 

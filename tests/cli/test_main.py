@@ -46,6 +46,9 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     commands = [text.index(f"\u2502 {command} ") for command in ("train", "generate", "bench", "doctor")]
     assert commands == sorted(commands)
+    # The first steps of each family of models, and where to read on.
+    for words in ("fastgen train vae --data", "fastgen train rnn --data", "--prompt", "fastgen train vae --help"):
+        assert words in text
 
 
 @pytest.mark.parametrize("command", ["train vae", "generate", "bench", "doctor"])

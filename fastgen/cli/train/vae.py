@@ -45,10 +45,12 @@ def train_vae(
             panel="Data",
         ),
     ] = None,
-    latent_dim: Annotated[int | None, option("Dimensions of z.", default=_MODEL.latent_dim, panel="Model")] = None,
+    latent_dim: Annotated[
+        int | None, option("Numbers that stand for an image: z.", default=_MODEL.latent_dim, panel="Model")
+    ] = None,
     architecture: Annotated[
         str | None,
-        option("mlp, or conv for sides of 8 pixels and more.", default=_MODEL.architecture, panel="Model"),
+        option("conv, for sides of 8 pixels and more, or mlp, for any.", default=_MODEL.architecture, panel="Model"),
     ] = None,
     hidden_sizes: Annotated[
         str | None,
@@ -64,10 +66,20 @@ def train_vae(
         float | None, option("Of dense hidden layers, from 0 to under 1.", default=_MODEL.dropout, panel="Model")
     ] = None,
     likelihood: Annotated[
-        str | None, option("bernoulli or gaussian.", default=_MODEL.likelihood, panel="Model")
+        str | None,
+        option(
+            "bernoulli, for drawings in black and white, or gaussian, for photographs.",
+            default=_MODEL.likelihood,
+            panel="Model",
+        ),
     ] = None,
     beta: Annotated[
-        float | None, option("Weight of the KL divergence; 1 is the bound.", default=_MODEL.beta, panel="Model")
+        float | None,
+        option(
+            "Weight of the KL divergence: 1 maximises the bound, more makes z simpler.",
+            default=_MODEL.beta,
+            panel="Model",
+        ),
     ] = None,
     kl_warmup: Annotated[
         int | None,
@@ -78,7 +90,12 @@ def train_vae(
         option("KL that a latent dimension has at no cost, in nats.", default=_MODEL.free_bits, panel="Model"),
     ] = None,
     conditional: Annotated[
-        bool | None, typer.Option("--conditional", help="Tell the model the labels.", rich_help_panel="Model")
+        bool | None,
+        typer.Option(
+            "--conditional",
+            help="Tell the model the labels: generate can then be asked for a class.",
+            rich_help_panel="Model",
+        ),
     ] = None,
     epochs: Annotated[int | None, option("Passes over the data.", default=_TRAINING.epochs, panel="Training")] = None,
     max_steps: options.MaxSteps = None,
