@@ -36,7 +36,7 @@ class Mode(IntEnum):
     @property
     def gates(self) -> int:
         """G: how many blocks of H rows the weights have."""
-        return (4, 3, 1, 1)[self]
+        return 4 if self is Mode.LSTM else 3 if self is Mode.GRU else 1
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
