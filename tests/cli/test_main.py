@@ -51,7 +51,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in text
 
 
-@pytest.mark.parametrize("command", ["train vae", "generate", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["train vae", "train rnn", "generate", "bench", "doctor"])
 def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
