@@ -153,6 +153,8 @@ class _Recurrent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         mode, batch_first, reverse = ctx.options
+        if mode != Mode.LSTM:
+            grads = (*grads[:2], None)  # a compiled graph makes zeros for the empty c_n
         *operands, output, gates, cells = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         if grads[0] is None and grads[1] is None and grads[2] is None:
@@ -190,6 +192,8 @@ class _RecurrentCell(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None) -> Any:
         mode = ctx.mode
+        if mode != Mode.LSTM:
+            grad_c = None  # as above
         *operands, h_1, c_1, gates = ctx.saved_tensors
         _, *wanted = ctx.needs_input_grad
         if grad_h is None and grad_c is None:
