@@ -277,10 +277,11 @@ def uniform(
     dtype: torch.dtype | None = None,
     device: Device = None,
 ) -> Tensor:
-    """Uniform numbers in [low, high), never `high` itself in any dtype.
+    """Uniform numbers in [low, high), never below `low` nor `high` itself in any dtype.
 
-    The resolution is that of the dtype's significand: 2^-53, 2^-24, 2^-11 (float16), 2^-8 (bfloat16) of
-    the width. Arguments as for `normal`; low < high.
+    A `low` that the dtype does not have is rounded up to the next number that it has. The resolution is that of the
+    dtype's significand: 2^-53, 2^-24, 2^-11 (float16), 2^-8 (bfloat16) of the width. Arguments as for `normal`;
+    low < high, with a number of the dtype between them.
     """
     dtype = _dtype(dtype, _FLOATS)
     limit = torch.finfo(dtype).max
@@ -289,8 +290,25 @@ def uniform(
         raise ValueError(
             f"low, high: expected low < high, each and their distance finite in {name}, got {low} and {high}"
         )
+    first = _round_up(float(low), dtype)
+    if not first < high:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"low, high: expected a number of {name} in [low, high), got {low} and {high}")
     seed_offset, shape = _resolve(size, generator, device)
-    return torch.ops.fastgen.uniform(seed_offset, shape, dtype, float(low), float(high))
+    return torch.ops.fastgen.uniform(seed_offset, shape, dtype, first, float(high))
+
+
+# Bits of the significand, and the exponent (of math.frexp) of the least normal number.
+_PRECISION = {torch.float32: (24, -125), torch.bfloat16: (8, -125), torch.float16: (11, -13)}
+
+
+def _round_up(value: float, dtype: torch.dtype) -> float:
+    """The least number of `dtype` that is not below `value`: what is added to it then never rounds to below it."""
+    if dtype == torch.float64 or value == 0.0:
+        return value
+    bits, least = _PRECISION[dtype]
+    unit = max(math.frexp(value)[1], least) - bits
+    return math.ldexp(math.ceil(math.ldexp(value, -unit)), unit)
 
 
 def exponential(

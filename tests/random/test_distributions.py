@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from support import FLOATS
 
 from fastgen import random
@@ -64,6 +66,28 @@ def test_uniform_kolmogorov_smirnov(dtype):
     assert scipy.stats.kstest(u, "uniform", args=(-2, 8)).pvalue > 1e-4
     assert u.min() >= -2
     assert u.max() < 6
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(low=st.floats(-1e4, 1e4), width=st.floats(1e-6, 1e4))
+@example(low=0.7, width=0.01)  # the nearest bfloat16 is under 0.7
+@example(low=-1e-9, width=1.0)  # less than the least float16
+@settings(max_examples=30)
+def test_uniform_keeps_to_its_limits_in_every_dtype(dtype, low, width):
+    high = low + width
+    near = torch.tensor(low, dtype=torch.float64).to(dtype)
+    above = torch.nextafter(near, torch.tensor(math.inf, dtype=dtype))
+    if not any(low <= float(value) < high for value in (near, above)):
+        with pytest.raises(ValueError, match=r"^low, high: expected a number of "):
+            random.uniform(300, low=low, high=high, dtype=dtype)
+        return
+    u = random.uniform(300, low=low, high=high, generator=Generator(8), dtype=dtype)
+    assert low <= float(u.double().min()) <= float(u.double().max()) < high
+
+
+def test_uniform_without_a_number_between_its_limits():
+    with pytest.raises(ValueError, match=r"expected a number of bfloat16 in \[low, high\), got 1.001 and 1.002$"):
+        random.uniform(3, low=1.001, high=1.002, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
