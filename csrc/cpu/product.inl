@@ -157,6 +157,32 @@ FASTGEN_FN int next_tile(int64_t left) {
   return int((left + tiles - 1) / tiles);
 }
 
+constexpr int64_t kDepthBlock = 128;  // rows of a panel that stay in L1 while the left side passes by
+constexpr int64_t kGroupRows = 64;    // rows that pass by together, where their sums have to wait on the stack
+
+// The same for any number of rows: the panel goes through L1 once, and sums wait in `out`.
+template <class A, int kVectors>
+__attribute__((noinline)) void multiply_panel(int64_t rows, const typename A::Left* const* left,
+                                              const typename A::Right* panel, int64_t depth, const typename A::T* start,
+                                              int64_t start_stride, typename A::T* out, int64_t out_stride) {
+  constexpr int64_t kColumns = kVectors * kLanes<typename A::T>;
+  const int64_t block = rows <= kTileRows<kVectors> ? depth : kDepthBlock;
+  for (int64_t k = 0; k < depth; k += block) {
+    for (int64_t n = 0; n < rows;) {
+      const int count = next_tile<kVectors>(rows - n);
+      const typename A::Left* from[kTileRows<kVectors>];
+      for (int r = 0; r < count; ++r) from[r] = left[n + r] + k;
+      typename A::T* to = out + n * out_stride;
+      multiply_rows<A, kVectors>(count, from, panel + k * kColumns, depth - k < block ? depth - k : block,
+                                 k > 0              ? to
+                                 : start == nullptr ? nullptr
+                                                    : start + n * start_stride,
+                                 k > 0 ? out_stride : start_stride, to, out_stride);
+      n += count;
+    }
+  }
+}
+
 // A right side as it stands, its rows along the columns of the result, by number of the row and in vectors of columns:
 // a matrix,
 template <class Storage>
@@ -202,15 +228,15 @@ __attribute__((noinline)) void pack_panel(const Rows& rows, int64_t begin, int64
 }
 
 constexpr int kFlatVectors = 4;        // of a panel whose columns have no structure
-constexpr int64_t kDepthBlock = 128;   // rows of a panel that stay in L1 while the left side passes by
-constexpr int64_t kColumnBlock = 512;  // columns of the right side that stay in L2
+constexpr int64_t kColumnBlock = 512;  // columns of right sides that stay in L2
 constexpr int64_t kRowGroup = 96;      // rows of the left side that are packed at once
 
 // out[m][n] = sum over k of left[k][m] * right(k, n): products with the left side transposed, as the gradients of
 // weights are. The sum is made in blocks of kDepthBlock, added up in order: as with any cascade, its error grows with
 // the root of the number of blocks only.
 //
-// left rows are `left_stride` elements apart, with room to read a vector behind the last element.
+// left rows are `left_stride` elements apart, with room to read a vector behind the last element. Several right sides
+// share the work of packing the left one.
 template <class A>
 struct TransposedProduct {
   using T = typename A::T;
@@ -226,34 +252,56 @@ struct TransposedProduct {
            int64_t(sizeof(Left)) * (kDepthBlock * kGroup + kWidth * A::kDepth);
   }
 
+  template <class Rows>
+  struct Target {
+    Rows right;
+    int64_t columns;
+    T* out;  // [rows, columns]
+  };
+
   template <class Storage, class Rows>
-  static __attribute__((noinline)) void run(const Storage* left, int64_t left_stride, const Rows& right, int64_t depth,
-                                            int64_t rows, int64_t columns, T* out, void* scratch) {
+  static __attribute__((noinline)) void run(const Storage* left, int64_t left_stride, int64_t depth, int64_t rows,
+                                            const Target<Rows>* targets, int count, void* scratch) {
     if (rows <= 0) return;
     Right* panels = static_cast<Right*>(scratch);
     Left* packed = reinterpret_cast<Left*>(panels + kDepthBlock * kColumnBlock);
-    for (int64_t n = 0; n < columns; n += kColumnBlock) {
-      const int64_t width = columns - n < kColumnBlock ? columns - n : kColumnBlock;
-      for (int64_t k = 0; k < depth; k += kDepthBlock) {
+    // The panels of all targets in a row, as many at a time as stay in L2.
+    struct {
+      const Target<Rows>* target;
+      int64_t first;  // column
+    } panel[kColumnBlock / kColumns];
+    int found = 0;
+    const auto flush = [&] {
+      for (int64_t k = 0; k < depth && found > 0; k += kDepthBlock) {
         const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
         const int64_t deep = round_up<int64_t>(block, A::kDepth);
-        for (int64_t j = 0; j < width; j += kColumns) {
-          pack_panel<A, kFlatVectors>(right, k, block, n + j, columns, panels + j * deep);
+        for (int j = 0; j < found; ++j) {
+          pack_panel<A, kFlatVectors>(panel[j].target->right, k, block, panel[j].first, panel[j].target->columns,
+                                      panels + j * kColumns * deep);
         }
         for (int64_t m = 0; m < rows; m += kGroup) {
           const int64_t group = rows - m < kGroup ? rows - m : kGroup;
           pack_left(left + k * left_stride + m, left_stride, block, group, packed);
-          for (int64_t j = 0; j < width; j += kColumns) {
+          for (int j = 0; j < found; ++j) {
+            const int64_t columns = panel[j].target->columns, first = panel[j].first;
+            T* out = panel[j].target->out + m * columns + first;
             for (int64_t i = 0; i < group; i += kRows) {
               alignas(64) T tile[kRows * kColumns];
-              multiply_packed(packed + i * deep, panels + j * deep, deep, tile);
-              add(tile, group - i < kRows ? group - i : kRows, width - j, k == 0, out + (m + i) * columns + n + j,
-                  columns);
+              multiply_packed(packed + i * deep, panels + j * kColumns * deep, deep, tile);
+              add(tile, group - i < kRows ? group - i : kRows, columns - first, k == 0, out + i * columns, columns);
             }
           }
         }
       }
+      found = 0;
+    };
+    for (int t = 0; t < count; ++t) {
+      for (int64_t n = 0; n < targets[t].columns; n += kColumns) {
+        panel[found++] = {targets + t, n};
+        if (found == kColumnBlock / kColumns) flush();
+      }
     }
+    flush();
   }
 
  private:

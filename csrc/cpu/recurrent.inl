@@ -24,6 +24,12 @@ struct Gates {
 
 constexpr int64_t kChunkBytes = 1 << 18;  // of input products: they stay in L2 beside the recurrent weights
 
+// Weights that do not stay in L2 have to serve this many rows of input each time they pass by.
+constexpr int64_t kLargeWeights = 1 << 20;
+constexpr int64_t kInputRows = 192;
+
+constexpr int64_t kFewRows = 8;  // of a batch: its rows are not dealt out to threads
+
 // Memory carved off one block, each piece on a line of its own; from null, it counts bytes.
 class Arena {
  public:
@@ -76,9 +82,10 @@ class Recurrence {
         state_stride(round_up<int64_t>(p.output_size, kFlatColumns)),
         unit_stride(round_up<int64_t>(p.hidden_size, kUnits)),
         blocks(unit_stride / kUnits),
+        packs_input(p.batch >= kFewRows || chunk_steps(p.batch) < p.steps),
         projection_blocks(p.w_hr == nullptr ? 0 : state_stride / kFlatColumns) {
     Arena arena(p.packed);
-    w_ih = arena.take<Right>(blocks * input_depth * kColumns);
+    w_ih = arena.take<Right>(packs_input ? blocks * input_depth * kColumns : 0);
     w_hh = arena.take<Right>(blocks * state_depth * kColumns);
     w_hr = arena.take<Right>(projection_blocks * units_depth * kFlatColumns);
     bias = arena.take<T>(blocks * kColumns);
@@ -120,23 +127,24 @@ class Recurrence {
     T* h;              // the same unmasked and unrounded, where that is not fed[] itself
     T* c;              // [rows][unit_stride]
     Left* raw;         // [rows][unit_stride]: the h before the projection
-    T* from_input;     // [chunk rows][blocks][kColumns]: bias + W_ih x
+    T* from_input;     // [blocks][chunk_rows][kColumns]: bias + W_ih x
     Left* input_copy;  // [chunk rows][input_depth]
     const Left** input_rows;
     int64_t* step_start;  // [chunk]: where in the chunk a step's rows begin
-    int64_t bytes;
+    int64_t chunk_rows, bytes;
 
     FASTGEN_MEMBER Scratch(const Recurrence& of, void* base, int64_t rows) {
       const int64_t steps = of.chunk_steps(rows);
+      chunk_rows = steps * rows;
       Arena arena(base);
       fed[0] = arena.take<Left>(rows * of.state_stride);
       fed[1] = arena.take<Left>(rows * of.state_stride);
       h = of.keeps_h() ? arena.take<T>(rows * of.state_stride) : nullptr;
       c = arena.take<T>(kMode == CellMode::kLstm ? rows * of.unit_stride : 0);
       raw = arena.take<Left>(of.p.w_hr != nullptr ? rows * of.unit_stride : 0);
-      from_input = arena.take<T>(steps * rows * of.blocks * kColumns);
-      input_copy = arena.take<Left>(kCopyInput ? steps * rows * of.input_depth : 0);
-      input_rows = arena.take<const Left*>(steps * rows);
+      from_input = arena.take<T>(chunk_rows * of.blocks * kColumns);
+      input_copy = arena.take<Left>(kCopyInput ? chunk_rows * of.input_depth : 0);
+      input_rows = arena.take<const Left*>(chunk_rows);
       step_start = arena.take<int64_t>(steps + 1);
       bytes = arena.used();
     }
@@ -145,9 +153,11 @@ class Recurrence {
   bool keeps_h() const { return p.h_mask != nullptr || sizeof(Left) != sizeof(T); }
 
   int64_t chunk_steps(int64_t rows) const {
-    const int64_t fitting = kChunkBytes / (blocks * kColumns * int64_t(sizeof(T)));
-    const int64_t wanted =
-        (fitting < 2 * kTileRows<kVectors> ? 2 * kTileRows<kVectors> : fitting) / (rows < 1 ? 1 : rows);
+    const int64_t row = blocks * kColumns * int64_t(sizeof(T));
+    const int64_t weights = blocks * kColumns * input_depth * int64_t(sizeof(Right));
+    const int64_t enough = weights > kLargeWeights ? kInputRows : 2 * kTileRows<kVectors>;
+    const int64_t fitting = kChunkBytes / row;
+    const int64_t wanted = (fitting < enough ? enough : fitting) / (rows < 1 ? 1 : rows);
     return wanted < 1 ? 1 : wanted < p.steps ? wanted : p.steps;
   }
 
@@ -169,22 +179,34 @@ class Recurrence {
       return;
     }
     for (int v = 0; v < kVectors; ++v) {
-      const int gate = v / G::kUnitVectors;
-      const Storage *rows_ih[kWidth], *rows_hh[kWidth];
       for (int lane = 0; lane < kWidth; ++lane) {
-        const int64_t unit = i * kUnits + v % G::kUnitVectors * kWidth + lane;
-        const bool exists = unit < p.hidden_size;
-        const int64_t row = gate * p.hidden_size + unit;
-        rows_ih[lane] = exists ? from_ih + row * p.input_size : nullptr;
-        rows_hh[lane] = exists ? from_hh + row * p.output_size : nullptr;
-        const T from_x = exists && p.b_ih != nullptr ? widen(static_cast<const Storage*>(p.b_ih)[row]) : T(0);
-        const T from_h = exists && p.b_hh != nullptr ? widen(static_cast<const Storage*>(p.b_hh)[row]) : T(0);
-        const bool apart = kMode == CellMode::kGru && gate == 2;
+        const int64_t row = weight_row(i, v, lane);
+        const T from_x = row >= 0 && p.b_ih != nullptr ? widen(static_cast<const Storage*>(p.b_ih)[row]) : T(0);
+        const T from_h = row >= 0 && p.b_hh != nullptr ? widen(static_cast<const Storage*>(p.b_hh)[row]) : T(0);
+        const bool apart = kMode == CellMode::kGru && v == 2;
         bias[i * kColumns + v * kWidth + lane] = apart ? from_x : from_x + from_h;
         if (apart) bias_hn[i * kUnits + lane] = from_h;
       }
-      A::pack(rows_ih, p.input_size, kColumns, w_ih + i * input_depth * kColumns + v * kWidth * A::kDepth);
-      A::pack(rows_hh, p.output_size, kColumns, w_hh + i * state_depth * kColumns + v * kWidth * A::kDepth);
+    }
+    pack_gates(from_hh, p.output_size, i, 0, p.output_size, w_hh + i * state_depth * kColumns);
+    if (packs_input) pack_gates(from_ih, p.input_size, i, 0, p.input_size, w_ih + i * input_depth * kColumns);
+  }
+
+  // Row of the weights that a lane of a panel's vector has; -1 past the last unit.
+  FASTGEN_MEMBER int64_t weight_row(int64_t block, int v, int lane) const {
+    const int64_t unit = block * kUnits + v % G::kUnitVectors * kWidth + lane;
+    return unit < p.hidden_size ? v / G::kUnitVectors * p.hidden_size + unit : -1;
+  }
+
+  // The panel of a block of units, of columns [k, k + depth) of a matrix of weights.
+  void pack_gates(const Storage* matrix, int64_t columns, int64_t block, int64_t k, int64_t depth, Right* out) const {
+    for (int v = 0; v < kVectors; ++v) {
+      const Storage* rows[kWidth];
+      for (int lane = 0; lane < kWidth; ++lane) {
+        const int64_t row = weight_row(block, v, lane);
+        rows[lane] = row >= 0 ? matrix + row * columns + k : nullptr;
+      }
+      A::pack(rows, depth, kColumns, out + v * kWidth * A::kDepth);
     }
   }
 
@@ -263,12 +285,25 @@ class Recurrence {
   void multiply_input(const RecurrentWork& work, const Scratch& scratch) const {
     const int64_t count = scratch.step_start[work.end_step - work.first_step];
     for (int64_t u = work.first_block; u < work.end_block; ++u) {
-      for (int64_t n = 0; n < count;) {
-        const int tile = next_tile<kVectors>(count - n);
-        multiply_rows<A, kVectors>(tile, scratch.input_rows + n, w_ih + u * input_depth * kColumns, input_depth,
-                                   bias + u * kColumns, 0, scratch.from_input + (n * blocks + u) * kColumns,
-                                   blocks * kColumns);
-        n += tile;
+      T* out = scratch.from_input + u * scratch.chunk_rows * kColumns;
+      if (packs_input) {
+        multiply_panel<A, kVectors>(count, scratch.input_rows, w_ih + u * input_depth * kColumns, input_depth,
+                                    bias + u * kColumns, 0, out, kColumns);
+        continue;
+      }
+      alignas(64) Right panel[kDepthBlock * kColumns];
+      for (int64_t k = 0; k < input_depth; k += kDepthBlock) {
+        const int64_t depth = input_depth - k < kDepthBlock ? input_depth - k : kDepthBlock;
+        pack_gates(static_cast<const Storage*>(p.w_ih), p.input_size, u, k,
+                   p.input_size - k < depth ? p.input_size - k : depth, panel);
+        const Left* left[kGroupRows];
+        for (int64_t n = 0; n < count; n += kGroupRows) {
+          const int64_t rows = count - n < kGroupRows ? count - n : kGroupRows;
+          for (int64_t r = 0; r < rows; ++r) left[r] = scratch.input_rows[n + r] + k;
+          T* to = out + n * kColumns;
+          multiply_panel<A, kVectors>(rows, left, panel, depth, k == 0 ? bias + u * kColumns : to,
+                                      k == 0 ? 0 : kColumns, to, kColumns);
+        }
       }
     }
   }
@@ -277,34 +312,32 @@ class Recurrence {
   void step(const RecurrentWork& work, const Scratch& scratch) const {
     const int64_t s = work.first_step, t = time_of(p, s), rows = rows_at(work, t);
     const int64_t first = scratch.step_start[s % chunk_steps(work.end_row - work.first_row)];
-    const Left* fed = scratch.fed[s & 1];
-    alignas(64) T tile[Isa::kSums * kWidth];
-    for (int64_t u = work.first_block; u < work.end_block; ++u) {
-      for (int64_t n = 0; n < rows;) {
-        const int count = next_tile<kVectors>(rows - n);
-        const Left* left[kTileRows<kVectors>];
-        for (int r = 0; r < count; ++r) left[r] = fed + (n + r) * state_stride;
-        const T* from_input = scratch.from_input + ((first + n) * blocks + u) * kColumns;
-        const Right* panel = w_hh + u * state_depth * kColumns;
+    alignas(64) T sums[kGroupRows * kColumns];
+    const Left* left[kGroupRows];
+    for (int64_t i = work.first_block; i < work.end_block; ++i) {
+      // Back and forth: the panels that the last step used last are still in cache.
+      const int64_t u = s % 2 == 0 ? i : work.first_block + work.end_block - 1 - i;
+      const Right* panel = w_hh + u * state_depth * kColumns;
+      for (int64_t n = 0; n < rows; n += kGroupRows) {
+        const int64_t count = rows - n < kGroupRows ? rows - n : kGroupRows;
+        for (int64_t r = 0; r < count; ++r) left[r] = scratch.fed[s & 1] + (n + r) * state_stride;
+        const T* from_input = scratch.from_input + (u * scratch.chunk_rows + first + n) * kColumns;
+        const T* begin = from_input;
         if constexpr (kMode == CellMode::kGru) {
           // W_hn h + b_hn stays by itself: r multiplies it.
           F value;
-          for (int r = 0; r < count; ++r) {
-            for (int v = 0; v < 2; ++v) {
-              load(from_input + r * blocks * kColumns + v * kWidth, value);
-              store(tile + r * kColumns + v * kWidth, value);
+          for (int64_t r = 0; r < count; ++r) {
+            for (int v = 0; v < 3; ++v) {
+              load(v < 2 ? from_input + r * kColumns + v * kWidth : bias_hn + u * kUnits, value);
+              store(sums + r * kColumns + v * kWidth, value);
             }
-            load(bias_hn + u * kUnits, value);
-            store(tile + r * kColumns + 2 * kWidth, value);
           }
-          multiply_rows<A, kVectors>(count, left, panel, state_depth, tile, kColumns, tile, kColumns);
-        } else {
-          multiply_rows<A, kVectors>(count, left, panel, state_depth, from_input, blocks * kColumns, tile, kColumns);
+          begin = sums;
         }
-        for (int r = 0; r < count; ++r) {
-          cell(work, scratch, t, n + r, u, tile + r * kColumns, from_input + r * blocks * kColumns);
+        multiply_panel<A, kVectors>(count, left, panel, state_depth, begin, kColumns, sums, kColumns);
+        for (int64_t r = 0; r < count; ++r) {
+          cell(work, scratch, t, n + r, u, sums + r * kColumns, from_input + r * kColumns);
         }
-        n += count;
       }
     }
   }
@@ -362,24 +395,23 @@ class Recurrence {
 
   void project(const RecurrentWork& work, const Scratch& scratch) const {
     const int64_t t = time_of(p, work.first_step), rows = rows_at(work, t);
-    alignas(64) T tile[Isa::kSums * kWidth];
+    alignas(64) T sums[kGroupRows * kFlatColumns];
+    const Left* left[kGroupRows];
     for (int64_t j = work.first_block; j < work.end_block; ++j) {
-      for (int64_t n = 0; n < rows;) {
-        const int count = next_tile<kFlatVectors>(rows - n);
-        const Left* left[kTileRows<kFlatVectors>];
-        for (int r = 0; r < count; ++r) left[r] = scratch.raw + (n + r) * unit_stride;
-        multiply_rows<A, kFlatVectors>(count, left, w_hr + j * units_depth * kFlatColumns, units_depth, nullptr, 0,
-                                       tile, kFlatColumns);
-        for (int r = 0; r < count; ++r) {
+      for (int64_t n = 0; n < rows; n += kGroupRows) {
+        const int64_t count = rows - n < kGroupRows ? rows - n : kGroupRows;
+        for (int64_t r = 0; r < count; ++r) left[r] = scratch.raw + (n + r) * unit_stride;
+        multiply_panel<A, kFlatVectors>(count, left, w_hr + j * units_depth * kFlatColumns, units_depth, nullptr, 0,
+                                        sums, kFlatColumns);
+        for (int64_t r = 0; r < count; ++r) {
           for (int v = 0; v < kFlatVectors; ++v) {
             const int64_t output = j * kFlatColumns + v * kWidth;
             if (output >= p.output_size) break;
             F h;
-            load(tile + r * kFlatColumns + v * kWidth, h);
+            load(sums + r * kFlatColumns + v * kWidth, h);
             emit(work, scratch, t, n + r, output, h);
           }
         }
-        n += count;
       }
     }
   }
@@ -445,7 +477,9 @@ class Recurrence {
   const RecurrentParams& p;
   const int64_t input_depth, state_depth, units_depth;  // rounded up to whole steps of the product
   const int64_t state_stride, unit_stride;              // rows of the states, in whole panels
-  const int64_t blocks, projection_blocks;
+  const int64_t blocks;
+  const bool packs_input;  // or its panels are packed when they are wanted: where that is once
+  const int64_t projection_blocks;
   Right *w_ih, *w_hh, *w_hr;
   T *bias, *bias_hn;
   int64_t packed_bytes;

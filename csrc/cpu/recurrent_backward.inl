@@ -23,8 +23,7 @@ class RecurrenceBackward {
   static constexpr int kWidth = kLanes<T>, kColumns = kFlatVectors * kWidth, kRows = kTileRows<kFlatVectors>;
   // dG enters the products as it is stored.
   static constexpr bool kInPlace = sizeof(Storage) == sizeof(Left) && A::kDepth == 1;
-  static constexpr int64_t kInputRows = 96;    // rows of dX made at once
-  static constexpr int64_t kInputDepth = 256;  // gates of a panel that stay in cache while they pass by
+  static constexpr int64_t kRowsOfInput = 96;  // rows of dX made at once
 
  public:
   explicit RecurrenceBackward(const RecurrentBackwardParams& params)
@@ -101,14 +100,14 @@ class RecurrenceBackward {
     }
   };
   struct InputScratch {
-    T* sums;     // [kInputRows][input_stride]
-    Left* copy;  // [kInputRows][gates_depth], where dG does not enter as it is stored
+    T* sums;     // [kRowsOfInput][input_stride]
+    Left* copy;  // [kRowsOfInput][gates_depth], where dG does not enter as it is stored
     int64_t bytes;
 
     FASTGEN_MEMBER InputScratch(const RecurrenceBackward& of, void* base) {
       Arena arena(base);
-      sums = arena.take<T>(kInputRows * of.input_stride);
-      copy = arena.take<Left>(kInPlace ? 0 : kInputRows * of.gates_depth);
+      sums = arena.take<T>(kRowsOfInput * of.input_stride);
+      copy = arena.take<Left>(kInPlace ? 0 : kRowsOfInput * of.gates_depth);
       bytes = arena.used();
     }
   };
@@ -177,10 +176,10 @@ class RecurrenceBackward {
   // dh of the states before step s + 1, for outputs of block j: dG W_hh, and what passed the product by.
   FASTGEN_MEMBER void return_block(const Work& work, const Scratch& scratch, int64_t s, int64_t j) const {
     const int64_t rows = rows_at(work, s + 1), t = rows == 0 ? 0 : time_of(p, s + 1);
-    for (int64_t n = 0; n < rows;) {
-      const int count = next_tile<kFlatVectors>(rows - n);
-      const Left* left[kRows];
-      for (int r = 0; r < count; ++r) {
+    const Left* left[kGroupRows];
+    for (int64_t n = 0; n < rows; n += kGroupRows) {
+      const int64_t count = rows - n < kGroupRows ? rows - n : kGroupRows;
+      for (int64_t r = 0; r < count; ++r) {
         if constexpr (kInPlace) {
           left[r] = static_cast<const Left*>(p.grad_gates) + row_number(p, t, work.first_row + n + r) * gate_stride;
         } else {
@@ -188,27 +187,25 @@ class RecurrenceBackward {
         }
       }
       T* to = scratch.dh + n * state_stride + j * kColumns;
-      multiply_rows<A, kFlatVectors>(count, left, w_hh + j * gates_depth * kColumns, gates_depth, nullptr, 0, to,
-                                     state_stride);
-      if (gru || p.h_mask != nullptr) {
-        for (int r = 0; r < count; ++r) {
-          for (int v = 0; v < kFlatVectors; ++v) {
-            const int64_t at = r * state_stride + v * kWidth, column = j * kColumns + v * kWidth;
-            F value, direct;
-            load(to + at, value);
-            if (p.h_mask != nullptr) {
-              const auto* mask = static_cast<const Storage*>(p.h_mask);
-              value = value * upto(mask, (work.first_row + n + r) * p.output_size, column, p.output_size);
-            }
-            if (gru) {
-              load(scratch.direct + (n + r) * unit_stride + column, direct);
-              value = value + direct;
-            }
-            store(to + at, value);
+      multiply_panel<A, kFlatVectors>(count, left, w_hh + j * gates_depth * kColumns, gates_depth, nullptr, 0, to,
+                                      state_stride);
+      if (!gru && p.h_mask == nullptr) continue;
+      for (int64_t r = 0; r < count; ++r) {
+        for (int v = 0; v < kFlatVectors; ++v) {
+          const int64_t at = r * state_stride + v * kWidth, column = j * kColumns + v * kWidth;
+          F value, direct;
+          load(to + at, value);
+          if (p.h_mask != nullptr) {
+            const auto* mask = static_cast<const Storage*>(p.h_mask);
+            value = value * upto(mask, (work.first_row + n + r) * p.output_size, column, p.output_size);
           }
+          if (gru) {
+            load(scratch.direct + (n + r) * unit_stride + column, direct);
+            value = value + direct;
+          }
+          store(to + at, value);
         }
       }
-      n += count;
     }
   }
 
@@ -254,8 +251,11 @@ class RecurrenceBackward {
   template <CellMode kMode>
   __attribute__((noinline)) void step_of(const Work& work, const Scratch& scratch) const {
     const int64_t s = work.first_step, rows = rows_at(work, s), t = time_of(p, s);
-    alignas(64) T tile[kRows * kColumns];
-    for (int64_t j = work.first_block; j < work.end_block; ++j) {
+    alignas(64) T sums[kGroupRows * kColumns];
+    const Left* left[kGroupRows];
+    for (int64_t i = work.first_block; i < work.end_block; ++i) {
+      // Back and forth: the panels that the last step used last are still in cache.
+      const int64_t j = s % 2 == 0 ? i : work.first_block + work.end_block - 1 - i;
       if (p.w_hr == nullptr) {
         return_block(work, scratch, s, j);
         for (int64_t n = 0; n < rows; ++n) {
@@ -267,22 +267,20 @@ class RecurrenceBackward {
         }
         continue;
       }
-      for (int64_t n = 0; n < rows;) {
-        const int count = next_tile<kFlatVectors>(rows - n);
-        const Left* left[kRows];
-        for (int r = 0; r < count; ++r) left[r] = scratch.outer + (n + r) * state_stride;
-        multiply_rows<A, kFlatVectors>(count, left, w_hr + j * state_depth * kColumns, state_depth, nullptr, 0, tile,
-                                       kColumns);
-        for (int r = 0; r < count; ++r) {
+      for (int64_t n = 0; n < rows; n += kGroupRows) {
+        const int64_t count = rows - n < kGroupRows ? rows - n : kGroupRows;
+        for (int64_t r = 0; r < count; ++r) left[r] = scratch.outer + (n + r) * state_stride;
+        multiply_panel<A, kFlatVectors>(count, left, w_hr + j * state_depth * kColumns, state_depth, nullptr, 0, sums,
+                                        kColumns);
+        for (int64_t r = 0; r < count; ++r) {
           for (int v = 0; v < kFlatVectors; ++v) {
             const int64_t unit = j * kColumns + v * kWidth;
             if (unit >= p.hidden_size) break;
             F dh;
-            load(tile + r * kColumns + v * kWidth, dh);
+            load(sums + r * kColumns + v * kWidth, dh);
             cell<kMode>(work, scratch, s, n + r, unit, dh);
           }
         }
-        n += count;
       }
     }
   }
@@ -383,9 +381,9 @@ class RecurrenceBackward {
   // dX, for rows [first_row, end_row) of all.
   void to_input(const Work& work) const {
     const InputScratch scratch(*this, work.scratch);
-    for (int64_t first = work.first_row; first < work.end_row; first += kInputRows) {
-      const int64_t rows = work.end_row - first < kInputRows ? work.end_row - first : kInputRows;
-      const Left* left[kInputRows];
+    for (int64_t first = work.first_row; first < work.end_row; first += kRowsOfInput) {
+      const int64_t rows = work.end_row - first < kRowsOfInput ? work.end_row - first : kRowsOfInput;
+      const Left* left[kRowsOfInput];
       // The gates of the input's side: all, but for a GRU's n, which stands last.
       for (int64_t n = 0; n < rows; ++n) {
         const Storage* from = static_cast<const Storage*>(p.grad_gates) + (first + n) * gate_stride;
@@ -403,8 +401,11 @@ class RecurrenceBackward {
         }
       }
       const int64_t split = gru && kInPlace ? 2 * p.hidden_size : gates_depth;
-      multiply_input(left, rows, 0, split, 0, scratch.sums);
-      if (split < gates_depth) multiply_input(left, rows, split, gates_depth, p.hidden_size, scratch.sums);
+      multiply_input(left, rows, 0, split, scratch.sums);
+      if (split < gates_depth) {
+        for (int64_t n = 0; n < rows; ++n) left[n] += 3 * p.hidden_size;
+        multiply_input(left, rows, split, gates_depth, scratch.sums);
+      }
       for (int64_t n = 0; n < rows; ++n) {
         for (int64_t j = 0; j < p.input_size; j += kWidth) {
           F value;
@@ -415,21 +416,12 @@ class RecurrenceBackward {
     }
   }
 
-  // sums (+)= the products of gates [begin, end), which stand `skip` elements further on in the rows of dG.
-  void multiply_input(const Left* const* left, int64_t rows, int64_t begin, int64_t end, int64_t skip, T* sums) const {
-    for (int64_t k = begin; k < end; k += kInputDepth) {
-      const int64_t depth = end - k < kInputDepth ? end - k : kInputDepth;
-      for (int64_t j = 0; j < input_blocks; ++j) {
-        for (int64_t n = 0; n < rows;) {
-          const int count = next_tile<kFlatVectors>(rows - n);
-          const Left* from[kRows];
-          for (int r = 0; r < count; ++r) from[r] = left[n + r] + skip + k;
-          T* out = sums + n * input_stride + j * kColumns;
-          multiply_rows<A, kFlatVectors>(count, from, w_ih + (j * gates_depth + k) * kColumns, depth,
-                                         k == 0 ? nullptr : out, input_stride, out, input_stride);
-          n += count;
-        }
-      }
+  // The products of gates [begin, end), added to what the gates before them gave.
+  void multiply_input(const Left* const* left, int64_t rows, int64_t begin, int64_t end, T* sums) const {
+    for (int64_t j = 0; j < input_blocks; ++j) {
+      T* out = sums + j * kColumns;
+      multiply_panel<A, kFlatVectors>(rows, left, w_ih + (j * gates_depth + begin) * kColumns, end - begin,
+                                      begin == 0 ? nullptr : out, input_stride, out, input_stride);
     }
   }
 
@@ -441,35 +433,43 @@ class RecurrenceBackward {
     const int64_t own = 2 * p.hidden_size;  // from here on, a GRU's gates have columns of their own for the input
     const int64_t middle = !gru ? end : own < begin ? begin : own < end ? own : end;
     using Product = TransposedProduct<A>;
-    if (p.grad_w_ih != nullptr) {
-      const PointedRows<Storage> inputs{p.input_rows, nullptr};
-      T* out = static_cast<T*>(p.grad_w_ih);
-      Product::run(dg + begin, gate_stride, inputs, p.rows, middle - begin, p.input_size, out + begin * p.input_size,
-                   work.scratch);
-      Product::run(dg + middle + p.hidden_size, gate_stride, inputs, p.rows, end - middle, p.input_size,
-                   out + middle * p.input_size, work.scratch);
-    }
-    if (p.grad_w_hh != nullptr) {
-      const PointedRows<Storage> states{p.state_rows, p.h_mask == nullptr ? nullptr : p.mask_rows};
-      Product::run(dg + begin, gate_stride, states, p.rows, end - begin, p.output_size,
-                   static_cast<T*>(p.grad_w_hh) + begin * p.output_size, work.scratch);
-    }
-    if (p.grad_b_ih != nullptr) {
-      add_up(dg + begin, middle - begin, static_cast<T*>(p.grad_b_ih) + begin);
-      add_up(dg + middle + p.hidden_size, end - middle, static_cast<T*>(p.grad_b_ih) + middle);
-    }
-    if (p.grad_b_hh != nullptr) add_up(dg + begin, end - begin, static_cast<T*>(p.grad_b_hh) + begin);
+    using Target = typename Product::template Target<PointedRows<Storage>>;
+    // W_ih and W_hh from row `first` on, where they have the same gates on their left.
+    const auto multiply = [&](const Storage* left, int64_t first, int64_t rows, bool ih, bool hh) {
+      Target targets[2];
+      int count = 0;
+      if (ih && p.grad_w_ih != nullptr) {
+        targets[count++] = {{p.input_rows, nullptr}, p.input_size, static_cast<T*>(p.grad_w_ih) + first * p.input_size};
+      }
+      if (hh && p.grad_w_hh != nullptr) {
+        targets[count++] = {{p.state_rows, p.h_mask == nullptr ? nullptr : p.mask_rows},
+                            p.output_size,
+                            static_cast<T*>(p.grad_w_hh) + first * p.output_size};
+      }
+      if (count > 0) Product::run(left, gate_stride, p.rows, rows, targets, count, work.scratch);
+    };
+    multiply(dg + begin, begin, middle - begin, true, true);
+    multiply(dg + middle + p.hidden_size, middle, end - middle, true, false);
+    multiply(dg + middle, middle, end - middle, false, true);
+    T* b_ih = static_cast<T*>(p.grad_b_ih);
+    T* b_hh = static_cast<T*>(p.grad_b_hh);
+    add_up(dg + begin, middle - begin, b_ih == nullptr ? nullptr : b_ih + begin,
+           b_hh == nullptr ? nullptr : b_hh + begin);
+    if (b_ih != nullptr) add_up(dg + middle + p.hidden_size, end - middle, b_ih + middle, nullptr);
+    if (b_hh != nullptr) add_up(dg + middle, end - middle, b_hh + middle, nullptr);
     if (p.grad_w_hr != nullptr && work.end_block > gates) {
       const int64_t first = (work.first_block > gates ? work.first_block : gates) - gates;
       const int64_t columns = p.hidden_size;
-      Product::run(static_cast<const Storage*>(p.grad_hidden) + first, p.output_size,
-                   MatrixRows<Storage>{p.hidden, columns}, p.rows, work.end_block - gates - first, columns,
-                   static_cast<T*>(p.grad_w_hr) + first * columns, work.scratch);
+      const typename Product::template Target<MatrixRows<Storage>> target{
+          {p.hidden, columns}, columns, static_cast<T*>(p.grad_w_hr) + first * columns};
+      Product::run(static_cast<const Storage*>(p.grad_hidden) + first, p.output_size, p.rows,
+                   work.end_block - gates - first, &target, 1, work.scratch);
     }
   }
 
-  // out[m] = sum over the rows of dG, in blocks as the products of the weights.
-  void add_up(const Storage* from, int64_t columns, T* out) const {
+  // out[m] and copy[m] = sum over the rows of dG, in blocks as the products of the weights.
+  void add_up(const Storage* from, int64_t columns, T* out, T* copy) const {
+    if (out == nullptr && copy == nullptr) return;
     for (int64_t m = 0; m < columns; m += kWidth) {
       const int count = lanes_from(m, columns);
       F total(T(0));
@@ -479,7 +479,8 @@ class RecurrenceBackward {
         for (int64_t q = k; q < end; ++q) block = block + take<F>(from + q * gate_stride + m, count);
         total = total + block;
       }
-      put(out + m, total, count);
+      if (out != nullptr) put(out + m, total, count);
+      if (copy != nullptr) put(copy + m, total, count);
     }
   }
 
