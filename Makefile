@@ -21,8 +21,8 @@ TEXT = --data shakespeare --test-size 0.01 --num-layers 1 --embedding-dim 64 --s
 demo: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,vae,$(RUN),--data mnist)
 	$(call train,rnn,$(TEXT_RUN),$(TEXT))
-	@echo; echo "$(BIN)/fastgen generate $(TEXT_RUN) --prompt 'KING ' --temperature 0.8 --seed 1 --stream"
-	@$(BIN)/fastgen generate $(TEXT_RUN) --prompt 'KING ' --temperature 0.8 --seed 1 --stream
+	@echo; echo "$(BIN)/fastgen generate $(TEXT_RUN) --temperature 0.5 --seed 1 --stream"
+	@$(BIN)/fastgen generate $(TEXT_RUN) --temperature 0.5 --seed 1 --stream
 
 # $(call train,family,folder,options): a run that was stopped goes on; a finished one only says where its results are.
 train = @if [ -e $(2)/config.json ]; then \

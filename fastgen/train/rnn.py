@@ -258,9 +258,9 @@ class RNNTextRecipe(RNNRecipe):
         return [samples, loss]
 
     def _generate(self, n: int) -> list[str]:
-        """Continuations of the prompt. A little under temperature 1: unlikely tokens lead astray."""
+        """Continuations of the prompt. Under temperature 1, as an unlikely token leads a small model astray."""
         texts = self.model.generate(
-            [self._prompt] * n, max_new_tokens=self._sample_length, temperature=0.8, seed=self._seed
+            [self._prompt] * n, max_new_tokens=self._sample_length, temperature=0.6, seed=self._seed
         )
         return [text.removeprefix(self._prompt) for text in texts]
 

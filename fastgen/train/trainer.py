@@ -416,7 +416,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         state = checkpoint.state
         self._step, self._best, self._names = state["step"], state["best"], state["window"]
-        self._worse = state["worse"]
+        self._worse = state.get("worse", 0)  # older checkpoints have none
         self._seconds_before = state["seconds"]
         if "metrics.window" in checkpoint.tensors:
             self._window = list(checkpoint.tensors["metrics.window"].to(self.accelerator.device))

@@ -91,7 +91,7 @@ def test_it_prints_samples_and_where_everything_is(
     assert captured.out.startswith("test perplexity ")
     lines = captured.out.splitlines()
     assert all(Path(line.strip()).exists() for line in lines[1:-1])
-    assert lines[-1] == f"next: fastgen generate {out} --prompt 'The ' --stream"
+    assert lines[-1] == f"next: fastgen generate {out} --temperature 0.6 --stream"
 
 
 @pytest.mark.parametrize(("tokenizer", "vocab_size"), [("bytes", 256), ("bpe", 280), ("file", 280)])

@@ -223,7 +223,7 @@ class _RNN(Family):
         return f"test perplexity {perplexity:.3f} a token, {bits:.3f} bits a character, {weights}"
 
     def next_command(self, result: TrainingResult) -> list[str]:
-        more = ["--out", "ahead.png"] if "rmse" in result.metrics else ["--prompt", "The ", "--stream"]
+        more = ["--out", "ahead.png"] if "rmse" in result.metrics else ["--temperature", "0.6", "--stream"]
         return ["fastgen", "generate", str(result.out), *more]
 
 
