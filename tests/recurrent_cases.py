@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from unittest import mock
 
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,11 +31,6 @@ CELLS = {
 }
 
 
-def has_kernel(name: str) -> bool:
-    """Whether this build has a CPU kernel for an op."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{name}", "CPU")
-
-
 @contextlib.contextmanager
 def taking(path: str) -> Iterator[None]:
     """Every recurrent op by one path: "reference" or an instruction set."""
@@ -45,8 +39,6 @@ def taking(path: str) -> Iterator[None]:
             for name in ops.SCHEMAS:
                 stack.enter_context(mock.patch.object(ops, f"_{name}", getattr(reference, name)))
         else:
-            if not has_kernel("recurrent"):
-                pytest.skip("the recurrent kernels are not built")
             stack.enter_context(_load.use_cpu_isa(path))
         yield
 

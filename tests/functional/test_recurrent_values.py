@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
-from recurrent_cases import CELLS, EXAMPLES, Case, cases, has_kernel, taking, without_onednn
-from support import FLOATS, assert_same_bits
+from recurrent_cases import CELLS, EXAMPLES, Case, cases, taking, without_onednn
+from support import ALL_ISAS, FLOATS, assert_same_bits
 
 from fastgen import functional
 from fastgen.reference.recurrent import Mode
 
 MODES = list(Mode)
+
+
+def paths_and_dtypes(*dtypes: torch.dtype) -> list[tuple[str, torch.dtype]]:
+    """Every instruction set with every dtype that it has kernels of its own for.
+
+    The reference comes first; its products are PyTorch's, which promise no bits over thread counts or batches.
+    """
+    paths = ["reference", *ALL_ISAS]
+    return [(path, dtype) for path in paths for dtype in dtypes if path != "avx512_bf16" or dtype == torch.bfloat16]
 
 
 def results(outputs, leaves, grads):
@@ -61,7 +70,7 @@ def long_case(mode: Mode, **options) -> Case:
     return Case(mode=mode, input_size=24, hidden_size=40, lengths=(20,) * 6, seed=5, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("path", "dtype"), paths_and_dtypes(torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_errors_are_at_most_twice_those_of_torch(path, mode, dtype, packed):
@@ -91,12 +100,10 @@ def test_errors_are_at_most_twice_those_of_torch(path, mode, dtype, packed):
         assert_no_worse(a.detach(), b.detach(), w.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("path", "dtype"), paths_and_dtypes(torch.float32, torch.bfloat16)[2:])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_thread_counts_have_the_same_bits(path, mode, dtype, packed, threads):
-    if path == "reference" or not has_kernel("recurrent_backward"):
-        pytest.skip("torch's products promise no bits over thread counts")
     lengths = (9, 9, 7, 6, 5, 5, 3, 2, 2, 2, 1) if packed else (9,) * 11
     case = Case(mode, 19, 70, lengths=lengths, packed=packed, bidirectional=True, seed=3)
     module = case.module(dtype)
@@ -113,15 +120,13 @@ def test_thread_counts_have_the_same_bits(path, mode, dtype, packed, threads):
             assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("path", "dtype"), paths_and_dtypes(*FLOATS)[4:])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_row_has_the_same_bits_alone_and_in_a_batch(isa, mode, dtype):
-    if not has_kernel("recurrent"):
-        pytest.skip("torch's products promise no bits over batches")
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(path, mode, dtype):
     case = Case(mode, 19, 33, lengths=(5,) * 37)
     weights = list(case.module(dtype)._flat_weights)
     x, hx = case.operands(dtype)
-    with taking(isa):
+    with taking(path):
         full = case.ours(x, hx, weights)
         for b in (0, 17, 36):
             alone = Case(mode, 19, 33, lengths=(5,)).ours(x[:, b : b + 1], tuple(h[:, b : b + 1] for h in hx), weights)
@@ -340,8 +345,6 @@ def test_errors_of_cells_are_at_most_twice_those_of_torch(path, mode, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_thread_counts_have_the_same_bits_in_a_batch_of_cells(isa, mode, dtype, threads):
-    if not has_kernel("recurrent_backward") or not has_kernel("recurrent_cell"):
-        pytest.skip("torch's products promise no bits over thread counts")
     _, x, hx, weights = cell_operands(mode, dtype, 9, 33, 70)
     found = []
     for count in (1, 2, 3):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrent_cases import CELLS, EXAMPLES, SEQUENCES, Case, has_kernel
+from recurrent_cases import CELLS, EXAMPLES, SEQUENCES, Case
 from support import FLOATS, call, needs_inductor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -110,8 +110,7 @@ def test_opcheck(name):
     mine = [args for op, args in samples() if op == name]
     for args in mine:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
-    for args in (mine[0], mine[-1]):  # the slow one, with symbolic sizes
-        torch.library.opcheck(op, args)
+    torch.library.opcheck(op, mine[-1])  # the slow one, with symbolic sizes
 
 
 def test_reference_has_the_strides_that_the_fake_kernels_promise():
@@ -166,8 +165,6 @@ def test_the_backward_of_a_step_is_the_derivative(mode):
 @pytest.mark.parametrize("name", recurrent_ops.SCHEMAS)
 def test_kernels_agree_with_the_reference(isa, name):
     """Either backward follows either forward: the saved tensors mean the same."""
-    if not has_kernel(name):
-        pytest.skip(f"the kernel of {name} is not built")
     for op, args in samples():
         if op != name:
             continue
@@ -200,8 +197,6 @@ WRONG = [
 @pytest.mark.parametrize("wrong", range(len(WRONG)))
 def test_a_kernel_called_past_its_python_function_still_checks(isa, wrong):
     """Whatever arrives, it neither reads nor writes out of bounds: it raises."""
-    if not has_kernel("recurrent"):
-        pytest.skip("the recurrent kernels are not built")
     with pytest.raises(RuntimeError):
         call("recurrent", isa, *WRONG[wrong](sequence_arguments(Mode.LSTM, torch.float32)))
 
@@ -210,8 +205,6 @@ def test_a_kernel_called_past_its_python_function_still_checks(isa, wrong):
     "sizes", [[3, 2, 2, 1], [3, 1, 1, 1], [2, 2, 1, 2], [3, 3, 2], [4, 1, 1, 1], [3, 4, 0, 0], [-1, 8]]
 )
 def test_a_kernel_checks_batch_sizes(isa, sizes):
-    if not has_kernel("recurrent"):
-        pytest.skip("the recurrent kernels are not built")
     arguments = sequence_arguments(Mode.LSTM, torch.float32, packed=True)
     with pytest.raises(RuntimeError, match="batch_sizes"):
         call("recurrent", isa, *arguments[:2], torch.tensor(sizes), *arguments[3:])
