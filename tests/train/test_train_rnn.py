@@ -51,7 +51,7 @@ def test_windows_follow_each_other_in_streams_that_cover_the_text() -> None:
     assert max(firsts) <= 960 - 1 - 4 * 230
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_the_state_goes_on_from_window_to_window(cell: str, tmp_path: Path) -> None:
     """At a rate of next to nothing the losses are those of the untrained model, which reads each stream in one go."""
     text = recipe(cell=cell)
@@ -157,7 +157,7 @@ def test_it_learns_a_line_by_heart_and_says_it(tmp_path: Path) -> None:
     assert float(read_metrics(out / "metrics.csv")[0]["tokens_per_second"]) > 0
 
 
-@pytest.mark.parametrize(("when", "fields"), [(5, {}), (23, {"cell": "gru"}), (31, {"dropout": 0.2, "num_layers": 2})])
+@pytest.mark.parametrize(("when", "fields"), [(23, {"cell": "gru"}), (31, {"dropout": 0.2, "num_layers": 2})])
 def test_a_stopped_run_goes_on_with_the_same_bits(when: int, fields: dict[str, Any], tmp_path: Path) -> None:
     run(recipe(**fields), tmp_path / "whole")
     stopped = recipe(**fields)
