@@ -166,8 +166,8 @@ __attribute__((noinline)) void multiply_panel(int64_t rows, const typename A::Le
                                               const typename A::Right* panel, int64_t depth, const typename A::T* start,
                                               int64_t start_stride, typename A::T* out, int64_t out_stride) {
   constexpr int64_t kColumns = kVectors * kLanes<typename A::T>;
-  const int64_t block = rows <= kTileRows<kVectors> ? depth : kDepthBlock;
-  for (int64_t k = 0; k < depth; k += block) {
+  const int64_t block = rows <= kTileRows<kVectors> && depth > 0 ? depth : kDepthBlock;
+  for (int64_t k = 0; k == 0 || k < depth; k += block) {  // without depth, out = start
     for (int64_t n = 0; n < rows;) {
       const int count = next_tile<kVectors>(rows - n);
       const typename A::Left* from[kTileRows<kVectors>];

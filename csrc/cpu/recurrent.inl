@@ -292,7 +292,7 @@ class Recurrence {
         continue;
       }
       alignas(64) Right panel[kDepthBlock * kColumns];
-      for (int64_t k = 0; k < input_depth; k += kDepthBlock) {
+      for (int64_t k = 0; k == 0 || k < input_depth; k += kDepthBlock) {
         const int64_t depth = input_depth - k < kDepthBlock ? input_depth - k : kDepthBlock;
         pack_gates(static_cast<const Storage*>(p.w_ih), p.input_size, u, k,
                    p.input_size - k < depth ? p.input_size - k : depth, panel);
