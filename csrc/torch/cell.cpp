@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_cell(int64_t mode_number, const Ten
   p.w_hh = rows_of(from_state);
   Optional cell, bias_ih, bias_hh;
   if (lstm) {
-    cell = torch::stable::contiguous(*c);
+    cell = contiguous_rows(*c);
     p.c = rows_of(*cell);
     p.c_1 = c_1.mutable_data_ptr();
   }
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_cell(int64_t mode_number, const Ten
 // A contiguous (batch, columns) operand of the backward pass.
 Tensor operand(const char* name, const Tensor& tensor, int64_t batch, int64_t columns, ScalarType dtype) {
   check_matrix(name, tensor, batch, columns, dtype);
-  return torch::stable::contiguous(tensor);
+  return contiguous_rows(tensor);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_cell_backward(int64_t mode_number, const Optional& grad_h,

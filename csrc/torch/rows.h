@@ -21,6 +21,11 @@ inline void check_vector(const char* name, const Tensor& tensor, int64_t size, S
                   ": expected the dtype and device of the other operands");
 }
 
+// The tensor itself where it is contiguous, else a copy; to ask the dispatcher would cost a microsecond.
+inline Tensor contiguous_rows(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // The tensor itself where its last dimension is dense, else a contiguous copy.
 inline Tensor dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;

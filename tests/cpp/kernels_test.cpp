@@ -1,7 +1,7 @@
 // The kernel tables of csrc/cpu under the sanitizers, without torch: every kernel, instruction set and dtype
 // on heap buffers of exactly the size that the parameters name, so that a read or write one element out of
-// place stops the program. Every result must have the bits of the generic kernels run in one piece; the recurrent
-// kernels, those of the same kernels run in one piece.
+// place stops the program. Every result must have the bits of the generic kernels run in one piece; sums of
+// products, those of the same kernels run in one piece.
 // Usage: kernels_test [isa ...]; prints the number of comparisons.
 #include <cmath>
 #include <cstdio>
@@ -461,6 +461,168 @@ void test_recurrent(const char* isa) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------------
+// One step of a cell, and generation.
+
+// Rows of values of both signs, of which every dtype holds each exactly; the last one ends with the buffer.
+struct Rows {
+  Rows(DType dtype, int64_t rows, int64_t columns, int seed, int64_t gap = 0)
+      : tensor(dtype, shape(rows, columns), {columns + gap}, 1, seed),
+        operand{tensor.buffer.data, columns + gap, nullptr} {}
+  static Shape shape(int64_t rows, int64_t columns) {
+    Shape s{};
+    s.outer_dims = 1;
+    s.outer[0] = s.rows = rows;
+    s.inner = columns;
+    return s;
+  }
+  Tensor tensor;
+  RowsOperand operand;
+};
+
+// Two runs of one instruction set, in one piece and in two: sums of products have other bits elsewhere.
+template <class Run>
+void in_pieces(int64_t units, const std::vector<const Buffer*>& whole, const std::vector<const Buffer*>& parts,
+               const std::string& what, const Run& run) {
+  run(0, 0, units);
+  run(1, units / 2, units);
+  run(1, 0, units / 2);
+  for (size_t i = 0; i < whole.size(); ++i) expect_same(*whole[i], *parts[i], what);
+}
+
+void test_cells(const char* isa) {
+  const KernelTable& kernels = table(isa);
+  const CellMode modes[] = {CellMode::kLstm, CellMode::kGru, CellMode::kTanh, CellMode::kRelu};
+  const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+  for (const CellMode mode : modes) {
+    for (const DType dtype : dtypes) {
+      const size_t size = size_of(dtype);
+      for (const int64_t hidden : {1, 3, 8, 17, 33}) {
+        for (const int64_t inputs : {0, 1, 7, 16, 21}) {
+          for (const int64_t batch : {1, 2, 3, 4, 5, 6, 7}) {
+            if (inputs != 7 && batch > 1 && batch != 5) continue;
+            const int64_t gates = gate_count(mode) * hidden;
+            const std::string what = std::string(isa) + " cell " + std::to_string(int(mode)) + " dtype " +
+                                     std::to_string(int(dtype)) + " hidden " + std::to_string(hidden) + " inputs " +
+                                     std::to_string(inputs) + " batch " + std::to_string(batch);
+            const Rows x(dtype, batch, inputs, 1, 3), h(dtype, batch, hidden, 2, 1), c(dtype, batch, hidden, 3),
+                w_ih(dtype, gates, inputs, 4, 2), w_hh(dtype, gates, hidden, 5), bias(dtype, 1, gates, 6);
+            const size_t state = size_t(batch * hidden) * size;
+            Buffer h_1[2] = {Buffer(state), Buffer(state, 0xCD)}, c_1[2] = {Buffer(state), Buffer(state)},
+                   kept[2] = {Buffer(4 * state), Buffer(4 * state)};
+            CellParams p{};
+            p.dtype = dtype;
+            p.mode = mode;
+            p.batch = batch;
+            p.input_size = inputs;
+            p.state_size = p.hidden_size = hidden;
+            p.input = x.operand;
+            p.h = h.operand;
+            p.c = c.operand;
+            p.w_ih = w_ih.operand;
+            p.w_hh = w_hh.operand;
+            if (inputs != 1) p.b_ih = p.b_hh = bias.operand.data;
+            in_pieces((hidden + kCellUnits - 1) / kCellUnits, {&h_1[0], &c_1[0], &kept[0]},
+                      {&h_1[1], &c_1[1], &kept[1]}, what, [&](int run, int64_t begin, int64_t end) {
+                        p.h_1 = h_1[run].data;
+                        p.c_1 = c_1[run].data;
+                        p.gates = kept[run].data;
+                        kernels.recurrent_cell(p, begin, end);
+                      });
+
+            const size_t grad = size_t(batch * gates) * size;
+            Buffer to_ih[2] = {Buffer(grad), Buffer(grad, 0xCD)}, to_hh[2] = {Buffer(grad), Buffer(grad)},
+                   to_h[2] = {Buffer(state), Buffer(state)}, to_c[2] = {Buffer(state), Buffer(state)};
+            const Rows old_h(dtype, batch, hidden, 2), grad_h(dtype, batch, hidden, 7), grad_c(dtype, batch, hidden, 8);
+            CellBackwardParams b{};
+            b.dtype = dtype;
+            b.mode = mode;
+            b.batch = batch;
+            b.hidden_size = hidden;
+            b.grad_h = grad_h.operand.data;
+            b.grad_c = batch % 2 ? nullptr : grad_c.operand.data;
+            b.h = old_h.operand.data;
+            b.c = c.operand.data;
+            b.h_1 = h_1[0].data;
+            b.c_1 = c_1[0].data;
+            b.gates = kept[0].data;
+            in_pieces(batch, {&to_ih[0], &to_hh[0], &to_h[0], &to_c[0]}, {&to_ih[1], &to_hh[1], &to_h[1], &to_c[1]},
+                      what + " backward", [&](int run, int64_t begin, int64_t end) {
+                        b.to_gates_ih = to_ih[run].data;
+                        b.to_gates_hh = to_hh[run].data;
+                        b.to_h = to_h[run].data;
+                        b.to_c = to_c[run].data;
+                        kernels.recurrent_cell_backward(b, begin, end);
+                      });
+          }
+        }
+      }
+    }
+  }
+}
+
+void test_generation(const char* isa) {
+  const KernelTable& kernels = table(isa);
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t outputs : {1, 4, 9, 16, 40, 101}) {
+      for (const int64_t batch : {1, 3, 7}) {
+        const int64_t inputs = outputs % 23;
+        const std::string what = std::string(isa) + " generation dtype " + std::to_string(int(dtype)) + " outputs " +
+                                 std::to_string(outputs) + " batch " + std::to_string(batch);
+        const Rows x(dtype, batch, inputs, 1, 2), w(dtype, outputs, inputs, 2, 1), bias(dtype, 1, outputs, 3);
+        const size_t bytes = size_t(batch * outputs) * size_of(dtype);
+        Buffer y[2] = {Buffer(bytes), Buffer(bytes, 0xCD)};
+        LinearRowsParams p{};
+        p.dtype = dtype;
+        p.batch = batch;
+        p.inputs = inputs;
+        p.outputs = outputs;
+        p.x = x.operand;
+        p.w = w.operand;
+        p.bias = batch == 3 ? nullptr : bias.operand.data;
+        in_pieces((outputs + kLinearOutputs - 1) / kLinearOutputs, {&y[0]}, {&y[1]}, what,
+                  [&](int run, int64_t begin, int64_t end) {
+                    p.y = y[run].data;
+                    kernels.linear_rows(p, begin, end);
+                  });
+
+        // A draw has one result on every instruction set.
+        const Buffer seen(size_t(batch * outputs), 1);
+        std::vector<int64_t> seen_rows(static_cast<size_t>(batch));
+        std::vector<uint64_t> seeds(seen_rows.size()), elements(seen_rows.size());
+        for (size_t i = 0; i < seeds.size(); ++i) {
+          seen_rows[i] = batch - 1 - int64_t(i);
+          seeds[i] = i * 977;
+          elements[i] = ~uint64_t(0) - i;
+        }
+        for (int option = 0; option < 12; ++option) {
+          DrawParams d{};
+          d.dtype = dtype;
+          d.vocabulary = outputs;
+          d.logits = y[0].data;
+          d.seen = option % 2 ? reinterpret_cast<const bool*>(seen.data) : nullptr;
+          d.seen_rows = seen_rows.data();
+          d.seeds = seeds.data();
+          d.elements = elements.data();
+          d.temperature = option % 3 == 0 ? 0 : 7;
+          d.top_k = option % 4 == 1 ? 3 : 0;
+          d.top_p = option % 4 == 2 ? 0.7 : 1;
+          d.min_p = option == 7 ? 0.2 : 0;
+          d.repetition_penalty = 1.5;
+          const size_t tokens = size_t(batch) * sizeof(int64_t);
+          Buffer drawn[2] = {Buffer(tokens), Buffer(tokens, 0xCD)}, weights(size_t(batch * outputs) * sizeof(int64_t));
+          d.weights = reinterpret_cast<int64_t*>(weights.data);
+          for (int run = 0; run < 2; ++run) {
+            d.tokens = reinterpret_cast<int64_t*>(drawn[run].data);
+            table(run == 0 ? "generic" : isa).draw_tokens(d, 0, batch);
+          }
+          expect_same(drawn[0], drawn[1], what + " option " + std::to_string(option));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -468,6 +630,8 @@ int main(int argc, char** argv) {
     test_random(argv[i]);
     test_reparameterize(argv[i]);
     test_recurrent(argv[i]);
+    test_cells(argv[i]);
+    test_generation(argv[i]);
   }
   printf("%ld comparisons\n", comparisons);
   return comparisons > 0 ? 0 : 1;
