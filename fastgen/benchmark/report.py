@@ -83,6 +83,10 @@ class Report:
         """Cases where our own result did not pass the check."""
         return [result.case for result in self.results if OURS in result.failures]
 
+    def disturbed(self) -> list[str]:
+        """Cases with a figure that other work has spoilt."""
+        return [result.case for result in self.results if result.disturbed]
+
     def header(self) -> list[str]:
         """Lines that name the machine and the build."""
         kernels = str(self.build["isa_active"]) if self.build["native"] else "none, the plain PyTorch reference runs"
@@ -117,11 +121,19 @@ class Report:
             lines.append(f"[bold red]Slower in {len(lost)} of {compared} comparisons:[/] {', '.join(lost)}")
         elif compared:
             lines.append(f"[green]Slower in none of {compared} comparisons.[/]")
+        if disturbed := self.disturbed():
+            lines.append(
+                "[yellow]?: disturbed by other work, half of the rounds lie further apart than half the median; run "
+                f"these again on a quieter machine:[/] {', '.join(disturbed)}"
+            )
         return lines
 
     def to_dict(self) -> dict[str, Any]:
         """The content of bench.json: times in seconds, bandwidths in bytes a second."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        content = dataclasses.asdict(self)
+        for row, result in zip(content["results"], self.results, strict=True):
+            row["disturbed"] = result.disturbed
+        return {"schema": SCHEMA, **content}
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
         """Write bench.json and bench.png into `folder`; returns their paths."""
@@ -181,15 +193,16 @@ def _row(result: Result) -> list[str]:
             return "-"
         speedup = result.speedups[name]
         word = verdict(speedup)
-        return f"[{_STYLES[word]}]{speedup.median:.2f}x {word}[/]"
+        return f"[{_STYLES[word]}]{speedup.median:.2f}x {word}[/]{_mark(speedup)}"
 
     ours = result.seconds.get(OURS)
     bound = f"{time(IN_PLACE)} ({result.residence})" if IN_PLACE in result.seconds else "call overhead"
-    shares = [f"{result.speedups[name].median:.0%}" for name in (IN_PLACE, NEW_MEMORY) if name in result.speedups]
+    reached = [result.speedups[name] for name in (IN_PLACE, NEW_MEMORY) if name in result.speedups]
+    shares = [f"{share.median:.0%}{_mark(share)}" for share in reached]
     return [
         result.case.split("/", 1)[1],
         time(OURS),
-        f"{ours.relative / 2:.0%}" if ours else "-",
+        f"{ours.relative / 2:.0%}{_mark(ours)}" if ours else "-",
         f"{result.elements / ours.median / 1e9:.3g}" if ours else "-",
         time(EAGER),
         time(COMPILED),
@@ -198,6 +211,10 @@ def _row(result: Result) -> list[str]:
         bound,
         ", ".join(shares) or "-",
     ]
+
+
+def _mark(spread: Spread) -> str:
+    return "[yellow]?[/]" if spread.disturbed else ""
 
 
 def _bars(axes: Axes, results: Sequence[Result]) -> None:
@@ -212,7 +229,7 @@ def _bars(axes: Axes, results: Sequence[Result]) -> None:
             style = _bar_style(name) | ({"facecolor": _LOSS} if word == "slower" else {})
             axes.barh(centre, speedup.median - 1, height, left=1, **style)
             axes.annotate(
-                f"{speedup.median:.3g}x{'' if word == 'faster' else f' {word}'}",
+                f"{speedup.median:.3g}x{'' if word == 'faster' else f' {word}'}{'?' if speedup.disturbed else ''}",
                 (max(speedup.median, 1), centre),
                 xytext=(4, 0),
                 textcoords="offset points",

@@ -42,6 +42,15 @@ class Result:
     speedups: dict[str, Spread] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def disturbed(self) -> list[str]:
+        """What other work was in the way of: ours for our own time, a rival or a bound for the ratio to it.
+
+        A ratio is taken within each round, so it may hold where the times do not.
+        """
+        spreads = {OURS: self.seconds[OURS]} if OURS in self.seconds else {}
+        return [name for name, spread in {**spreads, **self.speedups}.items() if spread.disturbed]
+
 
 def measure(case: Case, *, threads: int, budget: float = 1.0, min_rounds: int = 7, compile: bool = True) -> Result:
     """Check and time one case.

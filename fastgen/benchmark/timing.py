@@ -23,6 +23,9 @@ import torch
 __all__ = ["Spread", "interleave", "ratio", "use_threads"]
 
 
+_DISTURBED = 0.5  # a relative interquartile range; a quiet machine stays under a fifth of that
+
+
 @dataclass(frozen=True)
 class Spread:
     """The median of some samples and the quartiles around it."""
@@ -41,6 +44,11 @@ class Spread:
     def relative(self) -> float:
         """The interquartile range as a share of the median."""
         return (self.q3 - self.q1) / self.median
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the samples scatter so much that the median says little: other work was in the way."""
+        return self.relative > _DISTURBED
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:

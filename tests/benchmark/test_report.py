@@ -128,6 +128,28 @@ def test_a_loss_is_worded_and_red():
     assert "1.02x even" in line(printed(report(EVEN).tables()), "normal/fp32/64K")
 
 
+def test_what_other_work_disturbed_is_marked(tmp_path):
+    # Times that swing by themselves, and a ratio that does: eager's, though it is a win in every round.
+    swinging = dataclasses.replace(WIN, seconds=WIN.seconds | {OURS: Spread(1e-3, 0.8e-3, 1.4e-3)})
+    doubtful = dataclasses.replace(WIN, case="random/x", speedups=WIN.speedups | {EAGER: Spread(20.0, 8.0, 30.0)})
+    spoilt = dataclasses.replace(LOSS, speedups={EAGER: Spread(0.5, 0.3, 0.9)})
+    assert [result.disturbed for result in (WIN, swinging, doubtful, spoilt)] == [[], [OURS], [EAGER], [EAGER]]
+    text = printed([*report(swinging, doubtful, spoilt).tables(), *report(swinging, doubtful, spoilt).footer()])
+    cells = [cell.strip() for cell in line(text, "fwd/fp32/4M ").split("│")[1:-1]]
+    assert (cells[2], cells[6]) == ("30%?", "20.00x faster")
+    cells = [cell.strip() for cell in line(text, "│ x ").split("│")[1:-1]]
+    assert (cells[2], cells[6], cells[7]) == ("10%", "20.00x faster?", "3.00x faster")
+    assert "?: disturbed by other work" in text
+    assert "reparameterize/fwd/fp32/4M, random/x, random/uniform/fp32/64K" in text
+    # A loss stays one.
+    assert "Slower in 1 of 5 comparisons" in text
+    assert "0.50x slower?" in text
+
+    data, _ = report(WIN, doubtful).write(tmp_path)
+    assert [row["disturbed"] for row in json.loads(data.read_text())["results"]] == [[], [EAGER]]
+    assert "disturbed" not in printed(report(WIN).footer())
+
+
 def test_losses_are_summed_up_below():
     with_loss = report(WIN, LOSS, EVEN)
     assert with_loss.lost() == ["random/uniform/fp32/64K (eager)"]
@@ -167,7 +189,7 @@ def test_json_holds_every_figure(tmp_path):
     assert content["machine"] == MACHINE
     assert content["settings"] == {"full": False}
     first = content["results"][0]
-    assert set(first) == {field.name for field in dataclasses.fields(Result)}
+    assert set(first) == {field.name for field in dataclasses.fields(Result)} | {"disturbed"}
     assert first["speedups"][EAGER] == {"median": 20.0, "q1": 18.0, "q3": 22.0}
     assert first["seconds"][OURS]["median"] == 1e-3
     assert content["results"][2]["failures"] == NO_COMPILER.failures
