@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -26,7 +25,7 @@ def time_rival(benchmark) -> Callable[[Case, str], None]:
         if benchmark.disabled:
             if rival == COMPILED:
                 pytest.skip("torch.compile takes seconds a case: not with --benchmark-disable")
-            case = dataclasses.replace(case, shape=tuple(min(extent, 512) for extent in case.shape))
+            case = case.shrunk()
         benchmark.group = case.name
         with use_threads(case.threads or torch.get_num_threads()):
             inputs = case.inputs()

@@ -98,6 +98,11 @@ if _cpu.handle is not None:
         getattr(_cpu.handle, _name).restype = ctypes.c_char_p
 
 
+def cpu_library() -> ctypes.CDLL | None:
+    """The loaded `_C.so`, for the functions that are no ops."""
+    return _cpu.handle
+
+
 def _isa_compiled() -> list[str]:
     names: list[str] = []
     while _cpu.handle is not None and (name := _cpu.handle.fastgen_isa_name(len(names))) is not None:

@@ -6,8 +6,16 @@
 
 namespace fastgen {
 
+// What a core can do at best, for the bounds of benchmarks; see probe.inl.
+struct Probes {
+  double (*multiply_adds)(int64_t count);         // fp32
+  double (*multiply_adds_double)(int64_t count);  // fp64
+  double (*reads)(const float* from, int64_t count, int64_t times);
+};
+
 struct KernelTable {
   const char* isa;
+  Probes probe;
   void (*random)(const RandomParams&, int64_t begin, int64_t end);                                   // elements
   void (*reparameterize)(const ReparameterizeParams&, int64_t begin, int64_t end);                   // pieces
   void (*reparameterize_add_pieces)(const ReparameterizeParams&, int64_t begin, int64_t end);        // rows

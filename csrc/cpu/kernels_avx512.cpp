@@ -2,6 +2,7 @@
 #include "kernel_table.h"
 #include "vec_avx512.h"
 // After vec_avx512.h, which defines Isa:
+#include "probe.inl"
 #include "random.inl"
 #include "reparameterize.inl"
 #include "recurrent_kernels.inl"
@@ -11,6 +12,7 @@
 namespace fastgen {
 
 const KernelTable kAvx512Kernels = {"avx512",
+                                    kProbes,
                                     random,
                                     reparameterize,
                                     reparameterize_add_pieces,

@@ -2,6 +2,7 @@
 #include "kernel_table.h"
 #include "vec_generic.h"
 // After vec_generic.h, which defines Isa:
+#include "probe.inl"
 #include "random.inl"
 #include "reparameterize.inl"
 #include "recurrent_kernels.inl"
@@ -11,6 +12,7 @@
 namespace fastgen {
 
 const KernelTable kGenericKernels = {"generic",
+                                     kProbes,
                                      random,
                                      reparameterize,
                                      reparameterize_add_pieces,

@@ -2,7 +2,7 @@
 
 The method, each point of which has its module:
 
-* the answer of every rival is checked before it is timed (`case`, `random`, `reparameterize`);
+* the answer of every rival is checked before it is timed (`case`, `random`, `reparameterize`, `recurrent`);
 * rivals take turns in one process with the same threads, and ratios are taken round by round (`timing`);
 * the physical bound of a case is timed beside them, not looked up (`bounds`);
 * losses are named (`report`).
@@ -18,7 +18,7 @@ Example:
 
 from __future__ import annotations
 
-from fastgen.benchmark import random, reparameterize
+from fastgen.benchmark import random, recurrent, reparameterize
 from fastgen.benchmark.bounds import bandwidth
 from fastgen.benchmark.case import Case
 from fastgen.benchmark.report import Report
@@ -33,14 +33,20 @@ def select(*, full: bool, filter: str = "", threads: int | None = None) -> list[
 
     Args:
         full: all cases, or the few that tell most.
-        filter: a part of the names of the cases wanted, such as `reparam`, `fwd+bwd` or `64x20`.
+        filter: a part of the names of the cases wanted, such as `reparam`, `lstm` or `64x20`; capitals do not matter.
         threads: of the run; with 1 the cases on one thread are left out, being there already.
 
     Raises:
         ValueError: if no case's name has `filter` in it.
     """
-    every: list[Case] = [*random.cases(full=full), *reparameterize.cases(full=full)]
-    chosen = [case for case in every if filter in case.name and not (threads == 1 and case.threads == 1)]
+    every: list[Case] = [
+        *random.cases(full=full),
+        *reparameterize.cases(full=full),
+        *recurrent.cases(full=full),
+    ]
+    chosen = [
+        case for case in every if filter.lower() in case.name.lower() and not (threads == 1 and case.threads == 1)
+    ]
     if not chosen:
         names = ", ".join(dict.fromkeys(case.workload for case in every))
         raise ValueError(f"filter: expected a part of the name of a case ({names}, ...), got {filter!r}")

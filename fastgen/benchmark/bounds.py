@@ -1,26 +1,37 @@
-"""What no implementation can beat: a plain pass over the bytes of a case, timed beside the rivals.
+"""What no implementation can beat, timed beside the rivals.
 
-The bound of a case with a given traffic is one pass of PyTorch for each array written, by the arrays that
-the pass reads: a fill (none), a copy (one) or an addition (two). It runs twice: into memory that is used
-again (`IN_PLACE`, what the hardware can do), and into new memory (`NEW_MEMORY`, what an op that returns a
-new tensor can do: the system has to map and clear its pages, if the allocator cannot reuse any).
+The bound of a case that memory limits is a plain pass over its bytes: one pass of PyTorch for each array
+written, by the arrays that the pass reads: a fill (none), a copy (one) or an addition (two). It runs twice:
+into memory that is used again (`IN_PLACE`, what the hardware can do), and into new memory (`NEW_MEMORY`, what
+an op that returns a new tensor can do: the system has to map and clear its pages, if the allocator cannot
+reuse any).
+
+The bounds of a case of matrix products are as many multiply-adds as they have, on registers alone
+(`MULTIPLY_ADDS`: what the core can do), and as many reads of the weights as there have to be (`READS`: what
+the cache or memory that holds them can do). Both are loops of fastgen's library with the instruction set in
+use; one thread runs its share, so that nothing is lost to waking the others, and the share is taken for the
+whole. Where the batch is large the first is longer, where it is small the second; the longer one is the bound.
+Half types count as float32, in which they are multiplied unless the processor has instructions of their own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fastgen._load import cpu_library
 from fastgen.benchmark import machine
-from fastgen.benchmark.case import Case, Traffic
+from fastgen.benchmark.case import Case, ProductCase, StreamCase, Traffic
 from fastgen.benchmark.timing import interleave, use_threads
 
-__all__ = ["IN_PLACE", "NEW_MEMORY", "bandwidth", "bounds_of", "passes"]
+__all__ = ["IN_PLACE", "MULTIPLY_ADDS", "NEW_MEMORY", "READS", "bandwidth", "bounds_of", "passes", "probes"]
 
 IN_PLACE, NEW_MEMORY = "bound", "bound (new memory)"
+MULTIPLY_ADDS, READS = "multiply-adds", "weight reads"
 
 
 def passes(traffic: Traffic, array_bytes: int, *, new_memory: bool) -> Callable[[], object]:
@@ -43,8 +54,31 @@ def passes(traffic: Traffic, array_bytes: int, *, new_memory: bool) -> Callable[
     return lambda: [one(source, target) for source, target in zip(sources, writes, strict=True)]
 
 
+def probes(dtype: torch.dtype, flops: int, weights: tuple[int, int]) -> dict[str, Callable[[], object]]:
+    """Functions that do `flops` / 2 multiply-adds, and that read (bytes, times) of weights, on one thread."""
+    library = cpu_library()
+    if library is None:
+        return {}
+    name = "fastgen_probe_multiply_adds" + ("_double" if dtype == torch.float64 else "")
+    multiply_adds, reads = getattr(library, name), library.fastgen_probe_reads
+    multiply_adds.restype = reads.restype = ctypes.c_double
+    size, times = weights
+    memory = torch.ones(max(1, size // 4))
+    pointer, elements = ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.numel())
+    count, repeats = ctypes.c_int64(flops // 2), ctypes.c_int64(times)
+
+    def read() -> float:
+        return float(reads(pointer, elements, repeats)) + float(memory[0])  # which keeps the memory alive
+
+    return {MULTIPLY_ADDS: lambda: multiply_adds(count), READS: read}
+
+
 def bounds_of(case: Case, threads: int) -> dict[str, Callable[[], object]]:
-    """The bounds to time beside the rivals of `case`; none where calls cost more than bytes do (L1)."""
+    """The bounds to time beside the rivals of `case`; none of passes where calls cost more than bytes do (L1)."""
+    if isinstance(case, ProductCase):
+        size, times = case.weights
+        return probes(case.dtype, case.flops // threads, (size // threads, times))
+    assert isinstance(case, StreamCase)
     if machine.residence(case.bytes, threads) == "L1":
         return {}
     array = case.elements * case.dtype.itemsize

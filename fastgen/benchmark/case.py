@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ __all__ = [
     "EAGER",
     "OURS",
     "Case",
+    "ProductCase",
+    "StreamCase",
     "Traffic",
     "WrongResult",
     "compiled",
@@ -68,11 +70,6 @@ class Case(ABC):
         return str(count)
 
     @property
-    def bytes(self) -> int:
-        """That have to move between memory and cores in one call."""
-        return sum(self.traffic) * self.elements * self.dtype.itemsize
-
-    @property
     def name(self) -> str:
         """Such as `reparameterize/fwd/fp32/4M`; rivals of one name are comparable."""
         parts = [self.workload, _DTYPE_NAMES[self.dtype], self.size]
@@ -85,8 +82,17 @@ class Case(ABC):
 
     @property
     @abstractmethod
-    def traffic(self) -> Traffic:
-        """The least memory traffic that the workload allows."""
+    def bytes(self) -> int:
+        """That have to move between memory and cores in one call."""
+
+    @property
+    def flops(self) -> int:
+        """Of the matrix products of one call, a multiply-add counted as two; 0 without products."""
+        return 0
+
+    def shrunk(self) -> Case:
+        """The same on little data, for a smoke test."""
+        return replace(self, shape=tuple(min(extent, 512) for extent in self.shape))
 
     @abstractmethod
     def inputs(self) -> tuple[Tensor, ...]:
@@ -99,6 +105,32 @@ class Case(ABC):
     @abstractmethod
     def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         """Raise `WrongResult` unless `function(*inputs)` gives what the workload asks for."""
+
+
+class StreamCase(Case):
+    """A workload that memory limits: a pass over tensors of one shape."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.traffic) * self.elements * self.dtype.itemsize
+
+    @property
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """The least memory traffic that the workload allows."""
+
+
+class ProductCase(Case):
+    """A workload that matrix products limit, or, where the batch is small, the weights that they read."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def weights(self) -> tuple[int, int]:
+        """(bytes, times): weights that have to be read again and again, one time after the other."""
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgen import random as fastgen_random
 from fastgen import reference
-from fastgen.benchmark.case import EAGER, OURS, Case, Traffic, require_close, require_moments
+from fastgen.benchmark.case import EAGER, OURS, StreamCase, Traffic, require_close, require_moments
 
 __all__ = ["DISTRIBUTIONS", "RandomCase", "cases"]
 
@@ -68,7 +68,7 @@ DISTRIBUTIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomCase(Case):
+class RandomCase(StreamCase):
     """Draw one tensor, into new memory as a call without `out=` does."""
 
     distribution: str

@@ -15,7 +15,7 @@ from fastgen.benchmark.case import (
     COMPILED,
     EAGER,
     OURS,
-    Case,
+    StreamCase,
     Traffic,
     compiled,
     require_close,
@@ -41,7 +41,7 @@ def eager_reparameterize_kl(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReparameterizeCase(Case):
+class ReparameterizeCase(StreamCase):
     """Sample z; `kl` adds the divergence of each row.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +14,7 @@ import fastgen
 from fastgen._extras import extra
 from fastgen._files import atomic_path, write_text
 from fastgen.benchmark import machine
-from fastgen.benchmark.bounds import IN_PLACE, NEW_MEMORY
+from fastgen.benchmark.bounds import IN_PLACE, MULTIPLY_ADDS, NEW_MEMORY, READS
 from fastgen.benchmark.case import COMPILED, EAGER, OURS
 from fastgen.benchmark.result import Result
 from fastgen.benchmark.timing import Spread
@@ -112,7 +112,8 @@ class Report:
         lines = [
             "Medians. A ratio is taken round by round: above 1x fastgen is faster. +-: half the interquartile range.",
             "bound: one plain pass over the bytes that have to move, and where they lie; "
-            "of bound: the share of it reached (in place, into new memory).",
+            "of bound: the share of it reached (in place, into new memory). Of matrix products: the multiply-adds on "
+            "registers or the reads of the weights, whichever takes longer.",
         ]
         for result in self.results:
             lines += [f"[red]{result.case}, {name}: {_escape(why)}[/]" for name, why in result.failures.items()]
@@ -167,14 +168,15 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def _table(family: str, results: Iterable[Result]) -> Table:
+def _table(family: str, results: Sequence[Result]) -> Table:
     with extra("train"):
         from rich.table import Table
 
     table = Table(title=family, title_justify="left", title_style="bold", header_style="bold")
     table.add_column("case", no_wrap=True)
+    rate = "GFLOP/s" if any(result.flops for result in results) else "G elem/s"
     for column in (
-        "fastgen", "+-", "G elem/s", EAGER, COMPILED, f"vs {EAGER}", f"vs {COMPILED}", "bound", "of bound"
+        "fastgen", "+-", rate, EAGER, COMPILED, f"vs {EAGER}", f"vs {COMPILED}", "bound", "of bound"
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for result in results:
@@ -196,14 +198,20 @@ def _row(result: Result) -> list[str]:
         return f"[{_STYLES[word]}]{speedup.median:.2f}x {word}[/]{_mark(speedup)}"
 
     ours = result.seconds.get(OURS)
-    bound = f"{time(IN_PLACE)} ({result.residence})" if IN_PLACE in result.seconds else "call overhead"
-    reached = [result.speedups[name] for name in (IN_PLACE, NEW_MEMORY) if name in result.speedups]
+    passes = [name for name in (IN_PLACE, NEW_MEMORY) if name in result.seconds]
+    products = [name for name in (MULTIPLY_ADDS, READS) if name in result.seconds]
+    if products:
+        passes = [max(products, key=lambda name: result.seconds[name].median)]
+        bound = f"{time(passes[0])} ({passes[0]})"
+    else:
+        bound = f"{time(IN_PLACE)} ({result.residence})" if passes else "call overhead"
+    reached = [result.speedups[name] for name in passes]
     shares = [f"{share.median:.0%}{_mark(share)}" for share in reached]
     return [
         result.case.split("/", 1)[1],
         time(OURS),
         f"{ours.relative / 2:.0%}{_mark(ours)}" if ours else "-",
-        f"{result.elements / ours.median / 1e9:.3g}" if ours else "-",
+        f"{(result.flops or result.elements) / ours.median / 1e9:.3g}" if ours else "-",
         time(EAGER),
         time(COMPILED),
         against(EAGER),

@@ -24,6 +24,7 @@ class Result:
         case: its name.
         threads: in use while it ran.
         elements, bytes: of one call; bytes read and written at least.
+        flops: of the matrix products of one call; 0 where it has none.
         residence: where the bytes stay between calls (`L1`, `L2`, `L3`, `memory`).
         rounds: samples that stand behind each figure.
         seconds: of one call, by rival and bound.
@@ -37,6 +38,7 @@ class Result:
     elements: int
     bytes: int
     residence: str
+    flops: int = 0
     rounds: int = 0
     seconds: dict[str, Spread] = field(default_factory=dict)
     speedups: dict[str, Spread] = field(default_factory=dict)
@@ -93,6 +95,7 @@ def measure(case: Case, *, threads: int, budget: float = 1.0, min_rounds: int = 
         threads=threads,
         elements=case.elements,
         bytes=case.bytes,
+        flops=case.flops,
         residence=machine.residence(case.bytes, threads),
         rounds=len(samples.get(OURS, ())),
         seconds={name: Spread.of(values) for name, values in samples.items()},

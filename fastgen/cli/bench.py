@@ -21,7 +21,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads. [default: as many as PyTorch uses]", show_default=False)
     ] = None,
-    filter: Annotated[str, typer.Option(help="Only cases with this in their name, such as reparam or 64x20.")] = "",
+    filter: Annotated[str, typer.Option(help="Only cases with this in their name, such as reparam or lstm.")] = "",
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Whether torch.compile takes part (needs a C++ compiler).")
     ] = True,

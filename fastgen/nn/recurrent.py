@@ -28,7 +28,9 @@ SEQUENCE_DEVICES, CELL_DEVICES = kernel_devices("recurrent"), kernel_devices("re
 
 
 def _ours(x: Tensor, devices: frozenset[str]) -> bool:
-    """Whether fastgen is to compute with `x`: where it has kernels, and what PyTorch's modules cannot be in."""
+    """Whether fastgen is to compute with `x`: where it has kernels, and under what PyTorch's modules cannot be."""
+    if torch.jit.is_tracing():
+        return False  # a trace is to hold PyTorch's op, which ONNX and TorchScript know
     return x.device.type in devices or transforming() or forward_ad._current_level >= 0
 
 
@@ -144,10 +146,12 @@ class _Sequence(torch.nn.RNNBase):
         if not states:
             return True
         layers = self.num_layers * (2 if self.bidirectional else 1)
-        if batch_sizes is not None:
-            batch = [int(batch_sizes[0])]
-        else:
+        if batch_sizes is None:
             batch = [x.size(0 if self.batch_first else 1)] if x.dim() == 3 else []
+        elif torch.compiler.is_compiling():
+            batch = [states[0].size(-2)]  # a graph cannot depend on the number in batch_sizes
+        else:
+            batch = [int(batch_sizes[0])]
         sizes = [self.proj_size or self.hidden_size, *([self.hidden_size] if self.mode == "LSTM" else [])]
         return [list(s.shape) for s in states] == [[layers, *batch, size] for size in sizes]
 

@@ -29,7 +29,8 @@ def run(monkeypatch, tmp_path):
     """Runs the command on small cases, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(random_cases, "cases", lambda full: SMALL)
-    monkeypatch.setattr(fastgen.benchmark.reparameterize, "cases", lambda full: [])
+    for family in (fastgen.benchmark.reparameterize, fastgen.benchmark.recurrent):
+        monkeypatch.setattr(family, "cases", lambda full: [])
     monkeypatch.setattr(fastgen.benchmark, "bandwidth", lambda threads: {bounds.IN_PLACE: 2e10, bounds.NEW_MEMORY: 4e9})
     monkeypatch.setattr("fastgen.cli.bench._BUDGETS", {False: (0.0, 3), True: (0.0, 5)})
     return lambda *arguments: CliRunner().invoke(app, list(arguments))
@@ -79,7 +80,7 @@ def test_a_wrong_answer_of_ours_is_exit_code_1(run, monkeypatch):
     ("arguments", "message"),
     [
         (["--threads", "0"], "threads: expected an int of at least 1, got 0"),
-        (["--filter", "lstm"], "filter: expected a part of the name of a case"),
+        (["--filter", "attention"], "filter: expected a part of the name of a case"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_runs(run, monkeypatch, arguments, message):

@@ -623,6 +623,21 @@ void test_generation(const char* isa) {
   }
 }
 
+void test_probes(const char* isa) {
+  const KernelTable& kernels = table(isa);
+  for (const int64_t count : {0, 1, 63, 64, 1000}) {
+    Buffer memory(count * 4);
+    float* values = reinterpret_cast<float*>(memory.data);
+    for (int64_t i = 0; i < count; ++i) values[i] = 1.0f;
+    const double read = kernels.probe.reads(values, count, 3);
+    if (!(read >= 0 && read <= 3 * double(count) && read + 3 * 128 > 3 * double(count))) {
+      printf("%s reads %ld: %g\n", isa, long(count), read);
+      exit(1);
+    }
+    ++comparisons;
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -630,6 +645,7 @@ int main(int argc, char** argv) {
     test_random(argv[i]);
     test_reparameterize(argv[i]);
     test_recurrent(argv[i]);
+    test_probes(argv[i]);
     test_cells(argv[i]);
     test_generation(argv[i]);
   }

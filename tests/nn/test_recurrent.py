@@ -559,6 +559,15 @@ def test_autocast(name):
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_traces_hold_the_op_of_torch(name):
+    module, x = getattr(nn, name)(3, 4), torch.randn(5, 2, 3)
+    traced = torch.jit.trace(module, x)
+    assert f"torch.{'lstm' if name == 'LSTM' else 'gru' if name == 'GRU' else 'rnn_tanh'}(" in traced.code
+    torch.testing.assert_close(tensors(traced(x)), tensors(module(x)))
+
+
 def test_other_dtypes_are_left_to_torch():
     """Whatever PyTorch does with them, it does."""
     results = []
@@ -603,6 +612,21 @@ def test_compiles_in_one_graph_for_every_length(name, inside):
         got, expected = compiled(x), model(x)
         torch.testing.assert_close(tensors(got), tensors(expected))
     assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("with_states", [False, True])
+def test_packed_sequences_compile_in_one_graph(name, with_states):
+    module = getattr(nn, name)(3, 4)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for lengths in ([3, 2], [4, 1, 1]):
+        packed = pack_sequence([torch.randn(n, 3) for n in lengths])
+        hx = None
+        if with_states:
+            hx = torch.randn(1, len(lengths), 4)
+            hx = (hx, 2 * hx) if name == "LSTM" else hx
+        torch.testing.assert_close(tensors(compiled(packed, hx)), tensors(module(packed, hx)))
     torch.compiler.reset()
 
 

@@ -1,0 +1,60 @@
+// What a core can do at best, for the bounds of the benchmarks (after lanes.inl): arithmetic without memory, and
+// reads without more arithmetic than it takes to have read.
+#pragma once
+
+#include "lanes.inl"
+
+namespace fastgen {
+namespace {
+
+// All lanes added up, so that no compiler drops what made them.
+template <class T, class F>
+double total(F value) {
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  double sum = 0;
+  for (const T lane : lanes) sum += double(lane);
+  return sum;
+}
+
+// `count` multiply-adds or a few more, in as many independent chains as a product has.
+template <class T>
+double multiply_adds(int64_t count) {
+  using F = typename Work<T>::F;
+  F sum[Isa::kSums];
+  FASTGEN_UNROLL
+  for (int i = 0; i < Isa::kSums; ++i) sum[i] = F(T(i));
+  const F factor(T(1) - T(1e-6)), term(T(1e-6));
+  for (int64_t done = 0; done < count; done += Isa::kSums * kLanes<T>) {
+    FASTGEN_UNROLL
+    for (int i = 0; i < Isa::kSums; ++i) sum[i] = multiply_add(factor, sum[i], term);
+  }
+  for (int i = 1; i < Isa::kSums; ++i) sum[0] = sum[0] + sum[i];
+  return total<T>(sum[0]);
+}
+
+// `count` floats from `from`, read `times` times over. Less than one turn of the loop at the end is left out.
+double reads(const float* from, int64_t count, int64_t times) {
+  using F = Work<float>::F;
+  constexpr int kChains = 8, kWidth = kLanes<float>;
+  F sum[kChains];
+  FASTGEN_UNROLL
+  for (int i = 0; i < kChains; ++i) sum[i] = F(0.0f);
+  for (int64_t t = 0; t < times; ++t) {
+    for (int64_t k = 0; k + kChains * kWidth <= count; k += kChains * kWidth) {
+      FASTGEN_UNROLL
+      for (int i = 0; i < kChains; ++i) {
+        F value;
+        load(from + k + i * kWidth, value);
+        sum[i] = sum[i] + value;
+      }
+    }
+  }
+  for (int i = 1; i < kChains; ++i) sum[0] = sum[0] + sum[i];
+  return total<float>(sum[0]);
+}
+
+constexpr Probes kProbes = {multiply_adds<float>, multiply_adds<double>, reads};
+
+}  // namespace
+}  // namespace fastgen

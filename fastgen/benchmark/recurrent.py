@@ -1,0 +1,233 @@
+"""Cases of `fastgen.nn.LSTM`, `GRU`, `RNN` and `LSTMCell` against those of `torch.nn`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastgen.nn
+from fastgen.benchmark.case import COMPILED, EAGER, OURS, ProductCase, WrongResult, compiled
+
+__all__ = ["RecurrentCase", "cases"]
+
+_SEED = 19_971_115
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1, "LSTMCell": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentCase(ProductCase):
+    """One call of a module with a loss on its outputs.
+
+    Shape: (T, B, I, H), of a cell (B, I, H): steps, batch, features of the input, hidden units.
+
+    Attributes:
+        module: the class in `torch.nn` and `fastgen.nn`.
+        direction: `inference` (no parameter wants a gradient) or `training` (forward and backward, to the input
+            and all parameters, from a dense gradient of the output).
+        layers, bidirectional, proj_size: of the module.
+        valid: the share of B x T that is not padding; below 1 the input is packed.
+    """
+
+    module: Literal["LSTM", "GRU", "RNN", "LSTMCell"] = "LSTM"
+    direction: Literal["inference", "training"] = "training"
+    layers: int = 1
+    bidirectional: bool = False
+    proj_size: int = 0
+    valid: float = 1.0
+
+    @property
+    def workload(self) -> str:
+        """Such as `recurrent/LSTM+packed/training`."""
+        marks = [
+            "packed" if self.valid < 1 else "",
+            f"proj{self.proj_size}" if self.proj_size else "",
+            f"{self.layers}layers" if self.layers > 1 else "",
+            "bidirectional" if self.bidirectional else "",
+        ]
+        return f"recurrent/{'+'.join([self.module, *filter(None, marks)])}/{self.direction}"
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        steps, batch, features, hidden = self.shape if len(self.shape) == 4 else (1, *self.shape)
+        return steps, batch, features, hidden
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the sequences, descending: evenly spread, the longest T, so that their sum is `valid` of B x T."""
+        steps, batch, *_ = self._sizes
+        shortest = 2 * self.valid - 1
+        spread = [1 - (1 - shortest) * b / max(1, batch - 1) for b in range(batch)]
+        return [max(1, round(steps * share)) for share in spread]
+
+    @property
+    def elements(self) -> int:
+        """Tokens of the input."""
+        return sum(self.lengths)
+
+    @property
+    def flops(self) -> int:
+        _, _, features, hidden = self._sizes
+        directions, out = 2 if self.bidirectional else 1, self.proj_size or hidden
+        total = 0
+        for layer in range(self.layers):
+            depth = (features if layer == 0 else directions * out) + out
+            total += directions * (_GATES[self.module] * hidden * depth + self.proj_size * hidden)
+        # Each product has two of its size in the backward pass.
+        return 2 * self.elements * total * (3 if self.direction == "training" else 1)
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """The weights of the recurrence of one layer and direction at each step, forward and backward."""
+        steps, _, features, hidden = self._sizes
+        depth = hidden + features if self.module == "LSTMCell" else self.proj_size or hidden
+        size = (_GATES[self.module] * depth + self.proj_size) * hidden * self.dtype.itemsize
+        times = steps * self.layers * (2 if self.bidirectional else 1)
+        return size, times * (2 if self.direction == "training" else 1)
+
+    @property
+    def bytes(self) -> int:
+        """Of parameters, input and output."""
+        _, _, features, hidden = self._sizes
+        parameters = sum(p.numel() for p in self._module(torch.nn, device="meta").parameters())
+        out = (self.proj_size or hidden) * (2 if self.bidirectional else 1)
+        return (parameters + self.elements * (features + out)) * self.dtype.itemsize
+
+    def shrunk(self) -> RecurrentCase:
+        return replace(self, shape=tuple(min(n, 12) for n in self.shape), proj_size=min(self.proj_size, 4))
+
+    def _module(self, package: ModuleType, **options: Any) -> torch.nn.Module:
+        """The module of one package, of the same weights each time."""
+        _, _, features, hidden = self._sizes
+        if self.module != "LSTMCell":
+            options |= {"num_layers": self.layers, "bidirectional": self.bidirectional}
+        if self.proj_size:
+            options["proj_size"] = self.proj_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            module: torch.nn.Module = getattr(package, self.module)(features, hidden, **options)
+        training = self.direction == "training"
+        return module.to(self.dtype).train(training).requires_grad_(training)
+
+    def _call(self, module: Callable[..., Any], parameters: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        """(input, [states,] [gradient of the output]) -> (output, [gradients of input and parameters])."""
+        batch_sizes = None
+        if self.valid < 1:
+            lengths = torch.tensor(self.lengths)
+            batch_sizes = pack_padded_sequence(torch.empty(max(self.lengths), len(self.lengths)), lengths).batch_sizes
+        cell = self.module == "LSTMCell"
+
+        def forward(x: Tensor, states: list[Tensor]) -> Tensor:
+            if cell:
+                result: Tensor = module(x, (states[0], states[1]))[0]
+                return result
+            if batch_sizes is None:
+                return module(x)[0]
+            return module(PackedSequence(x, batch_sizes))[0].data
+
+        if self.direction == "inference":
+            return lambda x, *states: (forward(x, list(states)),)
+
+        def step(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            *states, gradient = rest
+            output = forward(x, states)
+            return output, *torch.autograd.grad(output, [x, *parameters], gradient)
+
+        return step
+
+    def _named(self, results: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        names = [
+            "output",
+            "grad_input",
+            *(name for name, _ in self._module(torch.nn, device="meta").named_parameters()),
+        ]
+        return dict(zip(names, results, strict=False))
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The input ((T, B, I), packed (N, I), of a cell (B, I)), a cell's states, the gradient of the output."""
+        steps, batch, features, hidden = self._sizes
+        draw = torch.Generator().manual_seed(_SEED)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw).to(self.dtype)
+
+        cell = self.module == "LSTMCell"
+        leading = (self.elements,) if self.valid < 1 else (batch,) if cell else (steps, batch)
+        given = [normal(*leading, features).requires_grad_(self.direction == "training")]
+        if cell:
+            given += [normal(batch, hidden) for _ in range(2)]
+        if self.direction == "training":
+            given.append(normal(*leading, (self.proj_size or hidden) * (2 if self.bidirectional else 1)))
+        return tuple(given)
+
+    def rivals(self) -> dict[str, Callable[..., Any]]:
+        """Ours and PyTorch's; torch.compile of the cell alone, as Dynamo refuses PyTorch's sequence modules."""
+        ours, eager = self._module(fastgen.nn), self._module(torch.nn)
+        functions = {
+            OURS: self._call(ours, list(ours.parameters())),
+            EAGER: self._call(eager, list(eager.parameters())),
+        }
+        if self.module == "LSTMCell":
+            functions[COMPILED] = self._call(compiled(eager), list(eager.parameters()))
+        return functions
+
+    def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
+        """Ours may be twice as far from double precision as PyTorch is, in each result; rivals 64 roundings."""
+        expected, errors = _expected(self)
+        eps = torch.finfo(self.dtype).eps
+        for name, result in self._named(function(*inputs)).items():
+            exact = expected[name]
+            if result.shape != exact.shape or result.dtype != self.dtype:
+                raise WrongResult(f"{self.name}, {rival}, {name}: {result.dtype} {tuple(result.shape)}")
+            scale = float(exact.abs().max())
+            limit = 2 * errors[name] + 4 * eps * scale if rival == OURS else 64 * eps * scale
+            error = float((result.detach().double() - exact).abs().max())
+            if not error <= limit:  # also a NaN
+                raise WrongResult(f"{self.name}, {rival}, {name}: off by {error:.3g}, allowed are {limit:.3g}")
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(case: RecurrentCase) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The results by PyTorch in double precision, and how far PyTorch in the case's dtype is from them."""
+    # The weights and inputs of the case itself, which double precision holds exactly.
+    module = case._module(torch.nn).double()
+    given = [x.detach().double().requires_grad_(x.requires_grad) for x in case.inputs()]
+    exact = case._named(tuple(t.detach() for t in case._call(module, list(module.parameters()))(*given)))
+    plain = case._module(torch.nn)
+    results = case._named(case._call(plain, list(plain.parameters()))(*case.inputs()))
+    return exact, {name: float((results[name].detach().double() - exact[name]).abs().max()) for name in exact}
+
+
+def cases(*, full: bool) -> list[RecurrentCase]:
+    """The cases of `fastgen bench`: a few that tell most, or all of them, each in both directions."""
+    usual, alone = (64, 32, 128, 256), (100, 1, 512, 512)
+    chosen = [
+        RecurrentCase(shape=usual),
+        RecurrentCase(shape=usual, valid=0.68),
+        RecurrentCase(shape=alone, direction="inference"),
+        RecurrentCase(module="LSTMCell", shape=(1, 256, 256), direction="inference"),
+    ]
+    if full:
+        every = [
+            RecurrentCase(shape=usual),
+            RecurrentCase(shape=(64, 64, 1024, 1024)),
+            RecurrentCase(shape=(100, 1, 128, 128)),
+            RecurrentCase(shape=alone),
+            RecurrentCase(shape=usual, valid=0.68),
+            RecurrentCase(shape=usual, proj_size=64),
+            RecurrentCase(shape=usual, dtype=torch.bfloat16),
+            RecurrentCase(shape=usual, dtype=torch.float64),
+            RecurrentCase(module="GRU", shape=usual),
+            RecurrentCase(module="RNN", shape=usual),
+            RecurrentCase(shape=usual, layers=2, bidirectional=True),
+            RecurrentCase(module="LSTMCell", shape=(1, 256, 256)),
+        ]
+        both = [replace(case, direction=direction) for case in every for direction in ("inference", "training")]
+        chosen += [case for case in both if case not in chosen]
+    return chosen
