@@ -27,7 +27,9 @@ _BUILDER = "torch._dynamo.variables.builder"
 
 def _open(builder: ModuleType) -> None:
     """Wrap the method of `builder` that asks for the switch."""
-    wrap_module = builder.VariableBuilder.wrap_module
+    wrap_module = getattr(builder.VariableBuilder, "wrap_module", None)
+    if wrap_module is None or not hasattr(builder.config, "allow_rnn"):
+        return  # another PyTorch: it may break the graph, as at its own modules
 
     @functools.wraps(wrap_module)
     def wrap(self: Any, value: Any) -> Any:

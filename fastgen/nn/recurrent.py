@@ -29,7 +29,7 @@ SEQUENCE_DEVICES, CELL_DEVICES = kernel_devices("recurrent"), kernel_devices("re
 
 def _ours(x: Tensor, devices: frozenset[str]) -> bool:
     """Whether fastgen is to compute with `x`: where it has kernels, and under what PyTorch's modules cannot be."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False  # a trace is to hold PyTorch's op, which ONNX and TorchScript know
     return x.device.type in devices or transforming() or forward_ad._current_level >= 0
 
