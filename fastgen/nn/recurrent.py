@@ -36,13 +36,11 @@ def _ours(x: Tensor, devices: frozenset[str]) -> bool:
 
 def _alike(x: Tensor, others: Iterable[Tensor | None]) -> bool:
     """Whether `x` has a dtype that we take, and the others its device and, but under autocast, its dtype."""
-
-    def fits(other: Tensor | None) -> bool:
-        if other is None or other.device != x.device:
+    dtype, device, mixed = x.dtype, x.device, torch._C._is_any_autocast_enabled()
+    for other in others:
+        if other is None or other.device != device or (other.dtype != dtype and not mixed):
             return False
-        return other.dtype == x.dtype or torch._C._is_any_autocast_enabled()
-
-    return x.dtype in _DTYPES and all(map(fits, others))
+    return dtype in _DTYPES
 
 
 def _unpack(hx: Any) -> list[Tensor]:
@@ -263,9 +261,11 @@ class _Cell(torch.nn.RNNCellBase):
         """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not."""
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size or x.numel() == 0:
             return False
-        shape = [*x.shape[:-1], self.hidden_size]
-        fits = not states or [list(s.shape) for s in states] == [shape] * self._states
-        return fits and _alike(x, [*states, *weights])
+        if states:
+            shape = (*x.shape[:-1], self.hidden_size)
+            if len(states) != self._states or any(s.shape != shape for s in states):
+                return False
+        return _alike(x, (*states, *weights))
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
