@@ -37,6 +37,7 @@ void detect() {
 const KernelTable kAvx512Bf16Kernels = [] {
   KernelTable table = kAvx512Kernels;
   table.isa = "avx512_bf16";
+  table.probe.multiply_adds_bf16 = multiply_adds_bf16;
   table.recurrent_sizes = recurrent_sizes_bf16;
   table.recurrent = recurrent_bf16;
   table.recurrent_backward_sizes = recurrent_backward_sizes_bf16;

@@ -10,6 +10,7 @@ namespace fastgen {
 struct Probes {
   double (*multiply_adds)(int64_t count);         // fp32
   double (*multiply_adds_double)(int64_t count);  // fp64
+  double (*multiply_adds_bf16)(int64_t count);    // of bf16, summed in fp32
   double (*reads)(const float* from, int64_t count, int64_t times);
 };
 
@@ -38,6 +39,7 @@ extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 
 // What a table for AVX-512 with BF16 has in place of kAvx512Kernels.
+double multiply_adds_bf16(int64_t count);
 RecurrentSizes recurrent_sizes_bf16(const RecurrentParams&, int64_t rows);
 void recurrent_bf16(const RecurrentParams&, const RecurrentWork&);
 RecurrentBackwardSizes recurrent_backward_sizes_bf16(const RecurrentBackwardParams&, int64_t rows);

@@ -3,9 +3,12 @@
 #include "kernel_table.h"
 #include "vec_avx512_bf16.h"
 // After vec_avx512_bf16.h, which defines Isa:
+#include "probe.inl"
 #include "recurrent_backward.inl"
 
 namespace fastgen {
+
+double multiply_adds_bf16(int64_t count) { return multiply_adds<MultiplyPairs>(count); }
 
 RecurrentSizes recurrent_sizes_bf16(const RecurrentParams& p, int64_t rows) {
   if (p.dtype != DType::kBFloat16) return kAvx512Kernels.recurrent_sizes(p, rows);

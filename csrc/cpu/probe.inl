@@ -1,8 +1,8 @@
-// What a core can do at best, for the bounds of the benchmarks (after lanes.inl): arithmetic without memory, and
+// What a core can do at best, for the bounds of the benchmarks (after product.inl): arithmetic without memory, and
 // reads without more arithmetic than it takes to have read.
 #pragma once
 
-#include "lanes.inl"
+#include "product.inl"
 
 namespace fastgen {
 namespace {
@@ -17,17 +17,19 @@ double total(F value) {
   return sum;
 }
 
-// `count` multiply-adds or a few more, in as many independent chains as a product has.
-template <class T>
+// `count` multiply-adds of the arithmetic A (product.inl) or a few more, in as many independent chains as a product
+// has.
+template <class A>
 double multiply_adds(int64_t count) {
-  using F = typename Work<T>::F;
+  using T = typename A::T;
+  using F = typename A::F;
   F sum[Isa::kSums];
   FASTGEN_UNROLL
   for (int i = 0; i < Isa::kSums; ++i) sum[i] = F(T(i));
-  const F factor(T(1) - T(1e-6)), term(T(1e-6));
-  for (int64_t done = 0; done < count; done += Isa::kSums * kLanes<T>) {
+  const F left(T(1e-3)), right(T(1e-6));
+  for (int64_t done = 0; done < count; done += Isa::kSums * kLanes<T> * A::kDepth) {
     FASTGEN_UNROLL
-    for (int i = 0; i < Isa::kSums; ++i) sum[i] = multiply_add(factor, sum[i], term);
+    for (int i = 0; i < Isa::kSums; ++i) sum[i] = A::step(left, right, sum[i]);
   }
   for (int i = 1; i < Isa::kSums; ++i) sum[0] = sum[0] + sum[i];
   return total<T>(sum[0]);
@@ -54,7 +56,8 @@ double reads(const float* from, int64_t count, int64_t times) {
   return total<float>(sum[0]);
 }
 
-constexpr Probes kProbes = {multiply_adds<float>, multiply_adds<double>, reads};
+constexpr Probes kProbes = {multiply_adds<Multiply<float>>, multiply_adds<Multiply<double>>,
+                            multiply_adds<Multiply<float>>, reads};
 
 }  // namespace
 }  // namespace fastgen

@@ -18,6 +18,9 @@ FASTGEN_EXPORT double fastgen_probe_multiply_adds(int64_t count) {
 FASTGEN_EXPORT double fastgen_probe_multiply_adds_double(int64_t count) {
   return fastgen::kernels().probe.multiply_adds_double(count);
 }
+FASTGEN_EXPORT double fastgen_probe_multiply_adds_bf16(int64_t count) {
+  return fastgen::kernels().probe.multiply_adds_bf16(count);
+}
 FASTGEN_EXPORT double fastgen_probe_reads(const float* from, int64_t count, int64_t times) {
   return fastgen::kernels().probe.reads(from, count, times);
 }

@@ -11,7 +11,7 @@ The bounds of a case of matrix products are as many multiply-adds as they have, 
 the cache or memory that holds them can do). Both are loops of fastgen's library with the instruction set in
 use; one thread runs its share, so that nothing is lost to waking the others, and the share is taken for the
 whole. Where the batch is large the first is longer, where it is small the second; the longer one is the bound.
-Half types count as float32, in which they are multiplied unless the processor has instructions of their own.
+Half types are multiplied in float32, and bfloat16 by the processor's own instructions where the kernels use them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def probes(dtype: torch.dtype, flops: int, weights: tuple[int, int]) -> dict[str
     library = cpu_library()
     if library is None:
         return {}
-    name = "fastgen_probe_multiply_adds" + ("_double" if dtype == torch.float64 else "")
-    multiply_adds, reads = getattr(library, name), library.fastgen_probe_reads
+    suffix = {torch.float64: "_double", torch.bfloat16: "_bf16"}.get(dtype, "")
+    multiply_adds = getattr(library, f"fastgen_probe_multiply_adds{suffix}")
+    reads = library.fastgen_probe_reads
     multiply_adds.restype = reads.restype = ctypes.c_double
     size, times = weights
     memory = torch.ones(max(1, size // 4))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support import needs_inductor
+from support import FLOATS, needs_inductor
 
 from fastgen import _load
 from fastgen.benchmark import Report, measure, select
@@ -163,7 +163,7 @@ def test_probes_read_all_that_they_are_asked_to(isa):
     with _load.use_cpu_isa(isa):
         read = probes(torch.float32, 100, (4 * 1024, 7))[READS]
         assert read() == 7 * 1024 + 1  # ones, and one more for the reference to them
-        for dtype in (torch.float32, torch.float64):
+        for dtype in FLOATS:
             assert math.isfinite(probes(dtype, 10_000, (64, 1))[MULTIPLY_ADDS]())
 
 
