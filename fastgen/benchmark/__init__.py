@@ -2,7 +2,8 @@
 
 The method, each point of which has its module:
 
-* the answer of every rival is checked before it is timed (`case`, `random`, `reparameterize`, `recurrent`);
+* the answer of every rival is checked before it is timed (`case`, `random`, `reparameterize`, `recurrent`,
+  `generate`);
 * rivals take turns in one process with the same threads, and ratios are taken round by round (`timing`);
 * the physical bound of a case is timed beside them, not looked up (`bounds`);
 * losses are named (`report`).
@@ -18,7 +19,7 @@ Example:
 
 from __future__ import annotations
 
-from fastgen.benchmark import random, recurrent, reparameterize
+from fastgen.benchmark import generate, random, recurrent, reparameterize
 from fastgen.benchmark.bounds import bandwidth
 from fastgen.benchmark.case import Case
 from fastgen.benchmark.report import Report
@@ -43,6 +44,7 @@ def select(*, full: bool, filter: str = "", threads: int | None = None) -> list[
         *random.cases(full=full),
         *reparameterize.cases(full=full),
         *recurrent.cases(full=full),
+        *generate.cases(full=full),
     ]
     chosen = [
         case for case in every if filter.lower() in case.name.lower() and not (threads == 1 and case.threads == 1)
