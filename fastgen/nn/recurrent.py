@@ -35,7 +35,10 @@ def _ours(x: Tensor, devices: frozenset[str]) -> bool:
 
 
 def _alike(x: Tensor, others: Iterable[Tensor | None]) -> bool:
-    """Whether `x` has a dtype that we take, and the others its device and, but under autocast, its dtype."""
+    """Whether `x` has a dtype that we take, and the others its device and, but under autocast, its dtype.
+
+    Of the weights, as in PyTorch, the first stands for all; functions check the rest.
+    """
     dtype, device, mixed = x.dtype, x.device, torch._C._is_any_autocast_enabled()
     for other in others:
         if other is None or other.device != device or (other.dtype != dtype and not mixed):
@@ -139,7 +142,7 @@ class _Sequence(torch.nn.RNNBase):
         """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not."""
         if x.dim() not in ((2, 3) if batch_sizes is None else (2,)) or x.size(-1) != self.input_size or x.numel() == 0:
             return False
-        if not _alike(x, [*states, *weights]):
+        if not _alike(x, [*states, weights[0]]):
             return False
         if not states:
             return True
@@ -265,7 +268,7 @@ class _Cell(torch.nn.RNNCellBase):
             shape = (*x.shape[:-1], self.hidden_size)
             if len(states) != self._states or any(s.shape != shape for s in states):
                 return False
-        return _alike(x, (*states, *weights))
+        return _alike(x, (*states, weights[0]))
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
