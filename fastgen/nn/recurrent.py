@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastgen import functional, random
 from fastgen._load import kernel_devices
 from fastgen._ops.library import transforming
+from fastgen._ops.recurrent import Mode, recurrent_cell
 from fastgen._validate import number
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -237,17 +238,15 @@ class _Cell(torch.nn.RNNCellBase):
     """The `forward` of LSTMCell, GRUCell and RNNCell."""
 
     _states = 1
-
-    def _function(self) -> Callable[..., Any] | None:
-        """What computes the step; None where PyTorch is to say that it knows none."""
-        raise NotImplementedError
+    _mode: Mode | None
+    """The kernel's; None where PyTorch is to say that it knows no such cell."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        states, function = _unpack(hx), self._function()
-        weights = [self.weight_ih, self.weight_hh, *([self.bias_ih, self.bias_hh] if self.bias else [])]
+        states, mode = _unpack(hx), self._mode
+        w_ih, w_hh = self.weight_ih, self.weight_hh
         # Under autocast PyTorch's cells keep a state of full precision from step to step; so let them.
         ours = _ours(input, CELL_DEVICES) and not torch._C._is_any_autocast_enabled()
-        if function is None or not ours or not self._fits(input, states, weights):
+        if mode is None or not ours or not self._fits(input, states, w_ih):
             return super().forward(input, hx)
 
         unbatched = input.dim() == 1
@@ -255,12 +254,14 @@ class _Cell(torch.nn.RNNCellBase):
             input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
         if not states:
             states = [input.new_zeros(input.size(0), self.hidden_size) for _ in range(self._states)]
-        result = function(input, tuple(states) if self._states == 2 else states[0], *weights)
-        if not unbatched:
-            return result
-        return tuple(s.squeeze(0) for s in result) if self._states == 2 else result.squeeze(0)
+        # Past `functional`, which would check again what fits: in a loop over steps Python is half of the time.
+        c = states[1] if mode is Mode.LSTM else None
+        h_1, c_1 = recurrent_cell(mode, input, states[0], c, w_ih, w_hh, self.bias_ih, self.bias_hh)
+        if unbatched:
+            h_1, c_1 = h_1.squeeze(0), c_1 if c is None else c_1.squeeze(0)
+        return h_1 if c is None else (h_1, c_1)
 
-    def _fits(self, x: Tensor, states: list[Tensor], weights: list[Tensor]) -> bool:
+    def _fits(self, x: Tensor, states: list[Tensor], weight: Tensor) -> bool:
         """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not."""
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size or x.numel() == 0:
             return False
@@ -268,27 +269,25 @@ class _Cell(torch.nn.RNNCellBase):
             shape = (*x.shape[:-1], self.hidden_size)
             if len(states) != self._states or any(s.shape != shape for s in states):
                 return False
-        return _alike(x, (*states, weights[0]))
+        return _alike(x, (*states, weight))
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on fastgen's kernel."""
 
     _states = 2
-
-    def _function(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        return functional.lstm_cell
+    _mode = Mode.LSTM
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
     """`torch.nn.GRUCell` on fastgen's kernel."""
 
-    def _function(self) -> Callable[..., Tensor]:
-        return functional.gru_cell
+    _mode = Mode.GRU
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
     """`torch.nn.RNNCell` on fastgen's kernel."""
 
-    def _function(self) -> Callable[..., Tensor] | None:
-        return {"tanh": functional.rnn_tanh_cell, "relu": functional.rnn_relu_cell}.get(self.nonlinearity)
+    @property
+    def _mode(self) -> Mode | None:  # type: ignore[override]
+        return {"tanh": Mode.RNN_TANH, "relu": Mode.RNN_RELU}.get(self.nonlinearity)

@@ -237,7 +237,7 @@ def test_the_extras_are_those_of_the_package():
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     for extra, packages in EXTRAS.items():
-        named = [re.split("[<>=]", name)[0] for name in project["optional-dependencies"][extra]]
+        named = [re.split("[<>=;]", name)[0].strip() for name in project["optional-dependencies"][extra]]
         assert list(packages) == [name for name in named if not name.startswith("fastgen-torch")]
 
 
