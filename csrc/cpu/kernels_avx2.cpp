@@ -1,29 +1,10 @@
 // The kernels for AVX2; compiled with its own -m flags, and only called where isa.cpp finds the CPU able.
-#include "kernel_table.h"
 #include "vec_avx2.h"
 // After vec_avx2.h, which defines Isa:
-#include "probe.inl"
-#include "random.inl"
-#include "reparameterize.inl"
-#include "recurrent_kernels.inl"
-#include "cell.inl"
-#include "generate.inl"
+#include "kernels.inl"
 
 namespace fastgen {
 
-const KernelTable kAvx2Kernels = {"avx2",
-                                  kProbes,
-                                  random,
-                                  reparameterize,
-                                  reparameterize_add_pieces,
-                                  reparameterize_backward,
-                                  recurrent_sizes,
-                                  recurrent,
-                                  recurrent_backward_sizes,
-                                  recurrent_backward,
-                                  recurrent_cell,
-                                  recurrent_cell_backward,
-                                  linear_rows,
-                                  draw_tokens};
+constinit const KernelTable kAvx2Kernels = kernel_table("avx2");
 
 }  // namespace fastgen

@@ -1,0 +1,33 @@
+// All kernels of an instruction set and their table (after a vec_*.h, which defines Isa).
+#pragma once
+
+#include "cell.inl"
+#include "generate.inl"
+#include "kernel_table.h"
+#include "probe.inl"
+#include "random.inl"
+#include "recurrent_kernels.inl"
+#include "reparameterize.inl"
+
+namespace fastgen {
+namespace {
+
+constexpr KernelTable kernel_table(const char* isa) {
+  return {isa,
+          kProbes,
+          random,
+          reparameterize,
+          reparameterize_add_pieces,
+          reparameterize_backward,
+          recurrent_sizes,
+          recurrent,
+          recurrent_backward_sizes,
+          recurrent_backward,
+          recurrent_cell,
+          recurrent_cell_backward,
+          linear_rows,
+          draw_tokens};
+}
+
+}  // namespace
+}  // namespace fastgen
