@@ -31,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.data._folder import visible_files
+from fastgen.data._split import held_out
 from fastgen.random import Generator, permutation
 
 if TYPE_CHECKING:
@@ -147,13 +149,14 @@ class ImageSet:
         """
         if test_size is None and self.test is not None:
             return replace(self, test=None), self.test
-        count = _test_count(0.1 if test_size is None else test_size, len(self))
+        unit = "image" if len(self) == 1 else "images"
+        count = held_out(0.1 if test_size is None else test_size, len(self), unit, "an int, a float or None")
         generator = Generator(seed).fork(_SPLIT_KEY)
-        held_out = self._draw(count, generator)
+        drawn = self._draw(count, generator)
         # A second shuffle: in the order of the draw, the last of one part would be of the rarer classes.
         order = permutation(len(self), generator=generator)
-        held_out = held_out[order]
-        return self._take(order[~held_out]), self._take(order[held_out])
+        drawn = drawn[order]
+        return self._take(order[~drawn]), self._take(order[drawn])
 
     def _draw(self, count: int, generator: Generator) -> Tensor:
         """(N,) bool: `count` images at random, from each class in proportion."""
@@ -172,20 +175,6 @@ class ImageSet:
         indices = indices.to(self.images.device)
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, images=self.images[indices], labels=labels, test=None, skipped=0)
-
-
-def _test_count(test_size: float | int, total: int) -> int:
-    if isinstance(test_size, bool) or not isinstance(test_size, (int, float)):
-        raise TypeError(f"test_size: expected an int, a float or None, got {type(test_size).__name__}")
-    if isinstance(test_size, float):
-        if not 0 < test_size < 1:
-            raise ValueError(f"test_size: expected a fraction between 0 and 1, or an int, got {test_size}")
-        count = min(max(round(test_size * total), 1), total - 1)
-    else:
-        count = test_size
-    if not 0 < count < total:
-        raise ValueError(f"test_size: expected 1 to {total - 1} of the {_count(total, 'image')}, got {count}")
-    return count
 
 
 def _apportion(sizes: Tensor, count: int) -> Tensor:
@@ -696,14 +685,6 @@ def _find_images(folder: Path) -> tuple[list[Path], int]:
     formats = image.registered_extensions()
     endings = {e for e, name in formats.items() if name in image.OPEN and name not in _UNDECODABLE}
 
-    def fail(error: OSError) -> None:
-        raise error
-
-    found: list[Path] = []
-    skipped = 0
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = [n for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in endings]
-        found += [Path(parent, name) for name in images]
-        skipped += len(names) - len(images)
-    return sorted(found), skipped
+    files, hidden = visible_files(folder)
+    found = [file for file in files if file.suffix.lower() in endings]
+    return found, hidden + len(files) - len(found)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgen.data._folder import visible_files
 from fastgen.data._split import held_out
 from fastgen.data.streams import Streams
 from fastgen.tokenizers import Tokenizer
@@ -144,24 +145,17 @@ _PROBED = 8192  # bytes that are searched for a zero
 
 def _find(folder: Path) -> tuple[list[Path], int]:
     """All text files below `folder` in sorted order, and the number of other files."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
+    files, skipped = visible_files(folder)
     found: list[Path] = []
-    skipped = 0
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if name.startswith(".") or not path.is_file():
-                skipped += 1
-                continue
-            with open(path, "rb") as file:
-                binary = b"\0" in file.read(_PROBED)
-            found += [] if binary else [path]
-            skipped += binary
-    return sorted(found), skipped
+    for path in files:
+        if not path.is_file():
+            skipped += 1
+            continue
+        with open(path, "rb") as file:
+            binary = b"\0" in file.read(_PROBED)
+        found += [] if binary else [path]
+        skipped += binary
+    return found, skipped
 
 
 def _read(path: Path, keep_newlines: bool) -> str:
