@@ -17,7 +17,7 @@ from fastgen import _validate
 from fastgen.data import SeriesSet, Streams, TokenSet
 from fastgen.models import RNN, RNNOutput
 
-__all__ = ["SeriesScore", "TextScore", "evaluate_series", "evaluate_text"]
+__all__ = ["SeriesScore", "TextScore", "evaluate_series", "evaluate_text", "read_streams"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def evaluate_text(model: RNN, tokens: TokenSet, *, batch_size: int = 32, seq_len
         raise ValueError(f"tokens: expected those of {model.config.vocab_size}, as the model has, got {tokens!r}")
     streams = _streams("tokens", tokens.tokens, batch_size, seq_len)
     nats = 0.0
-    for output, _, count in _read(model, streams):
-        nats += _loss(output) * count
+    for output, targets in read_streams(model, streams):
+        nats += _loss(output) * targets.numel()
     return TextScore(
         nats / streams.num_steps,
         streams.num_steps,
@@ -105,9 +105,9 @@ def evaluate_series(model: RNN, series: SeriesSet, *, batch_size: int = 1, seq_l
         raise ValueError(f"series: expected {model.config.input_size} columns, as the model has, got {series!r}")
     streams = _streams("series", series.values, batch_size, seq_len)
     nats, squares = 0.0, torch.zeros(series.values.shape[1], dtype=torch.float64)
-    for output, targets, count in _read(model, streams):
+    for output, targets in read_streams(model, streams):
         assert output.distribution is not None
-        nats += _loss(output) * count
+        nats += _loss(output) * targets.shape[:2].numel()
         squares += (output.distribution.mean - targets).double().square().sum((0, 1)).cpu()
     rmse = tuple((squares / streams.num_steps).sqrt().tolist())
     return SeriesScore(nats / streams.num_steps, rmse, streams.num_steps)
@@ -122,15 +122,15 @@ def _streams(name: str, sequence: Tensor, batch_size: int, seq_len: int) -> Stre
     return Streams(sequence, max(1, min(batch_size, windows)), seq_len)
 
 
-def _read(model: RNN, streams: Streams) -> Iterator[tuple[RNNOutput, Tensor, int]]:
-    """For each window the output, its targets and their number, the state carried from one to the next."""
+def read_streams(model: RNN, streams: Streams) -> Iterator[tuple[RNNOutput, Tensor]]:
+    """For each window the output of the model, in evaluation mode, and its targets; the state is carried along."""
     state = None
-    for window in streams:
+    for window in streams if streams.count > 0 else ():
         inputs, targets = (x.to(model.device) for x in window)
         with model.inference():
             output = model(inputs, targets, state)
         state = output.state
-        yield output, targets, targets.shape[:2].numel()
+        yield output, targets
 
 
 def _loss(output: RNNOutput) -> float:

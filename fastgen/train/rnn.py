@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from fastgen import _validate
 from fastgen._files import write_text
 from fastgen.data import SeriesSet, Streams, TokenSet
+from fastgen.evaluate.sequences import read_streams
 from fastgen.models import RNN, RNNConfig, RNNOutput, detach_state
 from fastgen.random import Generator, bits
 from fastgen.tokenizers import TOKENIZER_FILE
@@ -143,12 +144,8 @@ class RNNRecipe(Recipe):
         first, end = process * count // processes, (process + 1) * count // processes
         streams = Streams(self._test, count, self.seq_len, first, end - first)
         sums = torch.zeros(self._num_sums, dtype=torch.float64, device=accelerator.device)
-        state = None
-        with self.model.inference():
-            for inputs, targets in streams if end > first else ():
-                targets = self._on_device(targets)
-                output = self.model(self._on_device(inputs), targets, state)
-                sums, state = sums + self._sums(output, targets), output.state
+        for output, targets in read_streams(self.model, streams):
+            sums += self._sums(output, targets)
         total: Tensor = accelerator.reduce(sums, "sum")
         return self._figures((total / (streams.stream_len * count)).tolist())
 
