@@ -80,3 +80,43 @@ transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: Tru
 def plain_only() -> bool:
     """Whether a call must be made of PyTorch's own ops: under torch.func, and in forward-mode differentiation."""
     return transforming() or forward_ad._current_level >= 0
+
+
+# For families whose backward is an op without a gradient. Where more is asked for (create_graph=True, batched
+# gradients), the gradient is taken by autograd through the reference instead, whose own derivatives of every
+# order follow: correct everywhere, at the speed of plain PyTorch.
+
+
+def higher_order() -> bool:
+    """Whether the gradient that a backward pass is about to give will itself be differentiated, or is batched."""
+    # A compiled graph has first derivatives only.
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transforming())
+
+
+def through(
+    forward: Callable[..., tuple[Tensor, ...]],
+    operands: list[Tensor | None],
+    wanted: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `forward` by autograd, differentiable themselves."""
+    with torch.enable_grad():
+        # Views, so that what one operand owes to another (or to the same tensor passed twice) is not followed.
+        views = [None if x is None else x.view_as(x) for x in operands]
+        pairs = [(y, g) for y, g in zip(forward(*views), grads, strict=True) if g is not None]
+        found = torch.autograd.grad(
+            [y for y, _ in pairs],
+            [x for x, want in zip(views, wanted, strict=True) if want and x is not None],
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    remaining = iter(found)
+    return tuple(next(remaining) if want else None for want in wanted)
+
+
+def distinct(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The operands, in a graph as views: Dynamo does not take one tensor twice, such as (h, h) for the states."""
+    if not torch.compiler.is_compiling():
+        return operands
+    return tuple(None if x is None else x.view_as(x) for x in operands)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastgen import reference
-from fastgen._ops.library import plain_only, register, transforming
-from fastgen.reference.recurrent import Mode, work_dtype
+from fastgen._ops.library import distinct, higher_order, plain_only, register, through
+from fastgen.reference._work import work_dtype
+from fastgen.reference.recurrent import Mode
 
 __all__ = ["SCHEMAS", "Mode", "plain_only", "recurrent", "recurrent_cell"]
 
@@ -159,12 +160,12 @@ class _Recurrent(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         if grads[0] is None and grads[1] is None and grads[2] is None:
             return (None,) * (3 + len(wanted))
-        if _higher_order():
+        if higher_order():
 
             def forward(*operands: Tensor | None) -> tuple[Tensor, ...]:
                 return _plain(mode, *operands, batch_first, reverse, False)[:3]
 
-            return None, None, None, *_through(forward, operands, wanted, grads)
+            return None, None, None, *through(forward, operands, wanted, grads)
         # The operands without the sequence's batch_sizes and h_mask are those that have gradients, in order.
         needs = sum(1 << i for i, want in enumerate((wanted[0], *wanted[2:-1])) if want)
         first, *rest = _recurrent_backward(mode, *grads, *operands, output, gates, cells, batch_first, reverse, needs)
@@ -198,12 +199,12 @@ class _RecurrentCell(torch.autograd.Function):
         _, *wanted = ctx.needs_input_grad
         if grad_h is None and grad_c is None:
             return (None,) * (1 + len(wanted))
-        if _higher_order():
+        if higher_order():
 
             def forward(*operands: Tensor | None) -> tuple[Tensor, ...]:
                 return _plain_cell(mode, *operands)[:2]
 
-            return None, *_through(forward, operands, wanted, (grad_h, grad_c))
+            return None, *through(forward, operands, wanted, (grad_h, grad_c))
         input, h, c, w_ih, w_hh, b_ih, b_hh = operands
         if h.shape[0] >= _MANY_ROWS:
             # The wanted results of a sequence of one step, which come in another order.
@@ -235,41 +236,6 @@ class _RecurrentCell(torch.autograd.Function):
         )
 
 
-def _higher_order() -> bool:
-    """Whether the gradient that a backward pass is about to give will itself be differentiated, or is batched."""
-    # A compiled graph has first derivatives only.
-    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transforming())
-
-
-def _through(
-    forward: Callable[..., tuple[Tensor, ...]],
-    operands: list[Tensor | None],
-    wanted: tuple[bool, ...],
-    grads: tuple[Tensor | None, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of `forward` by autograd, differentiable themselves."""
-    with torch.enable_grad():
-        # Views, so that what one operand owes to another (or to the same tensor passed twice) is not followed.
-        views = [None if x is None else x.view_as(x) for x in operands]
-        pairs = [(y, g) for y, g in zip(forward(*views), grads, strict=True) if g is not None]
-        found = torch.autograd.grad(
-            [y for y, _ in pairs],
-            [x for x, want in zip(views, wanted, strict=True) if want and x is not None],
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    remaining = iter(found)
-    return tuple(next(remaining) if want else None for want in wanted)
-
-
-def _distinct(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The operands, in a graph as views: Dynamo does not take one tensor twice, such as (h, h) for the states."""
-    if not torch.compiler.is_compiling():
-        return operands
-    return tuple(None if x is None else x.view_as(x) for x in operands)
-
-
 def recurrent(mode: int, batch_first: bool, reverse: bool, *operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(output, h_n, c_n) of the op `recurrent`, differentiable.
 
@@ -280,7 +246,7 @@ def recurrent(mode: int, batch_first: bool, reverse: bool, *operands: Tensor | N
     if torch.is_grad_enabled():
         for value in operands:
             if value is not None and value.requires_grad:
-                return _Recurrent.apply(mode, batch_first, reverse, *_distinct(operands))
+                return _Recurrent.apply(mode, batch_first, reverse, *distinct(operands))
     return _recurrent(mode, *operands, batch_first, reverse, False)[:3]
 
 
@@ -294,7 +260,7 @@ def recurrent_cell(mode: int, *operands: Tensor | None) -> tuple[Tensor, Tensor]
     if torch.is_grad_enabled():
         for value in operands:
             if value is not None and value.requires_grad:
-                return _RecurrentCell.apply(mode, *_distinct(operands))
+                return _RecurrentCell.apply(mode, *distinct(operands))
     return _recurrent_cell(mode, *operands)[:2]
 
 

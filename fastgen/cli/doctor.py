@@ -214,6 +214,7 @@ _REPARAMETERIZE_TENSORS: dict[str, tuple[str, ...]] = {
     "reparameterize_kl": ("mu", "logvar"),
     "reparameterize_kl_backward": ("grad_z", "grad_kl", "mu", "logvar"),
 }
+_ATTENTION_OPS = ("attention", "attention_backward")
 _RECURRENT_OPS = ("recurrent", "recurrent_backward", "recurrent_cell", "recurrent_cell_backward")
 
 
@@ -225,6 +226,8 @@ def self_test(device: str) -> Iterator[Check]:
         yield _verdict(f"{device}: {op}", _random_errors(op, device), "equals the reference to the bit")
     for op in _REPARAMETERIZE_TENSORS:
         yield _verdict(f"{device}: {op}", _reparameterize_errors(op, device), "fits the formula in fp64")
+    for op in _ATTENTION_OPS:
+        yield _verdict(f"{device}: {op}", _attention_errors(op, device), "fits the formula in fp64")
     for op in _RECURRENT_OPS:
         yield _verdict(f"{device}: {op}", _recurrent_errors(op, device), "fits the formula in fp64")
     yield _verdict(f"{device}: linear_rows", _linear_rows_errors(device), "fits the formula in fp64, row by row")
@@ -307,11 +310,59 @@ def _reparameterize_errors(op: str, device: str) -> Iterator[str]:
                 yield f"off by up to {float(error.max()):.3g} in {dtype}, numbers up to {scale:.3g}"
 
 
+def _attention_errors(op: str, device: str) -> Iterator[str]:
+    import torch
+
+    from fastgen import reference
+    from fastgen.reference._work import work_dtype
+
+    heads, key_heads, queries, keys, width, value_width = 4, 2, 21, 37, 19, 23
+    draw = torch.Generator().manual_seed(0)
+    # Sequences; dropout_p, scale, softcap, left, right, lower_right.
+    dense = (None, None), (0.2, 0.3, 5.0, 17, 0, True)
+    ragged = (torch.tensor([0, 5, 5, queries]), torch.tensor([0, 11, 12, keys])), (0.0, 0.3, 0.0, -1, 0, False)
+    for kind, (sequences, options) in {"dense": dense, "ragged": ragged}.items():
+        shapes = (
+            (1, heads, queries, value_width),
+            (1, heads, queries, width),
+            (1, key_heads, keys, width),
+            (1, key_heads, keys, value_width),
+            (1, heads, queries, keys),
+            (heads,),
+        )
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            grad, *tensors, mask, slopes = (torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes)
+            bias, seed_offset = (mask, torch.tensor(_STATE, device=device)) if kind == "dense" else (None, None)
+            operands = (*tensors, bias, slopes.to(work_dtype(dtype)), *sequences, seed_offset)
+            arguments: tuple[Any, ...] = (*operands, *options)
+            if op == "attention_backward":
+                arguments = (grad, None, *operands, *reference.attention(*arguments), *options, 0b11111)
+            exact = [_exact(x) for x in arguments]
+            got, want = getattr(torch.ops.fastgen, op)(*arguments), getattr(reference, op)(*exact)
+            for actual, expected in zip(got, want, strict=True):
+                # Computed in the work dtype, rounded once to dtype.
+                allowed = torch.finfo(dtype).eps * expected.abs() + 64 * torch.finfo(work_dtype(dtype)).eps
+                error = (actual.cpu().double() - expected).abs()
+                if not bool((error <= allowed).all()):
+                    yield f"{kind}: off by up to {float(error.max()):.3g} in {dtype}"
+                    break
+
+
+def _exact(value: Any) -> Any:
+    """An argument on the CPU, in float64 if it is of a floating dtype."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.cpu().double() if value.is_floating_point() else value.cpu()
+
+
 def _recurrent_errors(op: str, device: str) -> Iterator[str]:
     import torch
 
     from fastgen import reference
-    from fastgen.reference.recurrent import Mode, work_dtype
+    from fastgen.reference._work import work_dtype
+    from fastgen.reference.recurrent import Mode
 
     steps, rows, width, hidden = 5, 3, 7, 19
     draw = torch.Generator().manual_seed(0)

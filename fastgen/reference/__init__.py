@@ -4,6 +4,7 @@ This is the definition of each op: the fallback where no kernel was built for a 
 precision, the oracle of the tests.
 """
 
+from fastgen.reference.attention import attention, attention_backward
 from fastgen.reference.generate import linear_rows, rnn_generate
 from fastgen.reference.random import (
     below,
@@ -26,6 +27,8 @@ from fastgen.reference.reparameterize import (
 )
 
 __all__ = [
+    "attention",
+    "attention_backward",
     "below",
     "bernoulli",
     "claim",

@@ -15,14 +15,14 @@ not exist, or is not asked for, is an empty tensor of shape (0,).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from fastgen.reference._work import or_empty, widen, without_autocast
 
 
 class Mode(IntEnum):
@@ -37,29 +37,6 @@ class Mode(IntEnum):
     def gates(self) -> int:
         """G: how many blocks of H rows the weights have."""
         return 4 if self is Mode.LSTM else 3 if self is Mode.GRU else 1
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the algebra and of the states between steps."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Autocast would take the products out of the work dtype; it has been applied before, to the operands."""
-
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        device = next(x.device.type for x in args if isinstance(x, Tensor))
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return call
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -123,7 +100,7 @@ def _cell_backward(
     return grad, grad, None, None
 
 
-@_without_autocast
+@without_autocast
 def recurrent_cell(
     mode: int,
     input: Tensor,
@@ -136,9 +113,9 @@ def recurrent_cell(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """input (B, I), h and c (B, H) -> h_1 (B, H), c_1 (B, H), gates (B, 4 H)."""
     dtype = input.dtype
-    input, h, c, w_ih, w_hh, b_ih, b_hh = _widen(input, h, c, w_ih, w_hh, b_ih, b_hh)
+    input, h, c, w_ih, w_hh, b_ih, b_hh = widen(input, h, c, w_ih, w_hh, b_ih, b_hh)
     h_1, c_1, gates = _cell(mode, linear(input, w_ih, b_ih), linear(h, w_hh, b_hh), h, c)
-    return h_1.to(dtype), _or_empty(c_1, h_1).to(dtype), _or_empty(gates, h_1).to(dtype)
+    return h_1.to(dtype), or_empty(c_1, h_1).to(dtype), or_empty(gates, h_1).to(dtype)
 
 
 def recurrent_cell_backward(
@@ -156,16 +133,16 @@ def recurrent_cell_backward(
     grad_gates_hh and grad_h exist for a GRU only: elsewhere the one equals grad_gates_ih and the other is zero.
     """
     dtype = h.dtype
-    grad_h, grad_c, h, c, h_1, c_1, gates = _widen(grad_h, grad_c, h, c, h_1, c_1, gates)
+    grad_h, grad_c, h, c, h_1, c_1, gates = widen(grad_h, grad_c, h, c, h_1, c_1, gates)
     if grad_h is None:
         grad_h = torch.zeros_like(h_1)
     from_input, from_state, to_h, to_c = _cell_backward(mode, grad_h, grad_c, h, c, h_1, c_1, gates)
     hidden = from_state if mode == Mode.GRU else None
     return (
         from_input.to(dtype),
-        _or_empty(hidden, h).to(dtype),
-        _or_empty(to_h, h).to(dtype),
-        _or_empty(to_c, h).to(dtype),
+        or_empty(hidden, h).to(dtype),
+        or_empty(to_h, h).to(dtype),
+        or_empty(to_c, h).to(dtype),
     )
 
 
@@ -173,7 +150,7 @@ def recurrent_cell_backward(
 # A sequence
 
 
-@_without_autocast
+@without_autocast
 def recurrent(
     mode: int,
     input: Tensor,
@@ -206,7 +183,7 @@ def recurrent(
         the work dtype).
     """
     dtype = input.dtype
-    input, w_ih, w_hh, b_ih, b_hh, w_hr, h, c, h_mask = _widen(input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask)
+    input, w_ih, w_hh, b_ih, b_hh, w_hr, h, c, h_mask = widen(input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask)
     steps = _split(linear(input, w_ih, b_ih), batch_sizes, batch_first)
     outputs, gates, cells = ([steps[0]] * len(steps) for _ in range(3))
     for t in _order(steps, reverse):
@@ -234,7 +211,7 @@ def recurrent(
     )
 
 
-@_without_autocast
+@without_autocast
 def recurrent_backward(
     mode: int,
     grad_output: Tensor | None,
@@ -263,9 +240,9 @@ def recurrent_backward(
     `recurrent` gave with save=True.
     """
     dtype = input.dtype
-    grad_output, grad_h_n, grad_c_n = _widen(grad_output, grad_h_n, grad_c_n)
-    input, w_ih, w_hh, w_hr, h_0, c_0, h_mask = _widen(input, w_ih, w_hh, w_hr, h_0, c_0, h_mask)
-    output, gates, cells = _widen(output, gates, cells)
+    grad_output, grad_h_n, grad_c_n = widen(grad_output, grad_h_n, grad_c_n)
+    input, w_ih, w_hh, w_hr, h_0, c_0, h_mask = widen(input, w_ih, w_hh, w_hr, h_0, c_0, h_mask)
+    output, gates, cells = widen(output, gates, cells)
     saved = [_split(x, batch_sizes, batch_first) if x.dim() > 1 else None for x in (output, gates, cells)]
     outputs, all_gates, all_cells = saved
     assert outputs is not None
@@ -317,15 +294,7 @@ def recurrent_backward(
         lambda: dc,
     )
     results = [make() if needs >> i & 1 else None for i, make in enumerate(wanted)]
-    return tuple(_or_empty(x, input).to(dtype).contiguous() for x in results)  # type: ignore[return-value]
-
-
-def _widen(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if x is None else x.to(work_dtype(x.dtype)) for x in tensors)
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if tensor is None else tensor
+    return tuple(or_empty(x, input).to(dtype).contiguous() for x in results)  # type: ignore[return-value]
 
 
 def _split(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Sequence[Tensor]:

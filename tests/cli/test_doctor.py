@@ -101,6 +101,7 @@ def test_a_wrong_op_fails(monkeypatch, op):
     drawn_from = {
         "random_bits": {"known answers"},
         "normal": {"known answers", *module._REPARAMETERIZE_TENSORS},
+        "bernoulli": {*module._ATTENTION_OPS},
         "linear_rows": {"rnn_generate"},
         "recurrent_cell": {"rnn_generate"},
     }

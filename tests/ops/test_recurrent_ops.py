@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastgen import functional, reference
 from fastgen._ops import recurrent as recurrent_ops
 from fastgen.random import Generator
-from fastgen.reference.recurrent import Mode, work_dtype
+from fastgen.reference._work import work_dtype
+from fastgen.reference.recurrent import Mode
 
 MODES = list(Mode)
 ALL = 0b11111111
