@@ -1,4 +1,4 @@
-// Logistic function and hyperbolic tangent of vectors, for kernels that promise accuracy and not bits:
+// Exponential and logistic functions, hyperbolic tangent and logarithm of vectors, for kernels that promise accuracy and not bits:
 // multiply-adds are fused where the instruction set has them. Errors stay below 3 units in the last place; limits
 // at infinity are exact, and a NaN passes.
 //
@@ -22,6 +22,31 @@ FASTGEN_FN F reduce_by_ln2(F x, F& shifted, F& n) {
 template <class T, class F>
 FASTGEN_FN F exp_minus_1_reduced(F r) {
   return multiply_add(r * r, exp_tail<true>(r, T(0)), r);
+}
+
+// 2^x for x below 126 (1022 in double); what would be subnormal is zero.
+template <class T, class U, class F>
+FASTGEN_FN F power_of_2(F x) {
+  using C = Constants<T>;
+  constexpr int kBias = (1 << (C::kBits - C::kMantissa - 2)) - 1;
+  const F low(T(2 - kBias));
+  const F y = larger(low, x);  // a NaN in the second argument passes
+  // The low bits of `shifted` hold the integer next to x, and the bias of the exponent.
+  const F shifted = y + F(C::kRound + T(kBias));
+  const F r = (y - (shifted - F(C::kRound + T(kBias)))) * F(T(0.69314718055994531));
+  const F scale = real(bits(shifted) << C::kMantissa);
+  return select(less(x, low), F(T(0)), multiply_add(exp_minus_1_reduced<T>(r), scale, scale));
+}
+
+// log(x) of a positive normal x.
+template <class T, class U, class F>
+FASTGEN_FN F logarithm(F x) {
+  using C = Constants<T>;
+  using Bits = typename C::Bits;
+  const U shifted = bits(x) - U(C::kSqrtHalf);
+  const F m = real((shifted & U((Bits(1) << C::kMantissa) - 1)) + U(C::kSqrtHalf));
+  const F exponent = signed_to_real(shift_right_signed<C::kMantissa>(shifted));
+  return F(T(0)) - minus_log(F(T(0)) - exponent, m - F(T(1)), T(0));
 }
 
 // 1 / (1 + exp(-x))

@@ -221,4 +221,43 @@ struct DrawParams {
   int64_t* tokens;   // (rows); -1 where there is none to draw
 };
 
+// A tensor of four dimensions: (batch, heads, rows, elements), or a mask (batch, heads, queries, keys). A dimension
+// that is broadcast has stride 0.
+struct Tensor4 {
+  const void* data;
+  int64_t stride[4];
+};
+
+// Attention (fastgen/reference/attention.py). Query i of a sequence stands at place i + shift among its keys, where
+// shift is 0 or, with lower_right, keys - queries of that sequence; it sees the keys from `left` before to `right`
+// behind its place.
+struct AttentionParams {
+  DType dtype, mask_dtype;
+  int64_t batch;            // of sequences
+  int64_t heads, kv_heads;  // query head h reads key head h / (heads / kv_heads)
+  int64_t queries, keys;    // of every sequence; ragged: of all together
+  int64_t width, value_width;
+  const int64_t *query_starts, *key_starts;  // ragged: [batch + 1]; otherwise null
+  Tensor4 query, key, value;                 // ragged: batch stride 0
+  Tensor4 mask;                              // bool (true: seen) or added; or null
+  const void* slopes;                        // of ALiBi, in the work type; or null
+  int64_t slope_batch, slope_head;           // strides
+  double scale, softcap;                     // softcap 0: none
+  int64_t left, right;                       // kUnlimited at most
+  bool lower_right;
+  uint64_t keep;       // a weight is kept where its word of the stream is below; 2^32: no dropout
+  double kept_weight;  // what a kept one is multiplied with
+  uint64_t seed, offset;
+  Tensor4 out;  // last stride 1
+  void* lse;    // row (b heads + h) queries + i, ragged: h queries + query_starts[b] + i; in the work type
+};
+constexpr int64_t kUnlimited = int64_t(1) << 60;
+
+// What the kernels of one instruction set need for given parameters. Units are independent of each other, and so are
+// their results of who computes them.
+struct AttentionSizes {
+  int64_t units;
+  int64_t scratch;  // bytes for a unit at work
+};
+
 }  // namespace fastgen

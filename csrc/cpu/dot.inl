@@ -6,8 +6,6 @@
 // the other rows and outputs that share its tile nor on who computes it.
 #pragma once
 
-#pragma once
-
 #include "lanes.inl"
 
 namespace fastgen {

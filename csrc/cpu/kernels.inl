@@ -1,6 +1,7 @@
 // All kernels of an instruction set and their table (after a vec_*.h, which defines Isa).
 #pragma once
 
+#include "attention.inl"
 #include "cell.inl"
 #include "generate.inl"
 #include "kernel_table.h"
@@ -26,6 +27,8 @@ constexpr KernelTable kernel_table(const char* isa) {
           recurrent_cell,
           recurrent_cell_backward,
           linear_rows,
+          attention_sizes,
+          attention,
           draw_tokens};
 }
 

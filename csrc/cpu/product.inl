@@ -98,9 +98,13 @@ struct LeftColumns {
   FASTGEN_MEMBER typename A::F at(int r, int64_t k) const { return A::spread(data + k * kRows + r * A::kDepth); }
 };
 
-// out = start + left . right; start null: zero. Rows of start and out are `*_stride` elements apart.
+// out = start + left . right; start null: zero. Rows of start and out are `*_stride` elements apart, steps of the right
+// side `right_step`.
+template <class A, int kVectors>
+constexpr int64_t kPanelStep = kVectors * kLanes<typename A::T> * A::kDepth;
+
 template <class A, int kRows, int kVectors, class LeftSide>
-FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* right, int64_t depth,
+FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* right, int64_t right_step, int64_t depth,
                               const typename A::T* start, int64_t start_stride, typename A::T* out,
                               int64_t out_stride) {
   using F = typename A::F;
@@ -127,7 +131,7 @@ FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* rig
       FASTGEN_UNROLL
       for (int v = 0; v < kVectors; ++v) sum[r][v] = A::step(a, b[v], sum[r][v]);
     }
-    right += kVectors * kWidth * A::kDepth;
+    right += right_step;
   }
   FASTGEN_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -146,7 +150,8 @@ __attribute__((noinline)) void multiply_rows(int rows, const typename A::Left* c
       return multiply_rows<A, kVectors, kRows - 1>(rows, left, right, depth, start, start_stride, out, out_stride);
     }
   }
-  multiply_tile<A, kRows, kVectors>(LeftRows<A, kRows>(left), right, depth, start, start_stride, out, out_stride);
+  multiply_tile<A, kRows, kVectors>(LeftRows<A, kRows>(left), right, kPanelStep<A, kVectors>, depth, start,
+                                    start_stride, out, out_stride);
 }
 
 // Rows of the next tile where `left` are left: tiles of a batch are as equal as they can be.
@@ -180,6 +185,67 @@ __attribute__((noinline)) void multiply_panel(int64_t rows, const typename A::Le
                                  k > 0 ? out_stride : start_stride, to, out_stride);
       n += count;
     }
+  }
+}
+
+// A matrix as it stands: element (r, k) is data[r * row + k * step].
+template <class T>
+struct StridedMatrix {
+  const T* data;
+  int64_t row, step;
+};
+
+template <class A, int kRows>
+struct LeftStrided {
+  const typename A::Left* row[kRows];
+  int64_t step;
+  FASTGEN_MEMBER explicit LeftStrided(const StridedMatrix<typename A::Left>& left) : step(left.step) {
+    for (int r = 0; r < kRows; ++r) row[r] = left.data + r * left.row;
+  }
+  FASTGEN_MEMBER typename A::F at(int r, int64_t k) const { return A::spread(row[r] + k * step); }
+};
+
+template <int kVectors>
+constexpr int kStridedRows = kTileRows<kVectors> < 12 ? kTileRows<kVectors> : 12;
+
+template <class A, int kVectors, int kRows = kStridedRows<kVectors>>
+__attribute__((noinline)) void multiply_strided_rows(int rows, const StridedMatrix<typename A::Left>& left,
+                                                     const typename A::Right* right, int64_t right_step, int64_t depth,
+                                                     bool add, typename A::T* out, int64_t out_stride) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      return multiply_strided_rows<A, kVectors, kRows - 1>(rows, left, right, right_step, depth, add, out, out_stride);
+    }
+  }
+  multiply_tile<A, kRows, kVectors>(LeftStrided<A, kRows>(left), right, right_step, depth, add ? out : nullptr,
+                                    out_stride, out, out_stride);
+}
+
+// out = left . right, or added to what stands there, nothing packed: for a right side of `kVectors` vectors of columns
+// that stays in L1.
+template <class A, int kVectors>
+FASTGEN_FN void multiply_strided_panel(int64_t rows, StridedMatrix<typename A::Left> left,
+                                       const typename A::Right* right, int64_t right_step, int64_t depth, bool add,
+                                       typename A::T* out, int64_t out_stride) {
+  constexpr int kMost = kStridedRows<kVectors>;
+  while (rows > 0) {
+    const int64_t tiles = (rows + kMost - 1) / kMost;
+    const int count = int((rows + tiles - 1) / tiles);
+    multiply_strided_rows<A, kVectors>(count, left, right, right_step, depth, add, out, out_stride);
+    left.data += count * left.row;
+    out += count * out_stride;
+    rows -= count;
+  }
+}
+template <class A>
+FASTGEN_FN void multiply_strided(int64_t rows, int vectors, const StridedMatrix<typename A::Left>& left,
+                                 const typename A::Right* right, int64_t right_step, int64_t depth, bool add,
+                                 typename A::T* out, int64_t out_stride) {
+  switch (vectors) {
+    case 1: return multiply_strided_panel<A, 1>(rows, left, right, right_step, depth, add, out, out_stride);
+    case 2: return multiply_strided_panel<A, 2>(rows, left, right, right_step, depth, add, out, out_stride);
+    case 3: return multiply_strided_panel<A, 3>(rows, left, right, right_step, depth, add, out, out_stride);
+    case 4: return multiply_strided_panel<A, 4>(rows, left, right, right_step, depth, add, out, out_stride);
   }
 }
 
@@ -326,7 +392,8 @@ struct TransposedProduct {
     }
   }
   static __attribute__((noinline)) void multiply_packed(const Left* left, const Right* right, int64_t depth, T* tile) {
-    multiply_tile<A, kRows, kFlatVectors>(LeftColumns<A, kRows>(left), right, depth, nullptr, 0, tile, kColumns);
+    multiply_tile<A, kRows, kFlatVectors>(LeftColumns<A, kRows>(left), right, kPanelStep<A, kFlatVectors>, depth,
+                                          nullptr, 0, tile, kColumns);
   }
   static __attribute__((noinline)) void add(const T* tile, int64_t rows, int64_t columns, bool first, T* out,
                                             int64_t stride) {

@@ -1,4 +1,6 @@
 // Filling memory from the random stream, written once over Isa (after a vec_*.h, which defines it).
+#pragma once
+
 #include "../common/distributions.h"
 
 namespace fastgen {
