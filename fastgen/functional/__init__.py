@@ -1,5 +1,6 @@
 """Functions of fastgen; the same kernels stand behind `fastgen.nn` and `fastgen.models`."""
 
+from fastgen.functional.attention import scaled_dot_product_attention
 from fastgen.functional.recurrent import (
     gru,
     gru_cell,
@@ -23,4 +24,5 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh",
     "rnn_tanh_cell",
+    "scaled_dot_product_attention",
 ]
