@@ -1,6 +1,7 @@
 """Functions of fastgen; the same kernels stand behind `fastgen.nn` and `fastgen.models`."""
 
 from fastgen.functional.attention import scaled_dot_product_attention
+from fastgen.functional.cross_entropy import linear_cross_entropy
 from fastgen.functional.recurrent import (
     gru,
     gru_cell,
@@ -16,6 +17,7 @@ from fastgen.functional.reparameterize import reparameterize, reparameterize_kl
 __all__ = [
     "gru",
     "gru_cell",
+    "linear_cross_entropy",
     "lstm",
     "lstm_cell",
     "reparameterize",
