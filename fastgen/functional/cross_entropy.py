@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastgen import _validate
 from fastgen._ops.library import plain_only
+from fastgen.reference._work import work_dtype
 
 _REDUCTIONS = ("mean", "sum", "none")
 # Logits at a time: 64 MB in float32. The weights are read once for each chunk, so chunks should have many rows;
@@ -99,7 +100,7 @@ def _plain(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
     logits = F.linear(input, weight, bias)
-    logits = logits.to(_work(logits))
+    logits = logits.to(work_dtype(logits.dtype))
     return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 
 
@@ -115,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         ignored = target == ignore_index
-        counted = (~ignored).to(_work(input))
+        counted = (~ignored).to(work_dtype(input.dtype))
         # Where all rows are ignored torch's gradient is 0, though its loss is NaN.
         scale = counted / counted.sum().clamp(min=1) if reduction == "mean" else counted
         now = reduction != "none" and any(ctx.needs_input_grad)
@@ -160,7 +161,7 @@ def _chunked(
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, _Gradients]:
     """The losses (N,) of all rows, and the gradients of sum(scale * losses) in input, weight and bias."""
-    work = _work(input)
+    work = work_dtype(input.dtype)
     count, classes = input.shape[0], weight.shape[0]
     size = max(1, _CHUNK // classes)
     losses = torch.empty(count, dtype=work, device=input.device)
@@ -198,10 +199,6 @@ def _chunked(
         None if grad_weight is None else grad_weight.to(weight.dtype),
         None if grad_bias is None else grad_bias.to(weight.dtype),
     )
-
-
-def _work(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _is_one(grad: Tensor) -> bool:

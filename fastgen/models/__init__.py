@@ -1,6 +1,7 @@
 """Generative models: each family is one file, one configuration dataclass and one `torch.nn.Module`."""
 
 from fastgen.models._pretrained import PretrainedConfig, PretrainedModel, from_pretrained
+from fastgen.models.gpt import GPT, GPTConfig, GPTOutput, RopeScaling
 from fastgen.models.rnn import (
     RNN,
     GaussianMixture,
@@ -13,8 +14,11 @@ from fastgen.models.rnn import (
 from fastgen.models.vae import VAE, VAEConfig, VAEOutput
 
 __all__ = [
+    "GPT",
     "RNN",
     "VAE",
+    "GPTConfig",
+    "GPTOutput",
     "GaussianMixture",
     "Generation",
     "GenerationState",
@@ -22,6 +26,7 @@ __all__ = [
     "PretrainedModel",
     "RNNConfig",
     "RNNOutput",
+    "RopeScaling",
     "VAEConfig",
     "VAEOutput",
     "detach_state",

@@ -24,7 +24,17 @@ from fastgen._extras import extra
 from fastgen._version import __version__
 from fastgen.random import Device
 
-__all__ = ["PretrainedConfig", "PretrainedModel", "from_pretrained", "read_tensors", "write_tensors"]
+__all__ = [
+    "PretrainedConfig",
+    "PretrainedModel",
+    "check_state",
+    "existing",
+    "from_pretrained",
+    "parse_json",
+    "read_config",
+    "read_tensors",
+    "write_tensors",
+]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -69,7 +79,7 @@ class PretrainedConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return cls.from_dict(_parse_json(text, "the text"))
+        return cls.from_dict(parse_json(text, "the text"))
 
 
 class PretrainedModel(nn.Module):
@@ -80,11 +90,14 @@ class PretrainedModel(nn.Module):
     """
 
     config_class: ClassVar[type[PretrainedConfig]]
+    other_model_types: ClassVar[tuple[str, ...]] = ()
+    """Further names in a config.json that the class reads, of other programs."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "config_class" in cls.__dict__:
-            _model_classes[cls.config_class.model_type] = cls
+            for model_type in (cls.config_class.model_type, *cls.other_model_types):
+                _model_classes[model_type] = cls
 
     def __init__(self, config: PretrainedConfig | None = None, **fields: Any) -> None:
         super().__init__()
@@ -122,12 +135,14 @@ class PretrainedModel(nn.Module):
         Each file is replaced whole or not at all. The configuration comes last: a folder of an
         interrupted first save is not taken for a model.
         """
-        folder = Path(directory)
+        header = {"model_type": self.config.model_type, "fastgen_version": __version__}
+        self._save(Path(directory), {**header, **self.config.to_dict()}, self.state_dict())
+
+    def _save(self, folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder}: expected a folder to save the model in, got a file")
-        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
-        header = {"model_type": self.config.model_type, "fastgen_version": __version__}
-        _files.write_text(folder / CONFIG_FILE, json.dumps({**header, **self.config.to_dict()}, indent=2) + "\n")
+        write_tensors(folder / WEIGHTS_FILE, tensors)
+        _files.write_text(folder / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, directory: Folder, device: Device = None, dtype: torch.dtype | None = None) -> Self:
@@ -144,16 +159,23 @@ class PretrainedModel(nn.Module):
             ImportError: without safetensors.
         """
         folder = Path(directory)
-        fields = _read_config(folder)
+        fields = read_config(folder)
         try:
             config = cls.config_class.from_dict(fields)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
-        state = read_tensors(_existing(folder, WEIGHTS_FILE), torch.device("cpu" if device is None else device))
+        path = existing(folder, WEIGHTS_FILE)
+        return cls._loaded(config, path, read_tensors(path, torch.device("cpu" if device is None else device)), dtype)
+
+    @classmethod
+    def _loaded(
+        cls, config: PretrainedConfig, path: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None
+    ) -> Self:
+        """The model of these weights, which came from `path`."""
         # On the meta device nothing is initialised, so torch's generator stays where it was.
         with torch.device("meta"):
             model = cls(config)
-        _check_state(folder / WEIGHTS_FILE, state, model.state_dict())
+        check_state(path, state, model.state_dict())
         model.load_state_dict(state, assign=True)
         return model.to(dtype=dtype).eval()
 
@@ -161,7 +183,7 @@ class PretrainedModel(nn.Module):
 def from_pretrained(directory: Folder, device: Device = None, dtype: torch.dtype | None = None) -> PretrainedModel:
     """The model of a folder, of whatever family its `config.json` names; see `PretrainedModel.from_pretrained`."""
     folder = Path(directory)
-    model_type = _read_config(folder).get("model_type")
+    model_type = read_config(folder).get("model_type")
     if not isinstance(model_type, str) or model_type not in _model_classes:
         known = ", ".join(sorted(_model_classes))
         raise ValueError(f"{folder / CONFIG_FILE}: model_type: expected one of {known}, got {model_type!r}")
@@ -192,7 +214,7 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _parse_json(text: str, source: object) -> dict[str, Any]:
+def parse_json(text: str, source: object) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -202,7 +224,7 @@ def _parse_json(text: str, source: object) -> dict[str, Any]:
     return value
 
 
-def _existing(folder: Path, name: str) -> Path:
+def existing(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     path = folder / name
@@ -211,16 +233,16 @@ def _existing(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = _existing(folder, CONFIG_FILE)
+def read_config(folder: Path) -> dict[str, Any]:
+    path = existing(folder, CONFIG_FILE)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not valid JSON (not UTF-8 text)") from None
-    return _parse_json(text, path)
+    return parse_json(text, path)
 
 
-def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
         lists = (("missing", missing), ("unexpected", unexpected))

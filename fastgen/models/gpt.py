@@ -6,7 +6,7 @@ foundation language models", 2023: rotary positions, RMS norm, SwiGLU, grouped-q
 
 Example:
     >>> model = GPT(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer)
-    >>> output = model(input_ids, targets)  # int64 (B, L) each
+    >>> output = model(input_ids, targets)  # int64 (B, T) each
     >>> output.loss.backward()
     >>> model.generate("To be", max_new_tokens=100, seed=1)
     >>> GPT.from_pretrained("gpt2/")  # a folder in the layout of Hugging Face, or of save_pretrained
@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +30,8 @@ from typing_extensions import Self
 import fastgen.nn as nn
 from fastgen import _validate
 from fastgen.functional import linear_cross_entropy, scaled_dot_product_attention
-from fastgen.models._pretrained import Folder, PretrainedConfig
+from fastgen.models._huggingface import MODEL_TYPES, config_from, read_state, to_huggingface
+from fastgen.models._pretrained import CONFIG_FILE, Folder, PretrainedConfig, read_config
 from fastgen.models._text import TextModel
 from fastgen.random import Device, dropout_mask
 from fastgen.tokenizers import Tokenizer
@@ -215,11 +216,11 @@ class GPTConfig(PretrainedConfig):
 
 @dataclasses.dataclass
 class GPTOutput:
-    """What `GPT.forward` gives; B rows, L tokens.
+    """What `GPT.forward` gives; B rows, T tokens.
 
     Attributes:
         loss: scalar, the mean negative log-likelihood of a target in nats; None without targets.
-        hidden: (B, L, hidden_size), the last layer's output, normalised.
+        hidden: (B, T, hidden_size), the last layer's output, normalised.
         weight: (vocab_size, hidden_size), of the output.
     """
 
@@ -229,7 +230,7 @@ class GPTOutput:
 
     @functools.cached_property
     def logits(self) -> Tensor:
-        """(B, L, vocab_size) of the next token.
+        """(B, T, vocab_size) of the next token.
 
         With targets they are made when they are asked for, as the loss does without them: in training they would
         be the largest tensor. They are differentiable then as ever.
@@ -257,6 +258,7 @@ class GPT(TextModel):
     """
 
     config_class = GPTConfig
+    other_model_types = MODEL_TYPES
     config: GPTConfig
 
     def __init__(self, config: GPTConfig | None = None, *, tokenizer: Tokenizer | None = None, **fields: Any) -> None:
@@ -284,6 +286,53 @@ class GPT(TextModel):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def save_pretrained(self, directory: Folder, *, layout: str = "fastgen") -> None:
+        """Write `config.json`, `model.safetensors` and, if there is a tokenizer, `tokenizer.json` into `directory`.
+
+        Args:
+            directory: the folder, made if missing; see `PretrainedModel.save_pretrained`.
+            layout: "fastgen", or "huggingface": a folder that transformers loads as `GPT2LMHeadModel` or
+                `LlamaForCausalLM`, and `GPT.from_pretrained` as well.
+
+        Raises:
+            ValueError: for the layout "huggingface" of a configuration that is neither GPT-2 nor Llama, naming what
+                differs.
+        """
+        if _validate.choice("layout", layout, ("fastgen", "huggingface")) == "fastgen":
+            super().save_pretrained(directory)
+            return
+        fields, tensors = to_huggingface(self.config, self.state_dict())
+        self._save_tokenizer(Path(directory))
+        self._save(Path(directory), fields, tensors)
+
+    @classmethod
+    def from_pretrained(cls, directory: Folder, device: Device = None, dtype: torch.dtype | None = None) -> Self:
+        """The model of a folder, in evaluation mode; see `PretrainedModel.from_pretrained`.
+
+        Besides folders of `save_pretrained` it reads those of Hugging Face's transformers whose config.json has the
+        model_type gpt2 or llama, with weights in one safetensors file or in several with an index.
+        """
+        folder = Path(directory)
+        fields = read_config(folder)
+        model_type = fields.get("model_type")
+        if model_type not in MODEL_TYPES:
+            return super().from_pretrained(directory, device, dtype)
+        try:
+            config = config_from(fields)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+        path, state = read_state(folder, config, model_type, torch.device("cpu" if device is None else device))
+        model = cls._loaded(config, path, state, dtype)
+        model._load_tokenizer(folder)
+        return model
+
+    def _check_tokenizer(self, name: object) -> None:
+        # Models of others have a vocabulary that is rounded up; what is left over is never drawn.
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.vocab_size:
+            raise ValueError(
+                f"{name}: expected at most {self.vocab_size} tokens as the model has, got {self.tokenizer!r}"
+            )
+
     @property
     def output_weight(self) -> Tensor:
         """(vocab_size, hidden_size): of the output, the embedding's where they are tied."""
@@ -295,10 +344,10 @@ class GPT(TextModel):
         """Predictions of the next token at every place, and their loss.
 
         Args:
-            input_ids: ints (B, L), L at most max_position_embeddings.
-            targets: what comes next, already shifted: int64 (B, L), where -100 does not count.
+            input_ids: ints (B, T), T at most max_position_embeddings.
+            targets: what comes next, already shifted: int64 (B, T), where -100 does not count.
             cu_seqlens: documents packed one behind the other, which do not see each other: int64 or int32 (N + 1,) on
-                the CPU, ascending from 0 to L, where B is 1 and document n is tokens cu_seqlens[n] to
+                the CPU, ascending from 0 to T, where B is 1 and document n is tokens cu_seqlens[n] to
                 cu_seqlens[n + 1]. Positions count from the beginning of each, and it is the longest document that
                 the context limits.
 
@@ -321,7 +370,7 @@ class GPT(TextModel):
         return output
 
     def run_layers(self, input_ids: Tensor, positions: Tensor, layers: LayerPass) -> Tensor:
-        """(B, L, hidden_size): what the output layer takes, for tokens (B, L) at positions (L,) or (B, L)."""
+        """(B, T, hidden_size): what the output layer takes, for tokens (B, T) at positions (T,) or (B, T)."""
         x = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
@@ -337,7 +386,7 @@ class GPT(TextModel):
         return self.norm(x)
 
     def _positions(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """(L,): the place of each token in its row, or in its document."""
+        """(T,): the place of each token in its row, or in its document."""
         rows, length = input_ids.shape
         context = self.config.max_position_embeddings
         positions = torch.arange(length, device=input_ids.device)
@@ -362,7 +411,7 @@ class GPT(TextModel):
         return positions - starts.to(input_ids.device)
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the angles, (..., L, 1, head_dim / 2): equal for all heads."""
+        """Cosines and sines of the angles, (..., T, 1, head_dim / 2): equal for all heads."""
         angles = positions.unsqueeze(-1).float() * self.config.rope_frequencies.to(positions.device)
         angles = angles.unsqueeze(-2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -396,7 +445,7 @@ class LayerPass:
         return layer(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query (B, H, L, head_dim), key and value (B, Hkv, L, head_dim) -> like query."""
+        """query (B, H, T, head_dim), key and value (B, Hkv, T, head_dim) -> like query."""
         raise NotImplementedError
 
 
@@ -450,7 +499,7 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads[0] * config.head_dim, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, layers: LayerPass) -> Tensor:
-        # (B, L, heads, head_dim), heads moved forward without a copy
+        # (B, T, heads, head_dim), heads moved forward without a copy
         projected = layers.linear(self.qkv_proj, x).unflatten(-1, (-1, self.head_dim))
         query, key, value = projected.split(self.heads, dim=-2)
         if layers.rotation is not None:
@@ -489,7 +538,7 @@ def _norm(config: GPTConfig) -> nn.Module:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, L, heads, D), of which elements i and i + D / 2 are the coordinates that turn by angle i."""
+    """x (B, T, heads, D), of which elements i and i + D / 2 are the coordinates that turn by angle i."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +26,7 @@ from typing_extensions import Self
 
 import fastgen.nn as nn
 from fastgen import _validate
-from fastgen.models._pretrained import Folder, PretrainedConfig, PretrainedModel
+from fastgen.models._pretrained import PretrainedConfig
 from fastgen.models._sampling import (
     Generation,
     GenerationState,
@@ -36,9 +35,10 @@ from fastgen.models._sampling import (
     generate_tokens,
     generate_values,
 )
-from fastgen.random import Device, dropout_mask
+from fastgen.models._text import TextModel
+from fastgen.random import dropout_mask
 from fastgen.reference.recurrent import Mode
-from fastgen.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from fastgen.tokenizers import Tokenizer
 
 __all__ = ["RNN", "GaussianMixture", "Generation", "GenerationState", "RNNConfig", "RNNOutput", "State", "detach_state"]
 
@@ -199,7 +199,7 @@ class RNNOutput:
     state: State
 
 
-class RNN(PretrainedModel):
+class RNN(TextModel):
     """Recurrent sequence model; `RNN(config)` or `RNN(**fields)` with the fields of `RNNConfig`.
 
     Losses and densities are at least float32, also in a half-precision model and under autocast. Series
@@ -219,10 +219,8 @@ class RNN(PretrainedModel):
     scale: Tensor
 
     def __init__(self, config: RNNConfig | None = None, *, tokenizer: Tokenizer | None = None, **fields: Any) -> None:
-        super().__init__(config, **fields)
+        super().__init__(config, tokenizer=tokenizer, **fields)
         config = self.config
-        self.tokenizer = tokenizer
-        self._check_tokenizer("tokenizer")
         if config.vocab_size:
             self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
             self.head: _TokenHead | _MixtureHead = _TokenHead(config, self.embedding if config.tie_weights else None)
@@ -281,30 +279,6 @@ class RNN(PretrainedModel):
             raise ValueError(f"scale: expected numbers above 0, got {scale}")
         self.mean.copy_(mean)
         self.scale.copy_(scale)
-
-    def save_pretrained(self, directory: Folder) -> None:
-        """As `PretrainedModel.save_pretrained`; the tokenizer, if there is one, goes into `tokenizer.json`."""
-        folder = Path(directory)
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder / TOKENIZER_FILE)
-        else:
-            (folder / TOKENIZER_FILE).unlink(missing_ok=True)  # that of a model saved here before
-        super().save_pretrained(folder)
-
-    @classmethod
-    def from_pretrained(cls, directory: Folder, device: Device = None, dtype: torch.dtype | None = None) -> Self:
-        """As `PretrainedModel.from_pretrained`, with the tokenizer where the folder has one."""
-        model = super().from_pretrained(directory, device, dtype)
-        path = Path(directory) / TOKENIZER_FILE
-        if path.exists():
-            model.tokenizer = load_tokenizer(path)
-            model._check_tokenizer(path)
-        return model
-
-    def _check_tokenizer(self, name: object) -> None:
-        tokenizer, vocab_size = self.tokenizer, self.config.vocab_size
-        if tokenizer is not None and tokenizer.vocab_size != vocab_size:
-            raise ValueError(f"{name}: expected {vocab_size} tokens as the model has, got {tokenizer!r}")
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, state: State | None = None) -> RNNOutput:
         """Predictions of the next step at every step, and their loss.
@@ -452,19 +426,11 @@ class RNN(PretrainedModel):
         return x * mask * (1 / (1 - p))
 
     def _check_steps(self, name: str, x: Tensor) -> None:
+        if self.is_text:
+            self._check_tokens(name, x)
+            return
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if self.is_text:
-            if x.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"{name}: expected int64 or int32 tokens, got {_dtype_name(x)}")
-            if x.dim() != 2 or x.numel() == 0:
-                raise ValueError(f"{name}: expected shape (B, T), neither of them 0, got {tuple(x.shape)}")
-            if _may_look_at(x):
-                low, high = (int(value) for value in torch.aminmax(x))
-                if low < 0 or high >= self.config.vocab_size:
-                    wrong = low if low < 0 else high
-                    raise ValueError(f"{name}: expected tokens 0 to {self.config.vocab_size - 1}, got {wrong}")
-            return
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected floating-point values, got {_dtype_name(x)}")
         if x.dim() != 3 or x.shape[2] != self.config.input_size or x.numel() == 0:
@@ -553,8 +519,3 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _dtype_name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
-
-
-def _may_look_at(x: Tensor) -> bool:
-    """Whether the values are at hand: not on a device that would have to be waited for, nor being traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()

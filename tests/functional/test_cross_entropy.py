@@ -30,7 +30,10 @@ def arguments(
     rows: int = 11, width: int = 5, classes: int = 7, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    made = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((rows, width), (classes, width), (classes,))]
+    made = [
+        torch.randn(shape, generator=draw, dtype=torch.float64)
+        for shape in ((rows, width), (classes, width), (classes,))
+    ]
     x, weight, bias = (value.to(dtype).requires_grad_() for value in made)
     target = torch.randint(classes, (rows,), generator=draw)
     target[torch.rand(rows, generator=draw) < 0.3] = -100
