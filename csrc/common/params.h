@@ -260,4 +260,29 @@ struct AttentionSizes {
   int64_t scratch;  // bytes for a unit at work
 };
 
+// The backward pass; the results of the forward pass stand in the base. A gradient whose data is null is not wanted,
+// or, of the results of the forward pass, zero.
+struct AttentionBackwardParams : AttentionParams {
+  Tensor4 grad_out;
+  const void* grad_lse;                      // as lse
+  Tensor4 grad_query, grad_key, grad_value;  // last stride 1
+  void* grad_mask;                           // contiguous
+  int64_t mask_size[4];
+  int64_t most_queries, most_keys;  // of a sequence
+  int64_t rows;                     // of lse
+  int64_t chunk;                    // keys of a unit
+  int64_t most_chunks;              // of a sequence
+  void* query_sums;                 // [most_chunks][rows][width] in the work type, or null where there is one chunk
+  double* slope_sums;               // [batch][heads][most_chunks], or null
+};
+
+struct AttentionBackwardSizes {
+  int64_t units, scratch;
+  int64_t mask_units, mask_scratch;
+};
+
+// Gradients of the mask; of keys and values, and, where there is one chunk of keys, of queries; of queries from the
+// sums of the chunks, a unit for each head of each sequence.
+enum class AttentionBackwardPhase { kMask, kKeys, kQueries };
+
 }  // namespace fastgen

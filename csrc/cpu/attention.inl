@@ -57,8 +57,6 @@ __attribute__((noinline)) void read_mask(DType dtype, const void* from, int64_t 
   if (dtype == DType::kBool) {
     const bool* seen = static_cast<const bool*>(from);
     for (int64_t k = 0; k < count; ++k) out[k] = seen[k * step] ? T(0) : -T(__builtin_inf());
-  } else if (sizeof(T) == sizeof(double) && dtype != DType::kFloat64) {
-    for (int64_t k = 0; k < count; ++k) out[k] = T(static_cast<const float*>(from)[k * step]);
   } else {
     read_rows<T>(dtype, from, 0, step, 1, count, out, 0);
   }
@@ -77,12 +75,17 @@ FASTGEN_FN int64_t element_size(DType dtype) {
   return 0;
 }
 
-template <class Body>
-FASTGEN_FN void with_storage(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kBFloat16: return body(BFloat16());
-    case DType::kFloat16: return body(Float16());
-    default: return body(float());
+// Calls body with an element of the dtype, one of those that are computed in T.
+template <class T, class Body>
+FASTGEN_FN void with_element(DType dtype, const Body& body) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return body(double());
+  } else {
+    switch (dtype) {
+      case DType::kBFloat16: return body(BFloat16());
+      case DType::kFloat16: return body(Float16());
+      default: return body(float());
+    }
   }
 }
 
@@ -167,10 +170,13 @@ class Attention {
   // What a product of a query and a key is multiplied with before the softcap, or to be a score.
   T query_scale() const { return p.softcap > 0 ? T(p.scale / p.softcap) : T(p.scale) * kLog2E; }
   bool drops() const { return p.keep < (uint64_t(1) << 32); }
-  bool has_extras() const { return p.mask.data != nullptr || drops() || p.softcap > 0; }
 
   int64_t queries_of(int64_t sequence) const {
     return p.query_starts == nullptr ? p.queries : p.query_starts[sequence + 1] - p.query_starts[sequence];
+  }
+
+  int64_t keys_of(int64_t sequence) const {
+    return p.key_starts == nullptr ? p.keys : p.key_starts[sequence + 1] - p.key_starts[sequence];
   }
 
   Head head(int64_t sequence, int64_t h) const {
@@ -179,7 +185,7 @@ class Attention {
     const bool ragged = p.query_starts != nullptr;
     const int64_t query_start = ragged ? p.query_starts[sequence] : 0, key_start = ragged ? p.key_starts[sequence] : 0;
     out.queries = queries_of(sequence);
-    out.keys = ragged ? p.key_starts[sequence + 1] - key_start : p.keys;
+    out.keys = keys_of(sequence);
     out.shift = p.lower_right ? out.keys - out.queries : 0;
     out.row = ragged ? h * p.queries + query_start : (sequence * p.heads + h) * p.queries;
     out.first_key = key_start;
@@ -605,11 +611,7 @@ class AttentionForward : Attention<T> {
           }
         }
       };
-      if constexpr (sizeof(T) == sizeof(double)) {
-        write(double());
-      } else {
-        with_storage(p.dtype, write);
-      }
+      with_element<T>(p.dtype, write);
     }
   }
 };

@@ -1,7 +1,7 @@
 // All kernels of an instruction set and their table (after a vec_*.h, which defines Isa).
 #pragma once
 
-#include "attention.inl"
+#include "attention_backward.inl"
 #include "cell.inl"
 #include "generate.inl"
 #include "kernel_table.h"
@@ -29,6 +29,8 @@ constexpr KernelTable kernel_table(const char* isa) {
           linear_rows,
           attention_sizes,
           attention,
+          attention_backward_sizes,
+          attention_backward,
           draw_tokens};
 }
 
