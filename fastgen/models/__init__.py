@@ -1,7 +1,7 @@
 """Generative models: each family is one file, one configuration dataclass and one `torch.nn.Module`."""
 
 from fastgen.models._pretrained import PretrainedConfig, PretrainedModel, from_pretrained
-from fastgen.models.gpt import GPT, GPTConfig, GPTOutput, RopeScaling
+from fastgen.models.gpt import GPT, GPTConfig, GPTOutput, GPTState, RopeScaling
 from fastgen.models.rnn import (
     RNN,
     GaussianMixture,
@@ -19,6 +19,7 @@ __all__ = [
     "VAE",
     "GPTConfig",
     "GPTOutput",
+    "GPTState",
     "GaussianMixture",
     "Generation",
     "GenerationState",

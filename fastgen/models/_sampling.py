@@ -1,7 +1,8 @@
-"""Generation by a recurrent model: prompts of any form to rows, the rows' way through the loop, and back."""
+"""Generation: prompts of any form to rows, the rows' way through the loop, and back."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from fastgen import _validate, reference
 from fastgen.models._pretrained import read_tensors, write_tensors
@@ -19,15 +21,27 @@ from fastgen.reference.generate import Status
 from fastgen.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
+    from fastgen.models._text import TextModel
     from fastgen.models.rnn import RNN
 
-__all__ = ["Generation", "GenerationState", "Sampling", "generate_tokens", "generate_values"]
+__all__ = [
+    "IGNORED",
+    "STEPS_A_CALL",
+    "Generation",
+    "GenerationState",
+    "RecurrentRows",
+    "RowState",
+    "Sampling",
+    "TokenRows",
+    "generate_tokens",
+    "generate_values",
+]
 
 IGNORED = -100
 """Stands where a row has no token, in a result and in a stream: what a loss ignores."""
 
 _UINT64 = 1 << 64
-_STEPS_A_CALL = 64  # between two of them a Ctrl-C is noticed
+STEPS_A_CALL = 64  # between two of them a Ctrl-C is noticed
 
 LogitsProcessor: TypeAlias = Callable[[list[Tensor], Tensor], Tensor]
 Seed: TypeAlias = "int | Sequence[int] | None"
@@ -70,19 +84,9 @@ def _share(name: str, value: float, limits: str) -> float:
 
 
 @dataclasses.dataclass
-class GenerationState:
-    """Where n rows stand: what `generate(..., state=)` continues.
+class RowState:
+    """Where n rows stand, as far as all models have it; see `GenerationState`."""
 
-    Attributes:
-        h, c: (num_layers, n, hidden_size), the states of the layers; c for LSTM, else None.
-        pending: the last token (n,) int64, or values (n, input_size), which the layers have not seen yet.
-        position: (n,) int64, how many tokens or values come before it.
-        seeds: (n,) int64, the bit patterns of the rows' seeds.
-        seen: (n, vocab_size) bool, the tokens of the row so far; None for values.
-    """
-
-    h: Tensor
-    c: Tensor | None
     pending: Tensor
     position: Tensor
     seeds: Tensor
@@ -97,25 +101,41 @@ class GenerationState:
         write_tensors(Path(path), {name: x for name, x in vars(self).items() if x is not None})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> GenerationState:
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
         """What `save` wrote.
 
         Raises:
-            FileNotFoundError, ValueError: for a missing file, or one that holds no state.
+            FileNotFoundError, ValueError: for a missing file, or one that holds no state of this kind.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         tensors = read_tensors(path, torch.device(device))
-        optional = {"c", "seen"}
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not names - optional <= tensors.keys() <= names:
+        fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        optional = {name for name, kind in fields.items() if "None" in kind}
+        if not fields.keys() - optional <= tensors.keys() <= fields.keys():
             raise ValueError(f"{path}: not the state of a generation (it holds {', '.join(sorted(tensors))})")
-        return cls(**{name: tensors.get(name) for name in names})  # type: ignore[arg-type]
+        return cls(**{name: tensors.get(name) for name in fields})  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass
+class GenerationState(RowState):
+    """Where n rows of a recurrent model stand: what `RNN.generate(..., state=)` continues.
+
+    Attributes:
+        h, c: (num_layers, n, hidden_size), the states of the layers; c for LSTM, else None.
+        pending: the last token (n,) int64, or values (n, input_size), which the layers have not seen yet.
+        position: (n,) int64, how many tokens or values come before it.
+        seeds: (n,) int64, the bit patterns of the rows' seeds.
+        seen: (n, vocab_size) bool, the tokens of the row so far; None for values.
+    """
+
+    h: Tensor
+    c: Tensor | None
 
 
 class Generation(Iterator[Any]):
-    """Tokens or values as they come; what `RNN.generate(..., stream=True)` gives.
+    """Tokens or values as they come; what `generate(..., stream=True)` gives.
 
     A step gives, by the form of the prompt: for one string, a piece of text; for several, a list of them,
     where "" stands for nothing new; for tokens (L,) an int; for several rows int64 (n,), where -100 stands
@@ -126,7 +146,7 @@ class Generation(Iterator[Any]):
         state: where the rows stand, at any time.
     """
 
-    def __init__(self, steps: Iterator[Any], result: Callable[[], Any], state: Callable[[], GenerationState]) -> None:
+    def __init__(self, steps: Iterator[Any], result: Callable[[], Any], state: Callable[[], Any]) -> None:
         self._steps, self._result, self._state = steps, result, state
 
     def __next__(self) -> Any:
@@ -137,7 +157,7 @@ class Generation(Iterator[Any]):
         return self._result()
 
     @property
-    def state(self) -> GenerationState:
+    def state(self) -> Any:
         return self._state()
 
 
@@ -146,21 +166,25 @@ class Generation(Iterator[Any]):
 
 
 def generate_tokens(
-    model: RNN,
+    make_rows: Callable[..., TokenRows],
+    model: TextModel,
     prompt: Any,
     max_new_tokens: int,
     sampling: Sampling,
     stop: Stop,
     seed: Seed,
     n: int,
-    state: GenerationState | None,
+    state: RowState | None,
     logits_processor: LogitsProcessor | None,
     one_by_one: bool,
 ) -> Generation:
-    """A generation whose steps give one token each, or, not `one_by_one`, as many as is convenient."""
+    """A generation whose steps give one token each, or, not `one_by_one`, as many as is convenient.
+
+    `make_rows`: the class of the rows of such a model.
+    """
     prompts = _TokenPrompts(model, prompt, n, state)
     seeds = _row_seeds(seed, len(prompts.rows), state)
-    rows = _TokenRows(model, prompts.rows, max_new_tokens, sampling, seeds, state, logits_processor)
+    rows = make_rows(model, prompts.rows, max_new_tokens, sampling, seeds, state, logits_processor)
     tokens, strings = _stops(stop, model)
     rows.stop = torch.tensor(tokens, dtype=torch.int64, device=model.device)
     if not prompts.is_text and not strings:
@@ -192,7 +216,7 @@ def generate_tokens(
 class _TokenPrompts:
     """The prompts as rows of tokens, and results in the form that the prompts had."""
 
-    def __init__(self, model: RNN, prompt: Any, n: int, state: GenerationState | None) -> None:
+    def __init__(self, model: TextModel, prompt: Any, n: int, state: RowState | None) -> None:
         _validate.integer("n", n, 1)
         self.texts: list[str] = []
         single = isinstance(prompt, str) or (isinstance(prompt, Tensor) and prompt.dim() == 1)
@@ -214,7 +238,7 @@ class _TokenPrompts:
         if state is None and min(len(row) for row in self.rows) == 0:
             raise ValueError("prompt: expected at least one token where no state is continued, got an empty one")
 
-    def _tokens(self, model: RNN, index: int, item: str | Tensor) -> Tensor:
+    def _tokens(self, model: TextModel, index: int, item: str | Tensor) -> Tensor:
         if isinstance(item, str):
             assert model.tokenizer is not None
             try:
@@ -224,9 +248,9 @@ class _TokenPrompts:
         if item.dtype not in (torch.int64, torch.int32) or item.dim() != 1:
             dtype = str(item.dtype).removeprefix("torch.")
             raise TypeError(f"prompt: expected int64 tokens (L,) a row, got {dtype} {tuple(item.shape)}")
-        if item.numel() and not 0 <= int(item.min()) <= int(item.max()) < model.config.vocab_size:
+        if item.numel() and not 0 <= int(item.min()) <= int(item.max()) < model.vocab_size:
             wrong = int(item.min()) if int(item.min()) < 0 else int(item.max())
-            raise ValueError(f"prompt: expected tokens 0 to {model.config.vocab_size - 1}, got {wrong} in row {index}")
+            raise ValueError(f"prompt: expected tokens 0 to {model.vocab_size - 1}, got {wrong} in row {index}")
         return item.to(model.device, torch.int64)
 
     def pieces(self, pieces: list[str]) -> str | list[str]:
@@ -243,32 +267,33 @@ class _TokenPrompts:
             return rows
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
 
-    def token_steps(self, rows: _TokenRows, one_by_one: bool) -> Iterator[Any]:
+    def token_steps(self, rows: TokenRows, one_by_one: bool) -> Iterator[Any]:
         return (self.newest(new) for new in rows.run(one_by_one))
 
 
-class _TokenRows:
-    """The tensors of `rnn_generate`, and the weights that it works with."""
+class TokenRows(abc.ABC):
+    """Rows of tokens that grow to the right: each token is fed to the model, and behind the prompt the next drawn.
+
+    What a kind of model adds: `_begin`, `_advance` and `state`.
+    """
 
     def __init__(
         self,
-        model: RNN,
+        model: TextModel,
         prompts: list[Tensor],
         max_new_tokens: int,
         sampling: Sampling,
         seeds: Tensor,
-        state: GenerationState | None,
+        state: RowState | None,
         logits_processor: LogitsProcessor | None,
     ) -> None:
         _validate.integer("max_new_tokens", max_new_tokens, 1)
         device, n = model.device, len(prompts)
-        self._generate: Callable[..., None] = torch.ops.fastgen.rnn_generate
-        if logits_processor is not None:
-            self._processor = logits_processor
-            self._generate = functools.partial(reference.rnn_generate, process=self._processed)
+        self._model: Any = model
+        self._processor = logits_processor
         self._sampling, self._penalised = sampling, sampling.repetition_penalty != 1
         self._first = 0 if state is None else 1  # where the buffer begins with the state's pending token
-        h, c, offset, self._seen = _start(model, n, state)
+        offset, self._seen = self._begin(n, state)
         if state is not None:
             prompts = [torch.cat((state.pending[row : row + 1].to(device), p)) for row, p in enumerate(prompts)]
         self._given = torch.tensor([len(p) for p in prompts], device=device)
@@ -279,21 +304,27 @@ class _TokenRows:
             if self._penalised:
                 self._seen[row, p] = True
         self._position, self._status = (torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2))
-        self._h, self._c = h, c
         self._seeds = torch.stack((seeds.to(device), offset), dim=-1)
         self.stop = torch.zeros(0, dtype=torch.int64, device=device)
-        self._weights = model.generation_weights()
-        self._mode = model.mode
+
+    @abc.abstractmethod
+    def _begin(self, n: int, state: Any) -> tuple[Tensor, Tensor]:
+        """The place (n,) of the rows' first token in their streams, and the tokens seen (n, vocab_size)."""
+
+    @abc.abstractmethod
+    def _advance(self, running: list[int], one_by_one: bool) -> None:
+        """Take the running rows some tokens further, or, `one_by_one`, until one of them has drawn a token."""
+
+    @abc.abstractmethod
+    def state(self) -> RowState:
+        """Where the rows stand."""
 
     def run(self, one_by_one: bool) -> Iterator[list[list[int]]]:
         """Feed and draw to the end; gives the new tokens of each row, after every call that drew any."""
-        given: list[int] = self._given.tolist()
-        lengths, position, status = given, self._position.tolist(), self._status.tolist()
+        lengths: list[int] = self._given.tolist()
+        status = self._status.tolist()
         while running := [row for row, code in enumerate(status) if code == Status.RUNNING]:
-            steps = _STEPS_A_CALL
-            if one_by_one:
-                steps = min(max(min(given[row] - position[row] for row in running), 1), steps)
-            self._advance(steps)
+            self._advance(running, one_by_one)
             position, status = self._position.tolist(), self._status.tolist()
             if Status.NOT_FINITE in status:
                 row = status.index(Status.NOT_FINITE)
@@ -311,7 +342,63 @@ class _TokenRows:
                 yield new
                 status = self._status.tolist()  # the reader of a text may have ended a row
 
-    def _advance(self, steps: int) -> None:
+    def _processed(self, rows: Tensor, logits: Tensor) -> Tensor:
+        assert self._processor is not None
+        before = [self._tokens[row, self._first : self._position[row]] for row in rows.tolist()]
+        processed = self._processor(before, logits)
+        if not isinstance(processed, Tensor) or processed.shape != logits.shape:
+            raise ValueError(f"logits_processor: expected logits {tuple(logits.shape)} from it, got {_kind(processed)}")
+        return processed
+
+    def is_over(self, row: int) -> bool:
+        return int(self._status[row]) != Status.RUNNING
+
+    def end_row(self, row: int) -> None:
+        self._status[row] = Status.STOPPED
+
+    def prompts(self) -> list[Tensor]:
+        """What each buffer began with, the pending token of a state included."""
+        return [row[:given] for row, given in zip(self._tokens, self._given.tolist(), strict=True)]
+
+    def sequences(self) -> list[Tensor]:
+        """The prompt and the continuation of each row, so far."""
+        lengths = torch.maximum(self._position + 1, self._given).tolist()
+        return [row[self._first : length].clone() for row, length in zip(self._tokens, lengths, strict=True)]
+
+    def _common_state(self) -> dict[str, Tensor]:
+        """The fields of a `RowState`."""
+        if bool((self._position + 1 < self._given).any()):
+            raise RuntimeError("state: expected every row to have a token of its own, some still read their prompt")
+        for row, tokens in enumerate(self.sequences()):
+            self._seen[row, tokens] = True
+        return {
+            "pending": self._tokens.gather(1, self._position.unsqueeze(1)).squeeze(1),
+            "position": self._seeds[:, 1] + self._position,
+            "seeds": self._seeds[:, 0].clone(),
+            "seen": self._seen.clone(),
+        }
+
+
+class RecurrentRows(TokenRows):
+    """Rows of a recurrent model: the tensors of `rnn_generate`, and the weights that it works with."""
+
+    def __init__(self, model: RNN, *arguments: Any) -> None:
+        super().__init__(model, *arguments)
+        self._generate: Callable[..., None] = torch.ops.fastgen.rnn_generate
+        if self._processor is not None:
+            self._generate = functools.partial(reference.rnn_generate, process=self._processed)
+        self._weights = model.generation_weights()
+        self._mode = model.mode
+
+    def _begin(self, n: int, state: GenerationState | None) -> tuple[Tensor, Tensor]:
+        self._h, self._c, offset, seen = _start(self._model, n, state)
+        return offset, seen
+
+    def _advance(self, running: list[int], one_by_one: bool) -> None:
+        steps = STEPS_A_CALL
+        if one_by_one:
+            unread = (self._given - self._position)[running]
+            steps = min(max(int(unread.min()), 1), steps)
         embedding, weights, projection, output, bias = self._weights
         self._generate(
             self._mode,
@@ -334,42 +421,9 @@ class _TokenRows:
             steps,
         )
 
-    def _processed(self, rows: Tensor, logits: Tensor) -> Tensor:
-        before = [self._tokens[row, self._first : self._position[row]] for row in rows.tolist()]
-        processed = self._processor(before, logits)
-        if not isinstance(processed, Tensor) or processed.shape != logits.shape:
-            raise ValueError(f"logits_processor: expected logits {tuple(logits.shape)} from it, got {_kind(processed)}")
-        return processed
-
-    def is_over(self, row: int) -> bool:
-        return int(self._status[row]) != Status.RUNNING
-
-    def end_row(self, row: int) -> None:
-        self._status[row] = Status.STOPPED
-
-    def prompts(self) -> list[Tensor]:
-        """What each buffer began with, the pending token of a state included."""
-        return [row[:given] for row, given in zip(self._tokens, self._given.tolist(), strict=True)]
-
-    def sequences(self) -> list[Tensor]:
-        """The prompt and the continuation of each row, so far."""
-        lengths = torch.maximum(self._position + 1, self._given).tolist()
-        return [row[self._first : length].clone() for row, length in zip(self._tokens, lengths, strict=True)]
-
     def state(self) -> GenerationState:
-        if bool((self._position + 1 < self._given).any()):
-            raise RuntimeError("state: expected every row to have a token of its own, some still read their prompt")
-        for row, tokens in enumerate(self.sequences()):
-            self._seen[row, tokens] = True
-        pending = self._tokens.gather(1, self._position.unsqueeze(1)).squeeze(1)
-        return GenerationState(
-            self._h.clone(),
-            None if self._c is None else self._c.clone(),
-            pending,
-            self._seeds[:, 1] + self._position,
-            self._seeds[:, 0].clone(),
-            self._seen.clone(),
-        )
+        common = self._common_state()
+        return GenerationState(**common, h=self._h.clone(), c=None if self._c is None else self._c.clone())
 
 
 class _RowText:
@@ -404,7 +458,7 @@ class _RowText:
         return piece
 
 
-def _stops(stop: Stop, model: RNN) -> tuple[list[int], list[str]]:
+def _stops(stop: Stop, model: TextModel) -> tuple[list[int], list[str]]:
     """The tokens and the strings to stop at."""
     tokens: list[int] = []
     strings: list[str] = []
@@ -425,8 +479,8 @@ def _stops(stop: Stop, model: RNN) -> tuple[list[int], list[str]]:
                 strings.append(item)
             continue
         _validate.integer("stop", item, 0)
-        if item >= model.config.vocab_size:
-            raise ValueError(f"stop: expected tokens 0 to {model.config.vocab_size - 1}, got {item}")
+        if item >= model.vocab_size:
+            raise ValueError(f"stop: expected tokens 0 to {model.vocab_size - 1}, got {item}")
         tokens.append(item)
     return tokens, strings
 
@@ -535,12 +589,12 @@ class _ValueRows:
         if bool((self._fed + 1 < self._given).any()):
             raise RuntimeError("state: expected every row to have a value of its own, some still read their prompt")
         return GenerationState(
-            self._h.clone(),
-            None if self._c is None else self._c.clone(),
-            self._values[torch.arange(len(self._fed)), self._fed],
-            self._seeds[:, 1] + self._fed,
-            self._seeds[:, 0].clone(),
-            None,
+            pending=self._values[torch.arange(len(self._fed)), self._fed],
+            position=self._seeds[:, 1] + self._fed,
+            seeds=self._seeds[:, 0].clone(),
+            seen=None,
+            h=self._h.clone(),
+            c=None if self._c is None else self._c.clone(),
         )
 
 
@@ -569,7 +623,7 @@ def _start(model: RNN, n: int, state: GenerationState | None) -> tuple[Tensor, T
     return h, c, state.position.to(device), seen
 
 
-def _row_seeds(seed: Seed, n: int, state: GenerationState | None) -> Tensor:
+def _row_seeds(seed: Seed, n: int, state: RowState | None) -> Tensor:
     """(n,) int64: the bits of each row's seed. One seed s stands for s, s + 1, ..., s + n - 1."""
     if state is not None:
         if seed is not None:

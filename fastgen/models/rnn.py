@@ -31,6 +31,7 @@ from fastgen.models._sampling import (
     Generation,
     GenerationState,
     LogitsProcessor,
+    RecurrentRows,
     Sampling,
     generate_tokens,
     generate_values,
@@ -372,7 +373,7 @@ class RNN(TextModel):
         if self.is_text:
             sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
             generation = generate_tokens(
-                self, prompt, max_new_tokens, sampling, stop, seed, n, state, logits_processor, stream
+                RecurrentRows, self, prompt, max_new_tokens, sampling, stop, seed, n, state, logits_processor, stream
             )
         else:
             given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop}
