@@ -36,8 +36,8 @@ def number(
     name: str, value: Any, *, above: float = -math.inf, minimum: float = -math.inf, below: float = math.inf
 ) -> float:
     """A finite float with above < value < below and value >= minimum."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or not (above < value < below and value >= minimum):
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not ok or not (above < value < below and value >= minimum):  # false of inf and nan
         limits = [f"above {above:g}"] if above > -math.inf else []
         limits += [f"of at least {minimum:g}"] if minimum > -math.inf else []
         limits += [f"below {below:g}"] if below < math.inf else []
@@ -59,4 +59,4 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+    return (isinstance(value, int) or hasattr(value, "__index__")) and not isinstance(value, (bool, Tensor))

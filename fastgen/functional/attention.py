@@ -264,8 +264,8 @@ def _mask(mask: Tensor, query: Tensor, leading: tuple[int, ...], keys: int) -> T
         return mask
     mask = mask.reshape((1,) * (max(len(scores), 4) - len(size)) + size)
     if len(scores) > 4:
-        batch = (1,) if all(n == 1 for n in mask.shape[:-3]) else leading[:-1]
-        mask = mask.expand(*batch, *mask.shape[-3:]).reshape(math.prod(batch), *mask.shape[-3:])
+        shared = all(n == 1 for n in mask.shape[:-3])
+        mask = (mask if shared else mask.expand(*leading[:-1], *mask.shape[-3:])).flatten(0, -4)
     return mask
 
 
