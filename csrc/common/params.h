@@ -248,6 +248,7 @@ struct AttentionParams {
   uint64_t keep;       // a weight is kept where its word of the stream is below; 2^32: no dropout
   double kept_weight;  // what a kept one is multiplied with
   uint64_t seed, offset;
+  void* sums;   // AttentionSizes::sums bytes
   Tensor4 out;  // last stride 1
   void* lse;    // row (b heads + h) queries + i, ragged: h queries + query_starts[b] + i; in the work type
 };
@@ -257,8 +258,11 @@ constexpr int64_t kUnlimited = int64_t(1) << 60;
 // their results of who computes them.
 struct AttentionSizes {
   int64_t units;
-  int64_t scratch;  // bytes for a unit at work
+  int64_t scratch;     // bytes for a unit at work
+  int64_t join_units;  // where the keys of a head are cut into chunks: of the phase that joins their sums
+  int64_t sums;        // bytes of these
 };
+enum class AttentionPhase { kKeys, kJoin };
 
 // The backward pass; the results of the forward pass stand in the base. A gradient whose data is null is not wanted,
 // or, of the results of the forward pass, zero.

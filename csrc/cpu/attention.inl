@@ -156,10 +156,10 @@ class Attention {
 
   // Scratch of a block of scores.
   struct Extras {
-    T* added;     // [keys][queries] or, the same for all queries, [keys]: the mask; then the weights of dropout
-    T* rows;      // [queries][keys]
+    T* added;     // [keys][lanes] or, the same for all queries, [keys]: the mask; then the weights of dropout
+    T* rows;      // [queries][kKeys]
     float* draw;  // [keys], where T is double
-    T* tangent;   // [keys][queries]: the hyperbolic tangents of softcap, where they are kept
+    T* tangent;   // [keys][lanes]: the hyperbolic tangents of softcap, where they are kept
   };
 
   explicit Attention(const AttentionParams& params)
@@ -237,7 +237,7 @@ class Attention {
     return out;
   }
 
-  // Rows of a matrix of `width` columns from `first` on, transposed: [width][kQueries], times `factor`. Lanes behind
+  // Rows of a matrix of `width` columns from `first` on, transposed: [width][lanes], times `factor`. Lanes behind
   // `count` are zero. staging: [kWidth][width in whole vectors].
   void pack_transposed_rows(const char* from, const int64_t (&stride)[4], int64_t width, const Block& b, T factor,
                             T* staging, T* out) const {
@@ -248,16 +248,13 @@ class Attention {
                    staging, row);
       const T* pointers[kWidth];
       for (int i = 0; i < kWidth; ++i) pointers[i] = i < rows ? staging + i * row : nullptr;
-      pack_transposed<F>(pointers, width, kQueries, out + v * kWidth);
+      pack_transposed<F>(pointers, width, b.lanes, out + v * kWidth);
     }
-    if (factor != T(1)) {
-      for (int64_t k = 0; k < width; ++k) {
-        for (int v = 0; v < b.vectors; ++v) {
-          F x;
-          load(out + k * kQueries + v * kWidth, x);
-          store(out + k * kQueries + v * kWidth, x * F(factor));
-        }
-      }
+    if (factor == T(1)) return;
+    for (int64_t i = 0; i < width * b.lanes; i += kWidth) {
+      F x;
+      load(out + i, x);
+      store(out + i, x * F(factor));
     }
   }
 
@@ -275,16 +272,17 @@ class Attention {
   }
 
   // S^T = K Q^T on what the strips see; row 0 of s is key j.
-  void multiply_seen(const Strips& seen, int64_t j, const StridedMatrix<T>& k, const T* q, int64_t width, T* s) const {
+  void multiply_seen(const Block& b, const Strips& seen, int64_t j, const StridedMatrix<T>& k, const T* q,
+                     int64_t width, T* s) const {
     for (const Strip& strip : seen) {
-      const int64_t row = strip.first - j;
-      multiply_strided<A>(strip.count, strip.end - strip.begin, {k.data + row * k.row, k.row, k.step},
-                          q + strip.begin * kWidth, kQueries, width, false, s + row * kQueries + strip.begin * kWidth,
-                          kQueries);
+      const int64_t row = strip.first - j, first = strip.begin * kWidth;
+      multiply_strided<A>(strip.count, strip.end - strip.begin, {k.data + row * k.row, k.row, k.step}, q + first,
+                          b.lanes, width, false, s + row * b.lanes + first, b.lanes);
     }
   }
 
-  // Calls body(F& score, distance, place in the block) for all scores that the strips see, a vector at a time.
+  // Calls body(F& score, distance, place in the block, key in the block, whole) for all scores that the strips see, a
+  // vector at a time.
   template <class Body>
   FASTGEN_MEMBER void for_scores(const Block& b, const Strips& seen, int64_t j, T* s, const Body& body) const {
     for (const Strip& strip : seen) {
@@ -293,10 +291,10 @@ class Attention {
         load(lane_, lane);
         const F place = lane + F(T(b.place - strip.first + v * kWidth));
         for (int64_t k = 0; k < strip.count; ++k) {
-          const int64_t i = (strip.first - j + k) * kQueries + v * kWidth;
+          const int64_t key = strip.first - j + k, i = key * b.lanes + v * kWidth;
           F score;
           load(s + i, score);
-          body(score, place - F(T(k)), i, strip.whole);
+          body(score, place - F(T(k)), i, key, strip.whole);
           store(s + i, score);
         }
       }
@@ -308,7 +306,7 @@ class Attention {
                                         T* s, const Extras& extras) const {
     if (p.softcap > 0) {
       const F cap(T(p.softcap) * kLog2E);
-      for_scores(b, seen, j, s, [&](F& score, F, int64_t i, bool) {
+      for_scores(b, seen, j, s, [&](F& score, F, int64_t i, int64_t, bool) {
         const F t = hyperbolic_tangent<T, U>(score);
         if (extras.tangent != nullptr) store(extras.tangent + i, t);
         score = t * cap;
@@ -319,8 +317,8 @@ class Attention {
       const char* from = head.mask + j * p.mask.stride[3] * mask_size;
       if (p.mask.stride[2] == 0) {  // the same for all queries
         read_mask<T>(p.mask_dtype, from, p.mask.stride[3], count, extras.added);
-        for_scores(b, seen, j, s, [&](F& score, F, int64_t i, bool) {
-          score = multiply_add(F(extras.added[i / kQueries]), to_log2, score);
+        for_scores(b, seen, j, s, [&](F& score, F, int64_t, int64_t key, bool) {
+          score = multiply_add(F(extras.added[key]), to_log2, score);
         });
       } else {
         for (int64_t i = 0; i < b.count; ++i) {
@@ -328,7 +326,7 @@ class Attention {
                        extras.rows + i * kKeys);
         }
         transpose_rows(b, count, extras);
-        for_scores(b, seen, j, s, [&](F& score, F, int64_t i, bool) {
+        for_scores(b, seen, j, s, [&](F& score, F, int64_t i, int64_t, bool) {
           F added;
           load(extras.added + i, added);
           score = multiply_add(added, to_log2, score);
@@ -337,7 +335,7 @@ class Attention {
     }
     if (head.slope != T(0)) {
       const F minus_slope(-head.slope);
-      for_scores(b, seen, j, s, [&](F& score, F distance, int64_t, bool) {
+      for_scores(b, seen, j, s, [&](F& score, F distance, int64_t, int64_t, bool) {
         score = multiply_add(absolute(distance), minus_slope, score);
       });
     }
@@ -345,20 +343,20 @@ class Attention {
     for (const Strip& strip : seen) partial = partial || !strip.whole;
     if (partial) {
       const F left(T(p.left)), right(T(-p.right)), unseen(-T(__builtin_inf()));
-      for_scores(b, seen, j, s, [&](F& score, F distance, int64_t, bool whole) {
+      for_scores(b, seen, j, s, [&](F& score, F distance, int64_t, int64_t, bool whole) {
         if (!whole) score = select(less(left, distance), unseen, select(less(distance, right), unseen, score));
       });
     }
   }
 
-  // extras.rows, [queries][keys], to extras.added, [keys][queries]; lanes without a query are zero.
+  // extras.rows, [queries][kKeys], to extras.added, [keys][lanes]; lanes without a query are zero.
   void transpose_rows(const Block& b, int64_t count, const Extras& extras) const {
     for (int v = 0; v < b.vectors; ++v) {
       const T* rows[kWidth];
       for (int i = 0; i < kWidth; ++i) {
         rows[i] = v * kWidth + i < b.count ? extras.rows + (v * kWidth + i) * kKeys : nullptr;
       }
-      pack_transposed<F>(rows, count, kQueries, extras.added + v * kWidth);
+      pack_transposed<F>(rows, count, b.lanes, extras.added + v * kWidth);
     }
   }
 
@@ -392,10 +390,10 @@ class Attention {
 
   const AttentionParams& p;
   const int64_t size, mask_size;  // bytes of an element
+  alignas(64) T lane_[kWidth];    // 0, 1, 2, ...
 
  private:
   PhiloxKey key_;
-  alignas(64) T lane_[kWidth];
 };
 
 template <class T>
@@ -419,8 +417,8 @@ class AttentionForward : Attention<T> {
 
   // A block at work. O^T and the sums are relative to 2^top.
   struct State : Block {
-    T *q, *o;      // [D][kQueries], [Dv][kQueries]
-    T *top, *sum;  // [kQueries]
+    T *q, *o;      // [D][lanes], [Dv][lanes]
+    T *top, *sum;  // [lanes]
   };
 
   struct Memory {
@@ -433,7 +431,7 @@ class AttentionForward : Attention<T> {
   explicit AttentionForward(const AttentionParams& params) : Base(params) {}
 
   AttentionSizes sizes() const {
-    AttentionSizes out{0, 0};
+    AttentionSizes out{};
     if (p.query_starts == nullptr) {
       out.units = p.batch * p.heads * groups(p.queries);
     } else {
@@ -459,6 +457,7 @@ class AttentionForward : Attention<T> {
     Scratch scratch(memory);
     run(sequence, unit / per_head, unit % per_head * kGroup * kQueries, take(scratch));
   }
+  void join(int64_t) const {}
 
  private:
   static int64_t groups(int64_t queries) { return (queries + kGroup * kQueries - 1) / (kGroup * kQueries); }
@@ -488,9 +487,9 @@ class AttentionForward : Attention<T> {
       State& state = m.state[count];
       static_cast<Block&>(state) = this->block(head, first + count * kQueries);
       this->pack_transposed_rows(head.query, p.query.stride, p.width, state, this->query_scale(), m.staging, state.q);
-      for (int64_t i = 0; i < p.value_width * kQueries; ++i) state.o[i] = T(0);
-      for (int64_t i = 0; i < kQueries; ++i) state.top[i] = -T(__builtin_inf());
-      for (int64_t i = 0; i < kQueries; ++i) state.sum[i] = T(0);
+      for (int64_t i = 0; i < p.value_width * state.lanes; ++i) state.o[i] = T(0);
+      for (int64_t i = 0; i < state.lanes; ++i) state.top[i] = -T(__builtin_inf());
+      for (int64_t i = 0; i < state.lanes; ++i) state.sum[i] = T(0);
       begin = at_most(begin, this->first_seen(head, state));
       end = at_least(end, this->end_seen(head, state));
     }
@@ -509,22 +508,22 @@ class AttentionForward : Attention<T> {
     const Strips seen = this->strips(state, at_least(j, this->first_seen(head, state)),
                                      at_most(j + count, this->end_seen(head, state)));
     if (seen.count == 0) return;
-    this->multiply_seen(seen, j, key, state.q, p.width, m.s);
+    this->multiply_seen(state, seen, j, key, state.q, p.width, m.s);
     this->adjust(head, state, seen, j, count, m.s, m.extras);
     weigh(state, seen, j, m.s);
     if (this->drops()) {
       this->draw(head, state, j, count, m.extras);
-      this->for_scores(state, seen, j, m.s, [&](F& weight, F, int64_t i, bool) {
+      this->for_scores(state, seen, j, m.s, [&](F& weight, F, int64_t i, int64_t, bool) {
         F kept;
         load(m.extras.added + i, kept);
         weight = weight * kept;
       });
     }
     for (const Strip& strip : seen) {
-      const int64_t row = strip.first - j;
+      const int64_t row = strip.first - j, first = strip.begin * kWidth;
       multiply_strided<A>(p.value_width, strip.end - strip.begin, {value.data + row * value.row, value.step, value.row},
-                          m.s + row * kQueries + strip.begin * kWidth, kQueries, strip.count, true,
-                          state.o + strip.begin * kWidth, kQueries);
+                          m.s + row * state.lanes + first, state.lanes, strip.count, true, state.o + first,
+                          state.lanes);
     }
   }
 
@@ -536,7 +535,7 @@ class AttentionForward : Attention<T> {
       load(state.top + v * kWidth, old);
       load(state.sum + v * kWidth, sum);
       for (F& top : highest) top = old;
-      for_rows(seen, v, j, s, [&](T* row, int lane) {
+      for_rows(state, seen, v, j, s, [&](T* row, int lane) {
         F score;
         load(row, score);
         highest[lane] = larger(highest[lane], score);
@@ -547,7 +546,7 @@ class AttentionForward : Attention<T> {
       const F base = select(less(top, lowest), F(T(0)), top);
       const F fade = select(less(old, lowest), F(T(1)), power_of_2<T, U>(old - base));
       F sums[4] = {sum * fade, F(T(0)), F(T(0)), F(T(0))};
-      for_rows(seen, v, j, s, [&](T* row, int lane) {
+      for_rows(state, seen, v, j, s, [&](T* row, int lane) {
         F score;
         load(row, score);
         const F weight = power_of_2<T, U>(score - base);
@@ -558,8 +557,8 @@ class AttentionForward : Attention<T> {
       if (fastgen::sum(F(T(1)) - fade) != T(0)) {
         for (int64_t k = 0; k < p.value_width; ++k) {
           F o;
-          load(state.o + k * kQueries + v * kWidth, o);
-          store(state.o + k * kQueries + v * kWidth, o * fade);
+          load(state.o + k * state.lanes + v * kWidth, o);
+          store(state.o + k * state.lanes + v * kWidth, o * fade);
         }
       }
     }
@@ -567,16 +566,16 @@ class AttentionForward : Attention<T> {
 
   // Calls body(row, lane of 4) for the rows of a block of scores that vector v sees.
   template <class Body>
-  static FASTGEN_MEMBER void for_rows(const Strips& seen, int v, int64_t j, T* s, const Body& body) {
+  static FASTGEN_MEMBER void for_rows(const Block& b, const Strips& seen, int v, int64_t j, T* s, const Body& body) {
     for (const Strip& strip : seen) {
       if (v < strip.begin || v >= strip.end) continue;
-      T* row = s + (strip.first - j) * kQueries + v * kWidth;
+      T* row = s + (strip.first - j) * b.lanes + v * kWidth;
       int64_t k = 0;
       for (; k + 4 <= strip.count; k += 4) {
         FASTGEN_UNROLL
-        for (int lane = 0; lane < 4; ++lane, row += kQueries) body(row, lane);
+        for (int lane = 0; lane < 4; ++lane, row += b.lanes) body(row, lane);
       }
-      for (; k < strip.count; ++k, row += kQueries) body(row, 0);
+      for (; k < strip.count; ++k, row += b.lanes) body(row, 0);
     }
   }
 
@@ -599,7 +598,7 @@ class AttentionForward : Attention<T> {
           F square[kWidth];
           FASTGEN_UNROLL
           for (int i = 0; i < kWidth; ++i) {
-            load(state.o + (k + i) * kQueries + v * kWidth, square[i]);
+            load(state.o + (k + i) * state.lanes + v * kWidth, square[i]);
             square[i] = square[i] * share;
           }
           transpose(square);
@@ -620,15 +619,6 @@ template <class Params, class Body>
 FASTGEN_FN void with_work_type(const Params& p, const Body& body) {
   if (p.dtype == DType::kFloat64) return body(double());
   body(float());
-}
-
-AttentionSizes attention_sizes(const AttentionParams& p) {
-  AttentionSizes sizes{};
-  with_work_type(p, [&](auto t) { sizes = AttentionForward<decltype(t)>(p).sizes(); });
-  return sizes;
-}
-void attention(const AttentionParams& p, int64_t unit, void* scratch) {
-  with_work_type(p, [&](auto t) { AttentionForward<decltype(t)>(p).run(unit, scratch); });
 }
 
 }  // namespace

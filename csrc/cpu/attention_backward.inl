@@ -28,10 +28,10 @@ class AttentionBackward : Attention<T> {
   using typename Base::Strips;
   using typename Base::U;
 
-  // A block of queries. Panels are [width][kQueries], rows are those of the head from the block on.
+  // A block of queries. Panels are [width][lanes], rows are those of the head from the block on.
   struct State : Block {
     T *q, *go, *dq;  // panels
-    T *lse, *delta;  // [kQueries]: in units of log 2; dO . O - d lse
+    T *lse, *delta;  // [lanes]: in units of log 2; dO . O - d lse
     StridedMatrix<T> q_rows, go_rows;
   };
 
@@ -109,10 +109,11 @@ class AttentionBackward : Attention<T> {
             if (seen.count == 0) return;
             gradient_of_scores(head, state, seen, j, keys, rows(head.key, p.key, p.width, j, keys, m.key),
                                rows(head.value, p.value, p.value_width, j, keys, m.value), m);
-            this->for_scores(state, seen, j, m.ds, [&](F& ds, F, int64_t at, bool) {
+            this->for_scores(state, seen, j, m.ds, [&](F& ds, F, int64_t at, int64_t key, bool) {
+              T* to = sums + at + key * (kQueries - state.lanes);
               F sum;
-              load(sums + at, sum);
-              store(sums + at, sum + ds);
+              load(to, sum);
+              store(to, sum + ds);
             });
           });
         });
@@ -224,12 +225,12 @@ class AttentionBackward : Attention<T> {
     if (has_grad) {
       this->pack_transposed_rows(grad, g.grad_out.stride, p.value_width, out, T(1), m.staging, out.go);
     } else {
-      for (int64_t i = 0; i < p.value_width * kQueries; ++i) out.go[i] = T(0);
+      for (int64_t i = 0; i < p.value_width * out.lanes; ++i) out.go[i] = T(0);
     }
     const T* lse = static_cast<const T*>(p.lse) + head.row + first;
     const T* grad_lse = g.grad_lse == nullptr ? nullptr : static_cast<const T*>(g.grad_lse) + head.row + first;
     const T infinity = T(__builtin_inf());
-    for (int64_t i = 0; i < kQueries; ++i) {
+    for (int64_t i = 0; i < out.lanes; ++i) {
       // A query that sees no key, and a lane without a query: weights of 2^-inf, and no gradient.
       const bool sees = i < out.count && lse[i] != -infinity;
       out.lse[i] = sees ? lse[i] * Base::kLog2E : infinity;
@@ -292,8 +293,7 @@ class AttentionBackward : Attention<T> {
   void run_head(const Head& head, int64_t sequence, int64_t h, int64_t first_key, int64_t end_key, const Memory& m,
                 double& slope) const {
     const int64_t width = round_up<int64_t>(p.width, kWidth), value_width = round_up<int64_t>(p.value_width, kWidth);
-    const int64_t lanes = round_up<int64_t>(head.queries, kQueries);
-    for (int64_t i = 0; i < width * lanes; ++i) m.dq[i] = T(0);
+    for (int64_t i = 0; i < width * round_up<int64_t>(head.queries, kWidth); ++i) m.dq[i] = T(0);
     StridedMatrix<T> go_rows{m.go_rows, value_width, 1};
     if (g.grad_out.data != nullptr) {
       go_rows = right_rows(this->at(g.grad_out, this->size, sequence, h, query_start(sequence)), g.grad_out,
@@ -329,29 +329,30 @@ class AttentionBackward : Attention<T> {
     gradient_of_scores(head, state, seen, j, count, key, value, m);
     if (g.slope_sums != nullptr) {
       F total(T(0));
-      this->for_scores(state, seen, j, m.ds,
-                       [&](F& ds, F distance, int64_t, bool) { total = multiply_add(ds, absolute(distance), total); });
+      this->for_scores(state, seen, j, m.ds, [&](F& ds, F distance, int64_t, int64_t, bool) {
+        total = multiply_add(ds, absolute(distance), total);
+      });
       slope -= double(sum(total));
     }
     if (p.softcap > 0) {
-      this->for_scores(state, seen, j, m.ds, [&](F& ds, F, int64_t at, bool) {
+      this->for_scores(state, seen, j, m.ds, [&](F& ds, F, int64_t at, int64_t, bool) {
         F t;
         load(m.extras.tangent + at, t);
         ds = ds * (F(T(1)) - t * t);
       });
     }
     for (const Strip& strip : seen) {
-      const int64_t row = strip.first - j, at = row * kQueries + strip.begin * kWidth;
+      const int64_t row = strip.first - j, at = row * state.lanes + strip.begin * kWidth;
       const int64_t first = strip.begin * kWidth, lanes = at_most(strip.end * kWidth, state.count) - first;
       if (g.grad_value.data != nullptr && g.grad_out.data != nullptr) {
-        add_rows(strip.count, {m.s + at, kQueries, 1}, state.go_rows, first, lanes, p.value_width, dv, row);
+        add_rows(strip.count, {m.s + at, state.lanes, 1}, state.go_rows, first, lanes, p.value_width, dv, row);
       }
       if (g.grad_key.data != nullptr) {
-        add_rows(strip.count, {m.ds + at, kQueries, 1}, state.q_rows, first, lanes, p.width, dk, row);
+        add_rows(strip.count, {m.ds + at, state.lanes, 1}, state.q_rows, first, lanes, p.width, dk, row);
       }
       if (g.grad_query.data != nullptr) {
         multiply_strided<A>(p.width, strip.end - strip.begin, {key.data + row * key.row, key.step, key.row}, m.ds + at,
-                            kQueries, strip.count, true, state.dq + first, kQueries);
+                            state.lanes, strip.count, true, state.dq + first, state.lanes);
       }
     }
   }
@@ -371,8 +372,8 @@ class AttentionBackward : Attention<T> {
   __attribute__((noinline)) void gradient_of_scores(const Head& head, const State& state, const Strips& seen, int64_t j,
                                                     int64_t count, const StridedMatrix<T>& key,
                                                     const StridedMatrix<T>& value, const Memory& m) const {
-    this->multiply_seen(seen, j, key, state.q, p.width, m.s);
-    this->multiply_seen(seen, j, value, state.go, p.value_width, m.ds);
+    this->multiply_seen(state, seen, j, key, state.q, p.width, m.s);
+    this->multiply_seen(state, seen, j, value, state.go, p.value_width, m.ds);
     this->adjust(head, state, seen, j, count, m.s, m.extras);
     if (this->drops()) {
       this->draw(head, state, j, count, m.extras);
@@ -389,8 +390,8 @@ class AttentionBackward : Attention<T> {
         F lse, delta;
         load(state.lse + v * kWidth, lse);
         load(state.delta + v * kWidth, delta);
-        int64_t at = (strip.first - j) * kQueries + v * kWidth;
-        for (int64_t k = 0; k < strip.count; ++k, at += kQueries) {
+        int64_t at = (strip.first - j) * state.lanes + v * kWidth;
+        for (int64_t k = 0; k < strip.count; ++k, at += state.lanes) {
           F score, dp;
           load(m.s + at, score);
           load(m.ds + at, dp);
@@ -421,7 +422,7 @@ class AttentionBackward : Attention<T> {
         F square[kWidth];
         FASTGEN_UNROLL
         for (int i = 0; i < kWidth; ++i) {
-          load(dq + (k + i) * kQueries + v * kWidth, square[i]);
+          load(dq + (k + i) * b.lanes + v * kWidth, square[i]);
           square[i] = square[i] * scale;
         }
         transpose(square);

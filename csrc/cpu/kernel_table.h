@@ -29,7 +29,7 @@ struct KernelTable {
   void (*recurrent_cell_backward)(const CellBackwardParams&, int64_t begin, int64_t end);  // rows
   void (*linear_rows)(const LinearRowsParams&, int64_t begin, int64_t end);                // blocks of kLinearOutputs
   AttentionSizes (*attention_sizes)(const AttentionParams&);
-  void (*attention)(const AttentionParams&, int64_t unit, void* scratch);
+  void (*attention)(const AttentionParams&, AttentionPhase, int64_t unit, void* scratch);
   AttentionBackwardSizes (*attention_backward_sizes)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&, AttentionBackwardPhase, int64_t unit, void* scratch);
   void (*draw_tokens)(const DrawParams&, int64_t begin, int64_t end);                      // rows

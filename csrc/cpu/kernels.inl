@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_backward.inl"
+#include "attention_few.inl"
 #include "cell.inl"
 #include "generate.inl"
 #include "kernel_table.h"

@@ -161,17 +161,17 @@ class Arguments {
 
 // Runs body(unit, scratch) for all units. Units differ in length: a thread that is through with one takes the next.
 template <class Body>
-void run_units(const AttentionSizes& sizes, double products, const Body& body) {
+void run_units(int64_t units, int64_t bytes_of_unit, double products, const Body& body) {
+  if (units == 0) return;
   const int64_t useful = int64_t(std::min(products / kGrainProducts, 1e6));
-  const int64_t threads =
-      std::max<int64_t>(1, std::min({int64_t(torch::stable::get_num_threads()), sizes.units, useful}));
-  const Tensor scratch = bytes(threads * sizes.scratch + 64);
+  const int64_t threads = std::max<int64_t>(1, std::min({int64_t(torch::stable::get_num_threads()), units, useful}));
+  const Tensor scratch = bytes(threads * bytes_of_unit + 64);
   const uintptr_t address = (reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 63) / 64 * 64;
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      void* own = reinterpret_cast<void*>(address + uintptr_t(i * sizes.scratch));
-      for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < sizes.units;) body(unit, own);
+      void* own = reinterpret_cast<void*>(address + uintptr_t(i * bytes_of_unit));
+      for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(unit, own);
     }
   };
   if (threads == 1) return work(0, 1);
@@ -192,9 +192,13 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   p.lse = lse.mutable_data_ptr();
   const KernelTable& table = kernels();
   const AttentionSizes sizes = table.attention_sizes(p);
-  if (sizes.units > 0) {
-    run_units(sizes, arguments.products(), [&](int64_t unit, void* scratch) { table.attention(p, unit, scratch); });
-  }
+  const Tensor sums = bytes(sizes.sums);
+  p.sums = sums.mutable_data_ptr();
+  const auto run = [&](AttentionPhase phase, int64_t units, int64_t scratch, double products) {
+    run_units(units, scratch, products, [&](int64_t unit, void* own) { table.attention(p, phase, unit, own); });
+  };
+  run(AttentionPhase::kKeys, sizes.units, sizes.scratch, arguments.products());
+  run(AttentionPhase::kJoin, sizes.join_units, 0, double(sizes.sums) / 4);
   return {out, lse};
 }
 
@@ -288,8 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const KernelTable& table = kernels();
   const AttentionBackwardSizes sizes = table.attention_backward_sizes(p);
   const auto run = [&](AttentionBackwardPhase phase, int64_t units, int64_t scratch) {
-    if (units == 0) return;
-    run_units({units, scratch}, 2.5 * arguments.products(),
+    run_units(units, scratch, 2.5 * arguments.products(),
               [&](int64_t unit, void* own) { table.attention_backward(p, phase, unit, own); });
   };
   run(AttentionBackwardPhase::kMask, sizes.mask_units, sizes.mask_scratch);
