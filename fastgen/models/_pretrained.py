@@ -136,7 +136,10 @@ class PretrainedModel(nn.Module):
         interrupted first save is not taken for a model.
         """
         header = {"model_type": self.config.model_type, "fastgen_version": __version__}
-        self._save(Path(directory), {**header, **self.config.to_dict()}, self.state_dict())
+        self._save(Path(directory), {**header, **self.config.to_dict()}, self._saved_state())
+
+    def _saved_state(self) -> Mapping[str, Tensor]:
+        return self.state_dict()
 
     def _save(self, folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if folder.exists() and not folder.is_dir():

@@ -35,6 +35,7 @@ from fastgen.models._huggingface import MODEL_TYPES, config_from, read_state, to
 from fastgen.models._pretrained import CONFIG_FILE, Folder, PretrainedConfig, read_config
 from fastgen.models._sampling import LogitsProcessor, Sampling, generate_tokens
 from fastgen.models._text import TextModel
+from fastgen.nn.lora import add_lora, lora_state_dict
 from fastgen.random import Device, dropout_mask
 from fastgen.tokenizers import Tokenizer
 
@@ -303,7 +304,7 @@ class GPT(TextModel):
         if _validate.choice("layout", layout, ("fastgen", "huggingface")) == "fastgen":
             super().save_pretrained(directory)
             return
-        fields, tensors = to_huggingface(self.config, self.state_dict())
+        fields, tensors = to_huggingface(self.config, self._saved_state())
         self._save_tokenizer(Path(directory))
         self._save(Path(directory), fields, tensors)
 
@@ -334,6 +335,18 @@ class GPT(TextModel):
             raise ValueError(
                 f"{name}: expected at most {self.vocab_size} tokens as the model has, got {self.tokenizer!r}"
             )
+
+    def add_lora(self, rank: int, alpha: float | None = None) -> None:
+        """Adapt the linear layers of attention and MLP by matrices of low rank, and freeze all else.
+
+        See `fastgen.nn.lora`: fine-tuning then has few parameters with a gradient, and starts from what the model
+        says now. `save_pretrained` writes the merged weights, so that what it saves is a plain model.
+        """
+        self.requires_grad_(False)
+        add_lora(self.layers, rank, alpha)
+
+    def _saved_state(self) -> dict[str, Tensor]:
+        return lora_state_dict(self)
 
     @property
     def output_weight(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -35,7 +35,8 @@ class Step:
         batch_size: examples of the global batch.
         modules: the recipe's modules as Accelerate wrapped them; their forward is the data-parallel one.
         noise_seed: names the run's stream of noise.
-        update: `update(name, loss)` does one step of the optimiser `name`: backward, clipping, step.
+        update: `update(name, loss)` does one step of the optimiser `name`: backward, clipping, step. Of several
+            losses, one after the other, the gradients add up before the step.
     """
 
     index: int
@@ -44,7 +45,7 @@ class Step:
     batch_size: int
     modules: Mapping[str, nn.Module]
     noise_seed: int
-    update: Callable[[str, Tensor], None]
+    update: Callable[[str, Tensor | Iterable[Tensor]], None]
 
     def generator(self, noise_per_sample: int) -> Generator:
         """The noise of these rows, where each row of the global batch takes `noise_per_sample` elements.
@@ -155,11 +156,11 @@ def initialised(make: Callable[[], _Model], seed: int) -> _Model:
         return make()
 
 
-def adamw(model: nn.Module, config: TrainingConfig) -> AdamW:
+def adamw(model: nn.Module, config: TrainingConfig, betas: tuple[float, float] = (0.9, 0.999)) -> AdamW:
     """AdamW over the trainable parameters; weight decay spares biases and other vectors."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
+    return AdamW([group for group in groups if group["params"]], lr=config.learning_rate, betas=betas, fused=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import math
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastgen import _validate
-from fastgen._files import write_text
 from fastgen.data import SeriesSet, Streams, TokenSet
 from fastgen.evaluate.sequences import read_streams
 from fastgen.models import RNN, RNNConfig, RNNOutput, detach_state
 from fastgen.random import Generator, bits
-from fastgen.tokenizers import TOKENIZER_FILE
 from fastgen.train.config import TrainingConfig
 from fastgen.train.plots import save_continuation, save_curves
 from fastgen.train.recipe import Recipe, Step, adamw, initialised
+from fastgen.train.text import TextTask, checksum
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -153,7 +151,7 @@ class RNNRecipe(Recipe):
         self.model.save_pretrained(folder)
 
 
-class RNNTextRecipe(RNNRecipe):
+class RNNTextRecipe(TextTask, RNNRecipe):
     """Trains an `RNN` on text; see `RNNRecipe`.
 
     Metrics: `loss`, in nats a token; `perplexity`, its exponential; `bits_per_character`, which can be
@@ -167,9 +165,8 @@ class RNNTextRecipe(RNNRecipe):
         seq_len, seed: as for `RNNRecipe`.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_character")
+    title = "RNN"
     unit = "tokens"
-    sample_suffix = ".txt"
     _num_sums = 1
 
     def __init__(
@@ -183,27 +180,7 @@ class RNNTextRecipe(RNNRecipe):
         prompt: str | None = None,
         sample_length: int = 500,
     ) -> None:
-        for name, tokens in (("train", train), ("test", test)):
-            if not isinstance(tokens, TokenSet):
-                raise TypeError(f"{name}: expected a TokenSet, got {type(tokens).__name__}")
-        config = model.config if isinstance(model, RNN) else model
-        self.tokenizer = train.tokenizer
-        if config.vocab_size != self.tokenizer.vocab_size:
-            raise ValueError(
-                f"vocab_size: expected {self.tokenizer.vocab_size} as the tokenizer has, got {config.vocab_size}"
-            )
-        if test.tokenizer != self.tokenizer:
-            raise ValueError(f"test: expected tokens of {self.tokenizer!r} as in train, got {test.tokenizer!r}")
-        if isinstance(model, RNN) and model.tokenizer not in (None, self.tokenizer):
-            raise ValueError(f"train: expected tokens of the model's {model.tokenizer!r}, got {self.tokenizer!r}")
-        self._sample_length = _validate.integer("sample_length", sample_length, 1)
-        self._prompt = _default_prompt(train) if prompt is None else prompt
-        try:
-            if not self.tokenizer.encode(self._prompt):
-                raise ValueError("expected at least one token, got none")
-        except ValueError as error:
-            raise ValueError(f"prompt: {error}") from None
-        self._tokens_per_character = len(test) / test.num_characters
+        self._set_text(model, train, test, prompt, sample_length)
         super().__init__(model, train, test, seq_len=seq_len, seed=seed)
         self.model.tokenizer = self.tokenizer
 
@@ -215,51 +192,10 @@ class RNNTextRecipe(RNNRecipe):
         return output.loss.double().view(1) * targets.numel()
 
     def _figures(self, means: list[float]) -> dict[str, float]:
-        (loss,) = means
-        return {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "bits_per_character": loss / math.log(2) * self._tokens_per_character,
-        }
+        return self._text_figures(means[0])
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "model": self.model.config.to_dict(),
-            "data": {
-                "name": self.data_name,
-                "train": len(self._train),
-                "test": len(self._test),
-                "tokenizer": self.tokenizer.kind,
-                "seq_len": self.seq_len,
-                # So that a run is not continued on another text.
-                "checksum": f"{_checksum(self._train, self._test):08x}",
-            },
-            "evaluation": {"prompt": self._prompt, "sample_length": self._sample_length},
-        }
-
-    def begin(self, folder: Path) -> None:
-        self.tokenizer.save(folder / TOKENIZER_FILE)
-
-    def save_sample(self, path: Path) -> str | None:
-        text = self._generate(1)[0]
-        write_text(path, text + "\n")
-        return text
-
-    def save_report(self, folder: Path, rows: list[dict[str, str]]) -> list[Path]:
-        """samples.txt and loss.png."""
-        samples, loss = folder / "samples.txt", folder / "loss.png"
-        rule = "\n" + "-" * 80 + "\n"
-        write_text(samples, rule.join(self._generate(4)) + "\n")
-        titles = {"loss": "loss (nats a token)", "bits_per_character": "bits a character"}
-        save_curves(loss, rows, titles, title=f"RNN on {self.data_name}", units="")
-        return [samples, loss]
-
-    def _generate(self, n: int) -> list[str]:
-        """Continuations of the prompt. Under temperature 1, as an unlikely token leads a small model astray."""
-        texts = self.model.generate(
-            [self._prompt] * n, max_new_tokens=self._sample_length, temperature=0.6, seed=self._seed
-        )
-        return [text.removeprefix(self._prompt) for text in texts]
+        return self._describe_text(self._train, self._test, seq_len=self.seq_len)
 
 
 class RNNSeriesRecipe(RNNRecipe):
@@ -336,7 +272,7 @@ class RNNSeriesRecipe(RNNRecipe):
                 "test": len(self._test),
                 "columns": list(self._columns),
                 "seq_len": self.seq_len,
-                "checksum": f"{_checksum(self._train, self._test):08x}",
+                "checksum": f"{checksum(self._train, self._test):08x}",
             },
             "evaluation": {"sample_length": self._sample_length},
         }
@@ -359,18 +295,3 @@ class RNNSeriesRecipe(RNNRecipe):
         titles = {"loss": "loss (nats a step)", "rmse": "root mean square error"}
         save_curves(loss, rows, titles, title=f"RNN on {self.data_name}", units="")
         return [continuation, loss]
-
-
-def _default_prompt(train: TokenSet) -> str:
-    try:
-        train.tokenizer.encode("\n")
-    except ValueError:  # an alphabet without new lines
-        return train.tokenizer.decode(train.tokens[:1].tolist())
-    return "\n"
-
-
-def _checksum(*sequences: Tensor) -> int:
-    value = 0
-    for sequence in sequences:
-        value = zlib.crc32(sequence.contiguous().numpy(force=True).data, value)
-    return value

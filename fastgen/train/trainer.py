@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
@@ -273,10 +273,11 @@ class Trainer:
         first = self.accelerator.process_index * rows
         return slice(first, first + rows)
 
-    def _update(self, name: str, loss: Tensor) -> None:
+    def _update(self, name: str, loss: Tensor | Iterable[Tensor]) -> None:
         optimizer = self._optimizers[name]
         optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        for part in (loss,) if isinstance(loss, Tensor) else loss:
+            self.accelerator.backward(part)
         if self.config.max_grad_norm is not None:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
