@@ -16,7 +16,12 @@ FIELDS = {
     "kl_warmup": "kl_warmup_steps",
     "lr": "learning_rate",
 }
-_NAMES = {field: name for name, field in FIELDS.items()}
+# Fields that an option sets by another name in one command, though it is a field's own name in another.
+_NAMES = {field: name for name, field in FIELDS.items()} | {
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "tie_word_embeddings": "tie_weights",
+}
 
 
 class Command(TyperCommand):

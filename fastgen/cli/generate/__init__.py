@@ -12,7 +12,7 @@ from fastgen import _validate
 from fastgen.cli.generate.images import draw_images
 from fastgen.cli.generate.series import continue_series
 from fastgen.cli.generate.text import write_text
-from fastgen.models import RNN, VAE, from_pretrained
+from fastgen.models import GPT, RNN, VAE, from_pretrained
 
 __all__ = ["generate"]
 
@@ -134,8 +134,8 @@ def generate(
         _refuse(given, _TEXT | _SERIES | _STEPS, f"{run} makes pictures")
         draw_images(model, folder, given)
         return
-    assert isinstance(model, RNN)
-    if model.is_text:
+    assert isinstance(model, (GPT, RNN))
+    if isinstance(model, GPT) or model.is_text:
         _refuse(given, _IMAGES | _SERIES, f"{run} makes text")
         write_text(model, given)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from fastgen import _files
-from fastgen.models import RNN
+from fastgen.models import GPT, RNN
 
 __all__ = ["write_text"]
 
@@ -18,8 +18,10 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "st
 _RULE = "-" * 80
 
 
-def write_text(model: RNN, options: Mapping[str, Any]) -> None:
+def write_text(model: GPT | RNN, options: Mapping[str, Any]) -> None:
     """Continue the prompt as the options of the command say, to the terminal or into a file."""
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer (tokenizer.json), so it takes and gives tokens only, from Python")
     out: Path | None = options.get("out")
     if options.get("stream") and out is not None:
         raise ValueError("--stream: expected to show the text, but --out writes it to a file")
@@ -49,7 +51,7 @@ def write_text(model: RNN, options: Mapping[str, Any]) -> None:
         typer.echo(out)
 
 
-def _prompt(model: RNN, given: str | None) -> tuple[str, str]:
+def _prompt(model: GPT | RNN, given: str | None) -> tuple[str, str]:
     """What to continue, and what of it to show."""
     if given is not None:
         return given, given

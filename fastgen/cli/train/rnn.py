@@ -11,9 +11,10 @@ import typer
 from fastgen.cli.train import options
 from fastgen.cli.train.options import option
 from fastgen.cli.train.run import Family, Options, run, size, tell
-from fastgen.data import SeriesSet, TextSet, TokenSet, load_series, load_text
+from fastgen.cli.train.text import encode, load_texts, make_tokenizer, text_summary
+from fastgen.data import SeriesSet, load_series
 from fastgen.models import RNNConfig
-from fastgen.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer, train_tokenizer
+from fastgen.tokenizers import TOKENIZER_FILE, load_tokenizer
 from fastgen.train import RNNRecipe, RNNSeriesRecipe, RNNTextRecipe, TrainingConfig, TrainingResult
 
 __all__ = ["train_rnn"]
@@ -194,9 +195,9 @@ class _RNN(Family):
             rnn = RNNConfig(input_size=len(series.columns), **{**widths, **model})
             return RNNSeriesRecipe(rnn, series, held_out, seed=config.seed, **of_recipe)
         _refuse("text", {**source, **model}, ("columns", "time_column", "num_components"))
-        texts = _load_text(source, quiet)
-        tokenizer = _tokenizer(source, *texts)
-        train, test = _encode(*texts, tokenizer, quiet)
+        texts = load_texts(source, quiet)
+        tokenizer = make_tokenizer(source, *texts)
+        train, test = encode(*texts, tokenizer, quiet)
         rnn = RNNConfig(vocab_size=tokenizer.vocab_size, **model)
         return RNNTextRecipe(rnn, train, test, seed=config.seed, **of_recipe)
 
@@ -207,20 +208,19 @@ class _RNN(Family):
             series, held_out = _load_series(source, quiet)
             return RNNSeriesRecipe(model, series, held_out, **fixed, **report)
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-        texts = _load_text(source, quiet)
+        texts = load_texts(source, quiet)
         try:
-            train, test = _encode(*texts, tokenizer, quiet)
+            train, test = encode(*texts, tokenizer, quiet)
         except ValueError as error:
             raise ValueError(f"data: expected that which {folder} was started with, but {error}") from error
         return RNNTextRecipe(model, train, test, **fixed, **report)
 
     def summary(self, result: TrainingResult) -> str:
         metrics = result.metrics
+        if "rmse" not in metrics:
+            return text_summary(result)
         weights = f"weights of step {result.best_step} of {result.step}"
-        if "rmse" in metrics:
-            return f"test loss {metrics['loss']:.3f} nats a step, error {metrics['rmse']:.4g} one step ahead, {weights}"
-        perplexity, bits = metrics["perplexity"], metrics["bits_per_character"]
-        return f"test perplexity {perplexity:.3f} a token, {bits:.3f} bits a character, {weights}"
+        return f"test loss {metrics['loss']:.3f} nats a step, error {metrics['rmse']:.4g} one step ahead, {weights}"
 
     def next_command(self, result: TrainingResult) -> list[str]:
         more = ["--out", "ahead.png"] if "rmse" in result.metrics else ["--temperature", "0.6", "--stream"]
@@ -244,31 +244,3 @@ def _load_series(source: Mapping[str, Any], quiet: bool) -> tuple[SeriesSet, Ser
     train, test = series.split(size("test-size", source.get("test_size", "0.1")))
     tell(f"{series}; {len(train):,} to train on, {len(test):,} to test", quiet)
     return train, test
-
-
-def _load_text(source: Mapping[str, Any], quiet: bool) -> tuple[TextSet, TextSet]:
-    """The text to train on, and what is held out at its end."""
-    text = load_text(source["data"])
-    train, test = text.split(size("test-size", source.get("test_size", "0.05")))
-    tell(f"{text}; {len(train):,} to train on, {len(test):,} to test", quiet)
-    return train, test
-
-
-def _tokenizer(source: Mapping[str, Any], train: TextSet, test: TextSet) -> Tokenizer:
-    kind = source.get("tokenizer", "chars")
-    if kind != "bpe" and "vocab_size" in source:
-        raise ValueError(f"--vocab-size: expected with --tokenizer bpe only, got it with {kind}")
-    if kind == "chars":  # also those that only the held-out text has: it could not be read otherwise
-        return train_tokenizer(kind, train.text + test.text)
-    if kind in ("bytes", "bpe"):
-        return train_tokenizer(kind, train.text, source.get("vocab_size", 1024))
-    try:
-        return load_tokenizer(kind)
-    except FileNotFoundError:
-        raise ValueError(f"--tokenizer: expected chars, bytes, bpe or a tokenizer.json, got {kind!r}") from None
-
-
-def _encode(train: TextSet, test: TextSet, tokenizer: Tokenizer, quiet: bool) -> tuple[TokenSet, TokenSet]:
-    tokens = train.encode(tokenizer), test.encode(tokenizer)
-    tell(f"{len(tokens[0]):,} tokens of {tokenizer.vocab_size:,} ({tokenizer.kind})", quiet)
-    return tokens
