@@ -22,6 +22,9 @@ _FASTER: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LSTMCell: nn.LSTMCell,
     torch.nn.GRUCell: nn.GRUCell,
     torch.nn.RNNCell: nn.RNNCell,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
 }
 
 
@@ -45,7 +48,7 @@ class Swap:
 
 
 def accelerate(module: Model, *, report: Callable[[Swap], object] | None = None) -> Model:
-    """Give the LSTMs, GRUs, RNNs and their cells in `module` fastgen's `forward`, in place.
+    """Give the LSTMs, GRUs, RNNs, their cells and the Transformer's layers in `module` fastgen's `forward`, in place.
 
     A module that is swapped stays the object that it is; only its class changes. So parameters and their
     optimiser state, buffers, hooks, names, parametrisations, training mode and whatever refers to the module
@@ -54,7 +57,7 @@ def accelerate(module: Model, *, report: Callable[[Swap], object] | None = None)
 
     Args:
         module: the model, or an LSTM itself.
-        report: called with a `Swap` for each recurrent module, swapped or left; `print` prints a line each, a
+        report: called with a `Swap` for each module of these kinds, swapped or left; `print` prints a line each, a
             list's `append` collects them.
 
     Returns:

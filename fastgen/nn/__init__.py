@@ -3,7 +3,8 @@
 Every name of `torch.nn`, and every submodule of it, is here and, but for the modules below, is the same
 object, so checkpoints, pickles, `isinstance` and `torch.compile` see no difference. A module of fastgen's own
 lives in a file of this package and is imported below, after the star, under the name that it takes over from
-PyTorch, of whose module it is a subclass: LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell.
+PyTorch, of whose module it is a subclass: LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, MultiheadAttention,
+Transformer, TransformerEncoderLayer, TransformerDecoderLayer.
 """
 
 import torch.nn as _torch_nn
@@ -16,6 +17,10 @@ from fastgen.nn.recurrent import RNN as RNN
 from fastgen.nn.recurrent import GRUCell as GRUCell
 from fastgen.nn.recurrent import LSTMCell as LSTMCell
 from fastgen.nn.recurrent import RNNCell as RNNCell
+from fastgen.nn.transformer import MultiheadAttention as MultiheadAttention
+from fastgen.nn.transformer import Transformer as Transformer
+from fastgen.nn.transformer import TransformerDecoderLayer as TransformerDecoderLayer
+from fastgen.nn.transformer import TransformerEncoderLayer as TransformerEncoderLayer
 
 _aliases.install()
 _dynamo.install()
