@@ -39,8 +39,9 @@ class AttentionFew : Attention<typename WorkType<Storage>::T> {
 
   // By shape and strides alone; dropout is left to the other way.
   static bool serves(const AttentionParams& p) {
-    return p.query_starts == nullptr && p.queries > 0 && p.queries * (p.heads / p.kv_heads) <= kRows &&
-           p.keep == uint64_t(1) << 32 && p.query.stride[3] == 1 && p.key.stride[3] == 1 && p.value.stride[3] == 1;
+    return p.query_starts == nullptr && p.batch * p.kv_heads * p.queries > 0 &&
+           p.queries * (p.heads / p.kv_heads) <= kRows && p.keep == uint64_t(1) << 32 && p.query.stride[3] == 1 &&
+           p.key.stride[3] == 1 && p.value.stride[3] == 1;
   }
 
   AttentionSizes sizes() const {

@@ -44,6 +44,8 @@ def backward_arguments(given: tuple, needs: int = ALL, absent: int | None = None
     grads = [torch.ones_like(out), torch.ones_like(lse)]
     if absent is not None:
         grads[absent] = None
+    if given[3] is not None and given[3].dtype == torch.bool:
+        needs &= ~0b1000  # such a mask has no gradient
     return (*grads, *given[:8], out, lse, *given[8:], needs)
 
 
