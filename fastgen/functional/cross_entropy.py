@@ -137,8 +137,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         input, weight, bias, target, classes, scale = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # the gradient will be differentiated
-            given = (input, weight, bias)
-            loss = _plain(*given, target, *ctx.arguments)
+            # Views, as input may itself come from weight: the gradient in one is not to run through the other.
+            given: list[Any] = [None if x is None else x.view_as(x) for x in (input, weight, bias)]
+            loss = _plain(given[0], given[1], given[2], target, *ctx.arguments)
             asked = [x for x, needed in zip(given, wanted, strict=True) if needed]
             found = iter(torch.autograd.grad(loss, asked, grad, create_graph=True))
             return *(next(found) if needed else None for needed in wanted), None, None, None

@@ -39,10 +39,13 @@ class LayerPass:
     """What the layers of one pass through the model share, and how they multiply and attend.
 
     Attributes:
+        embedding: the embedding's weight (vocab_size, hidden_size) where it is the output's too and wants a
+            gradient, else None.
         rotation: cosines and sines of rotary positions, or None.
         index: which layer is running.
     """
 
+    embedding: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     index: int = 0
 

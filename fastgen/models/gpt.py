@@ -29,6 +29,7 @@ from typing_extensions import Self
 
 import fastgen.nn as nn
 from fastgen import _validate
+from fastgen._ops.library import plain_only
 from fastgen.functional import linear_cross_entropy, scaled_dot_product_attention
 from fastgen.models._cached import CachedRows, GPTState, LayerPass
 from fastgen.models._huggingface import MODEL_TYPES, config_from, read_state, to_huggingface
@@ -372,8 +373,10 @@ class GPT(TextModel):
         """
         self._check_tokens("input_ids", input_ids)
         positions = self._positions(input_ids, cu_seqlens)
-        hidden = self.run_layers(input_ids, positions, _FullPass(self, cu_seqlens))
-        weight = self.output_weight
+        layers, weight = _FullPass(self, cu_seqlens), self.output_weight
+        if self.lm_head is None and weight.requires_grad and torch.is_grad_enabled() and not plain_only():
+            weight = layers.embedding = _Summed.apply(weight)
+        hidden = self.run_layers(input_ids, positions, layers)
         if not torch.is_grad_enabled():
             weight = weight.detach()  # logits that are asked for later shall not have a gradient either
         output = GPTOutput(None, hidden, weight)
@@ -456,7 +459,10 @@ class GPT(TextModel):
 
     def run_layers(self, input_ids: Tensor, positions: Tensor, layers: LayerPass) -> Tensor:
         """(B, T, hidden_size): what the output layer takes, for tokens (B, T) at positions (T,) or (B, T)."""
-        x = self.embed_tokens(input_ids)
+        if layers.embedding is None:
+            x = self.embed_tokens(input_ids)
+        else:
+            x = _TiedEmbedding.apply(input_ids, layers.embedding)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         else:
@@ -513,6 +519,40 @@ class GPT(TextModel):
             )
         if targets.dtype != torch.int64:
             raise TypeError(f"targets: expected int64 tokens, got {_kind(targets)}")
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """The rows `input_ids` of a weight, whose gradient is a sparse tensor.
+
+    Where output and embedding have one weight, the output's gradient fills all of it and only the rows of a few
+    tokens are added; a dense one would be another (V, D) of zeros, 154 MB in GPT-2, and as much to add.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input_ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input_ids)
+        ctx.shape = weight.shape
+        return F.embedding(input_ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (input_ids,) = ctx.saved_tensors
+        rows, values = input_ids.flatten(), grad.flatten(0, -2)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None, values.new_zeros(ctx.shape).index_add(0, rows, values)
+        return None, torch.sparse_coo_tensor(rows.unsqueeze(0), values, ctx.shape, check_invariants=False)
+
+
+class _Summed(torch.autograd.Function):
+    """A weight that is used twice; the sum of its gradients is dense also where only the sparse one came."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to_dense() if grad.is_sparse else grad
 
 
 class _FullPass(LayerPass):

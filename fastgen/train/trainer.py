@@ -31,6 +31,7 @@ from fastgen.random import Generator
 from fastgen.train.checkpoint import Checkpoint, CheckpointFolder, all_finite, load_optimizer, optimizer_state
 from fastgen.train.config import TrainingConfig
 from fastgen.train.logging import EventLog, MetricsFile, ProgressMode, make_progress, read_metrics
+from fastgen.train.memory import kept_memory
 from fastgen.train.recipe import Recipe, Step
 from fastgen.train.run_folder import check_same_run, new_folder, read_run, remove_leftovers
 
@@ -188,7 +189,7 @@ class Trainer:
             NonFiniteLossError: the loss or a weight became infinite or NaN; earlier checkpoints stay.
             OSError: a file could not be written; earlier checkpoints stay.
         """
-        with self._torch_generators(), self._plain_forward_afterwards(), self._logs():
+        with kept_memory(), self._torch_generators(), self._plain_forward_afterwards(), self._logs():
             with self._signals():
                 self._train()
             try:

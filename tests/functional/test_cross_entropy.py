@@ -81,6 +81,17 @@ def test_gradients_of_both_orders(reduction: str) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_an_input_that_comes_from_the_weight() -> None:
+    _, weight, target, _ = arguments()
+
+    def loss(weight: Tensor) -> Tensor:
+        return linear_cross_entropy(weight[target.clamp(min=0)].tanh(), weight, target)
+
+    assert torch.autograd.gradcheck(loss, weight)
+    assert torch.autograd.gradgradcheck(loss, weight)
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_only_what_is_wanted_gets_a_gradient() -> None:
     x, weight, target, bias = arguments()
     for chosen in ([x], [weight], [bias], [x, bias]):

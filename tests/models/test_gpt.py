@@ -221,6 +221,32 @@ def test_the_loss_is_cross_entropy_of_the_logits(name: str) -> None:
     assert not output.logits.requires_grad
 
 
+def test_the_tied_embedding_has_a_dense_gradient_of_every_order() -> None:
+    gpt = model("gpt2", torch.float64)
+    weight = gpt.embed_tokens.weight
+    plain = model("gpt2", torch.float64, tie_word_embeddings=False)
+    assert plain.lm_head is not None
+    plain.load_state_dict({**gpt.state_dict(), "lm_head.weight": weight})
+    both = (plain.embed_tokens.weight, plain.lm_head.weight)
+
+    def gradients(order: int) -> tuple[Tensor, Tensor]:
+        ours = torch.autograd.grad(gpt(tokens(), tokens(seed=1)).loss, weight, create_graph=order == 2)
+        theirs = torch.autograd.grad(plain(tokens(), tokens(seed=1)).loss, both, create_graph=order == 2)
+        if order == 2:
+            ours = torch.autograd.grad(ours[0].square().sum(), weight)
+            theirs = torch.autograd.grad(sum(theirs).square().sum(), both)
+        return ours[0], sum(theirs)
+
+    for order in (1, 2):
+        torch.testing.assert_close(*gradients(order))
+    gpt(tokens()).hidden.sum().backward()  # the sparse one alone
+    assert weight.grad is not None
+    assert not weight.grad.is_sparse
+    first = weight.grad.clone()
+    gpt(tokens()).hidden.sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * first)
+
+
 @given(length=st.integers(1, 24), place=st.integers(0, 23), name=st.sampled_from(sorted(CONFIGS)))
 @settings(max_examples=20)
 def test_no_look_ahead(length: int, place: int, name: str) -> None:
