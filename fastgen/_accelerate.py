@@ -26,6 +26,7 @@ _FASTER: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.MultiheadAttention: nn.MultiheadAttention,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
+    torch.nn.Linear: nn.Linear,
 }
 
 
@@ -49,7 +50,8 @@ class Swap:
 
 
 def accelerate(module: Model, *, report: Callable[[Swap], object] | None = None) -> Model:
-    """Give the LSTMs, GRUs, RNNs, their cells and the Transformer's layers in `module` fastgen's `forward`, in place.
+    """Give LSTMs, GRUs, RNNs, their cells, the Transformer's layers and linear layers in `module` fastgen's `forward`,
+    in place.
 
     A module that is swapped stays the object that it is; only its class changes. So parameters and their
     optimiser state, buffers, hooks, names, parametrisations, training mode and whatever refers to the module
@@ -110,6 +112,8 @@ def _consider(name: str, module: torch.nn.Module) -> Swap | None:
         return None
     if issubclass(before, _FASTER[base]):
         return Swap(name, before, "it is fastgen's already")
+    if before is not base and before.__module__.startswith("torch."):
+        return None  # one of PyTorch's own, such as the output layer of MultiheadAttention, which that multiplies by
     if before is not base:
         return Swap(name, before, f"it is a subclass of {base.__name__}")
     if "forward" in module.__dict__:

@@ -94,7 +94,7 @@ _cpu = _Library("_C.so")
 _cuda = _Library("_C_cuda.so", _why_not_cuda())
 
 if _cpu.handle is not None:
-    for _name in ("fastgen_isa_active", "fastgen_isa_name"):
+    for _name in ("fastgen_isa_active", "fastgen_isa_name", "fastgen_cpu_vendor"):
         getattr(_cpu.handle, _name).restype = ctypes.c_char_p
 
 
@@ -110,9 +110,18 @@ def _isa_compiled() -> list[str]:
     return names
 
 
+# As the library says; kept here, as torch.compile cannot look into a foreign function.
+_active: str | None = _cpu.handle.fastgen_isa_active().decode() if _cpu.handle is not None else None
+
+
 def cpu_isa() -> str | None:
     """The instruction set of the active CPU kernels; None without the library."""
-    return _cpu.handle.fastgen_isa_active().decode() if _cpu.handle is not None else None
+    return _active
+
+
+def cpu_vendor() -> str | None:
+    """What the CPU says of itself, such as "GenuineIntel"; None without the library."""
+    return _cpu.handle.fastgen_cpu_vendor().decode() if _cpu.handle is not None else None
 
 
 def set_cpu_isa(name: str) -> None:
@@ -130,6 +139,8 @@ def set_cpu_isa(name: str) -> None:
     if not _cpu.handle.fastgen_isa_select(name.encode()):
         reason = "this CPU cannot run it" if name in _isa_compiled() else "it is not compiled in"
         raise RuntimeError(f"FASTGEN_CPU_ISA={name}: {reason}; available here: {', '.join(cpu_isas())}")
+    global _active
+    _active = name
 
 
 def cpu_isas() -> list[str]:

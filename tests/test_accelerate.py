@@ -14,7 +14,7 @@ import fastgen
 import fastgen.nn as nn
 from fastgen._accelerate import Swap
 
-NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "Linear")
 
 
 class Attentive(torch.nn.LSTM):
@@ -117,8 +117,8 @@ def test_the_report_in_words(capsys):
     assert capsys.readouterr().out == "(the model): LSTM swapped\n"
 
 
-def test_models_without_recurrent_modules_are_left_in_silence(capsys):
-    fastgen.accelerate(torch.nn.Linear(3, 4), report=print)
+def test_models_without_modules_of_ours_are_left_in_silence(capsys):
+    fastgen.accelerate(torch.nn.Conv1d(3, 4, 1), report=print)
     assert capsys.readouterr().out == ""
 
 

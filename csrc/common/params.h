@@ -289,4 +289,23 @@ struct AttentionBackwardSizes {
 // sums of the chunks, a unit for each head of each sequence.
 enum class AttentionBackwardPhase { kMask, kKeys, kQueries };
 
+// out (rows, columns) = left (rows, depth) right (depth, columns) + bias; float32 or float64. Of the two strides of the
+// left side one is 1, and so of the right side; of two with left_step not 1, right_column is.
+struct MatrixParams {
+  DType dtype;
+  int64_t rows, columns, depth;
+  const void* left;
+  int64_t left_row, left_step;  // strides
+  const void* right;
+  int64_t right_row, right_column;
+  const void* bias;  // (columns), contiguous, or null; null with left_step not 1
+  void* out;         // contiguous
+};
+
+struct MatrixSizes {
+  int64_t units;
+  int64_t unit_rows, unit_columns;
+  int64_t scratch;  // bytes for a unit at work
+};
+
 }  // namespace fastgen

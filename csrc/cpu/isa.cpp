@@ -96,4 +96,17 @@ bool select_isa(const char* name) {
   return true;
 }
 
+const char* cpu_vendor() {
+  static char name[13] = "";
+#if defined(FASTGEN_X86)
+  static const bool known = [] {
+    uint32_t a, words[3];
+    if (__get_cpuid(0, &a, &words[0], &words[2], &words[1])) memcpy(name, words, 12);
+    return true;
+  }();
+  (void)known;
+#endif
+  return name;
+}
+
 }  // namespace fastgen

@@ -15,4 +15,7 @@ bool isa_usable(const char* name);
 // Makes `name` active; false, and no change, if it is not compiled in or this machine cannot run it.
 bool select_isa(const char* name);
 
+// As the CPU gives it, "GenuineIntel" or "AuthenticAMD"; empty where there is none.
+const char* cpu_vendor();
+
 }  // namespace fastgen

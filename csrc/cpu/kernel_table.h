@@ -32,6 +32,8 @@ struct KernelTable {
   void (*attention)(const AttentionParams&, AttentionPhase, int64_t unit, void* scratch);
   AttentionBackwardSizes (*attention_backward_sizes)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&, AttentionBackwardPhase, int64_t unit, void* scratch);
+  MatrixSizes (*matrix_sizes)(const MatrixParams&, int64_t threads);
+  void (*matrix_product)(const MatrixParams&, const MatrixSizes&, int64_t unit, void* scratch);
   void (*draw_tokens)(const DrawParams&, int64_t begin, int64_t end);                      // rows
 };
 

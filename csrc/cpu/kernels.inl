@@ -6,6 +6,7 @@
 #include "cell.inl"
 #include "generate.inl"
 #include "kernel_table.h"
+#include "matrix.inl"
 #include "probe.inl"
 #include "random.inl"
 #include "recurrent_kernels.inl"
@@ -32,6 +33,8 @@ constexpr KernelTable kernel_table(const char* isa) {
           attention,
           attention_backward_sizes,
           attention_backward,
+          matrix_sizes,
+          matrix_product,
           draw_tokens};
 }
 

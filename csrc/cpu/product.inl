@@ -98,13 +98,29 @@ struct LeftColumns {
   FASTGEN_MEMBER typename A::F at(int r, int64_t k) const { return A::spread(data + k * kRows + r * A::kDepth); }
 };
 
-// out = start + left . right; start null: zero. Rows of start and out are `*_stride` elements apart, steps of the right
-// side `right_step`.
-template <class A, int kVectors>
-constexpr int64_t kPanelStep = kVectors * kLanes<typename A::T> * A::kDepth;
-
+// sum += left . right. Steps of the right side are `right_step` elements apart.
 template <class A, int kRows, int kVectors, class LeftSide>
-FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* right, int64_t right_step, int64_t depth,
+FASTGEN_FN void multiply_sums(const LeftSide& left, const typename A::Right* right, int64_t right_step, int64_t depth,
+                              typename A::F (&sum)[kRows][kVectors]) {
+  using F = typename A::F;
+  constexpr int kWidth = kLanes<typename A::T>;
+  for (int64_t k = 0; k < depth; k += A::kDepth) {
+    F b[kVectors];
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) A::load_right(right + v * kWidth * A::kDepth, b[v]);
+    FASTGEN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const F a = left.at(r, k);
+      FASTGEN_UNROLL
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = A::step(a, b[v], sum[r][v]);
+    }
+    right += right_step;
+  }
+}
+
+// out = start + left . right for a panel; start null: zero. Rows of start and out are `*_stride` elements apart.
+template <class A, int kRows, int kVectors, class LeftSide>
+FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* right, int64_t depth,
                               const typename A::T* start, int64_t start_stride, typename A::T* out,
                               int64_t out_stride) {
   using F = typename A::F;
@@ -121,18 +137,7 @@ FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* rig
       }
     }
   }
-  for (int64_t k = 0; k < depth; k += A::kDepth) {
-    F b[kVectors];
-    FASTGEN_UNROLL
-    for (int v = 0; v < kVectors; ++v) A::load_right(right + v * kWidth * A::kDepth, b[v]);
-    FASTGEN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const F a = left.at(r, k);
-      FASTGEN_UNROLL
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = A::step(a, b[v], sum[r][v]);
-    }
-    right += right_step;
-  }
+  multiply_sums<A>(left, right, kVectors * kWidth * A::kDepth, depth, sum);
   FASTGEN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     FASTGEN_UNROLL
@@ -150,8 +155,7 @@ __attribute__((noinline)) void multiply_rows(int rows, const typename A::Left* c
       return multiply_rows<A, kVectors, kRows - 1>(rows, left, right, depth, start, start_stride, out, out_stride);
     }
   }
-  multiply_tile<A, kRows, kVectors>(LeftRows<A, kRows>(left), right, kPanelStep<A, kVectors>, depth, start,
-                                    start_stride, out, out_stride);
+  multiply_tile<A, kRows, kVectors>(LeftRows<A, kRows>(left), right, depth, start, start_stride, out, out_stride);
 }
 
 // Rows of the next tile where `left` are left: tiles of a batch are as equal as they can be.
@@ -217,12 +221,29 @@ __attribute__((noinline)) void multiply_strided_rows(int rows, const StridedMatr
       return multiply_strided_rows<A, kVectors, kRows - 1>(rows, left, right, right_step, depth, add, out, out_stride);
     }
   }
-  multiply_tile<A, kRows, kVectors>(LeftStrided<A, kRows>(left), right, right_step, depth, add ? out : nullptr,
-                                    out_stride, out, out_stride);
+  using F = typename A::F;
+  constexpr int kWidth = kLanes<typename A::T>;
+  F sum[kRows][kVectors];
+  FASTGEN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = F(typename A::T(0));
+  }
+  multiply_sums<A>(LeftStrided<A, kRows>(left), right, right_step, depth, sum);
+  FASTGEN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      typename A::T* to = out + r * out_stride + v * kWidth;
+      F before(typename A::T(0));
+      if (add) load(to, before);
+      store(to, before + sum[r][v]);
+    }
+  }
 }
 
-// out = left . right, or added to what stands there, nothing packed: for a right side of `kVectors` vectors of columns
-// that stays in L1.
+// out = left . right, or out += left . right with a sum of its own, nothing packed: for a right side of `kVectors`
+// vectors of columns that stays in L1.
 template <class A, int kVectors>
 FASTGEN_FN void multiply_strided_panel(int64_t rows, StridedMatrix<typename A::Left> left,
                                        const typename A::Right* right, int64_t right_step, int64_t depth, bool add,
@@ -301,8 +322,7 @@ constexpr int64_t kRowGroup = 96;      // rows of the left side that are packed 
 // weights are. The sum is made in blocks of kDepthBlock, added up in order: as with any cascade, its error grows with
 // the root of the number of blocks only.
 //
-// left rows are `left_stride` elements apart, with room to read a vector behind the last element. Several right sides
-// share the work of packing the left one.
+// left rows are `left_stride` elements apart. Several right sides share the work of packing the left one.
 template <class A>
 struct TransposedProduct {
   using T = typename A::T;
@@ -322,7 +342,8 @@ struct TransposedProduct {
   struct Target {
     Rows right;
     int64_t columns;
-    T* out;  // [rows, columns]
+    T* out;          // [rows, columns]
+    int64_t stride;  // of its rows
   };
 
   template <class Storage, class Rows>
@@ -347,14 +368,15 @@ struct TransposedProduct {
         }
         for (int64_t m = 0; m < rows; m += kGroup) {
           const int64_t group = rows - m < kGroup ? rows - m : kGroup;
-          pack_left(left + k * left_stride + m, left_stride, block, group, packed);
+          pack_left(left + k * left_stride + m, left_stride, block, group, rows - m, packed);
           for (int j = 0; j < found; ++j) {
             const int64_t columns = panel[j].target->columns, first = panel[j].first;
-            T* out = panel[j].target->out + m * columns + first;
+            const int64_t stride = panel[j].target->stride;
+            T* out = panel[j].target->out + m * stride + first;
             for (int64_t i = 0; i < group; i += kRows) {
               alignas(64) T tile[kRows * kColumns];
               multiply_packed(packed + i * deep, panels + j * kColumns * deep, deep, tile);
-              add(tile, group - i < kRows ? group - i : kRows, columns - first, k == 0, out + i * columns, columns);
+              add(tile, group - i < kRows ? group - i : kRows, columns - first, k == 0, out + i * stride, stride);
             }
           }
         }
@@ -371,17 +393,17 @@ struct TransposedProduct {
   }
 
  private:
-  // [tile][depth][kRows]. A whole vector is written for each row of a tile: what it overwrites past the tile is
-  // written after it.
+  // [tile][depth][kRows], of the first `rows` of those that are there. A whole vector is written for each row of a
+  // tile: what it overwrites past the tile is written after it.
   template <class Storage>
   static __attribute__((noinline)) void pack_left(const Storage* left, int64_t stride, int64_t depth, int64_t rows,
-                                                  Left* out) {
+                                                  int64_t there, Left* out) {
     for (int64_t i = 0; i < rows; i += kRows) {
       for (int64_t k = 0; k < depth; k += A::kDepth) {
         F x[A::kDepth];
         for (int q = 0; q < A::kDepth; ++q) {
           if (k + q < depth) {
-            load(left + (k + q) * stride + i, x[q]);
+            x[q] = take<F>(left + (k + q) * stride + i, there - i < kWidth ? int(there - i) : kWidth);
           } else {
             x[q] = F(T(0));
           }
@@ -392,8 +414,7 @@ struct TransposedProduct {
     }
   }
   static __attribute__((noinline)) void multiply_packed(const Left* left, const Right* right, int64_t depth, T* tile) {
-    multiply_tile<A, kRows, kFlatVectors>(LeftColumns<A, kRows>(left), right, kPanelStep<A, kFlatVectors>, depth,
-                                          nullptr, 0, tile, kColumns);
+    multiply_tile<A, kRows, kFlatVectors>(LeftColumns<A, kRows>(left), right, depth, nullptr, 0, tile, kColumns);
   }
   static __attribute__((noinline)) void add(const T* tile, int64_t rows, int64_t columns, bool first, T* out,
                                             int64_t stride) {

@@ -439,12 +439,14 @@ class RecurrenceBackward {
       Target targets[2];
       int count = 0;
       if (ih && p.grad_w_ih != nullptr) {
-        targets[count++] = {{p.input_rows, nullptr}, p.input_size, static_cast<T*>(p.grad_w_ih) + first * p.input_size};
+        targets[count++] = {
+            {p.input_rows, nullptr}, p.input_size, static_cast<T*>(p.grad_w_ih) + first * p.input_size, p.input_size};
       }
       if (hh && p.grad_w_hh != nullptr) {
         targets[count++] = {{p.state_rows, p.h_mask == nullptr ? nullptr : p.mask_rows},
                             p.output_size,
-                            static_cast<T*>(p.grad_w_hh) + first * p.output_size};
+                            static_cast<T*>(p.grad_w_hh) + first * p.output_size,
+                            p.output_size};
       }
       if (count > 0) Product::run(left, gate_stride, p.rows, rows, targets, count, work.scratch);
     };
@@ -461,7 +463,7 @@ class RecurrenceBackward {
       const int64_t first = (work.first_block > gates ? work.first_block : gates) - gates;
       const int64_t columns = p.hidden_size;
       const typename Product::template Target<MatrixRows<Storage>> target{
-          {p.hidden, columns}, columns, static_cast<T*>(p.grad_w_hr) + first * columns};
+          {p.hidden, columns}, columns, static_cast<T*>(p.grad_w_hr) + first * columns, columns};
       Product::run(static_cast<const Storage*>(p.grad_hidden) + first, p.output_size, p.rows,
                    work.end_block - gates - first, &target, 1, work.scratch);
     }

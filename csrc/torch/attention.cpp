@@ -1,6 +1,5 @@
 // fastgen::attention and its backward on the CPU: checks, memory, and how the work is split.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -8,15 +7,12 @@
 #include "../cpu/isa.h"
 #include "memory.h"
 #include "tensor.h"
+#include "units.h"
 
 namespace fastgen {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-constexpr double kGrainProducts = 1 << 18;  // multiply-adds below which a second thread does not pay
-
-Tensor bytes(int64_t count) { return empty_cpu(&count, 1, ScalarType::Byte); }
 
 // Shape (batch, heads, rows, width), in memory (batch, rows, heads, width) where that is the order of `like`.
 Tensor empty_in_order(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
@@ -158,25 +154,6 @@ class Arguments {
   ScalarType dtype_;
   std::vector<int64_t> query_starts_, key_starts_;
 };
-
-// Runs body(unit, scratch) for all units. Units differ in length: a thread that is through with one takes the next.
-template <class Body>
-void run_units(int64_t units, int64_t bytes_of_unit, double products, const Body& body) {
-  if (units == 0) return;
-  const int64_t useful = int64_t(std::min(products / kGrainProducts, 1e6));
-  const int64_t threads = std::max<int64_t>(1, std::min({int64_t(torch::stable::get_num_threads()), units, useful}));
-  const Tensor scratch = bytes(threads * bytes_of_unit + 64);
-  const uintptr_t address = (reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 63) / 64 * 64;
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      void* own = reinterpret_cast<void*>(address + uintptr_t(i * bytes_of_unit));
-      for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(unit, own);
-    }
-  };
-  if (threads == 1) return work(0, 1);
-  torch::stable::parallel_for(0, threads, 1, work);
-}
 
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
                                      const Optional& slopes, const Optional& cu_q, const Optional& cu_k,

@@ -11,6 +11,7 @@ FASTGEN_EXPORT const char* fastgen_isa_active() { return fastgen::kernels().isa;
 FASTGEN_EXPORT const char* fastgen_isa_name(int i) { return fastgen::isa_name(i); }
 FASTGEN_EXPORT int fastgen_isa_usable(const char* name) { return fastgen::isa_usable(name); }
 FASTGEN_EXPORT int fastgen_isa_select(const char* name) { return fastgen::select_isa(name); }
+FASTGEN_EXPORT const char* fastgen_cpu_vendor() { return fastgen::cpu_vendor(); }
 
 FASTGEN_EXPORT double fastgen_probe_multiply_adds(int64_t count) {
   return fastgen::kernels().probe.multiply_adds(count);

@@ -1,6 +1,16 @@
 """The registered ops `torch.ops.fastgen.*` and the differentiable calls around them, one file a family."""
 
-from fastgen._ops import attention, generate, random, recurrent, reparameterize
+from fastgen._ops import attention, generate, linear, random, recurrent, reparameterize
 from fastgen._ops.library import SCHEMAS, differentiable, register
 
-__all__ = ["SCHEMAS", "attention", "differentiable", "generate", "random", "recurrent", "register", "reparameterize"]
+__all__ = [
+    "SCHEMAS",
+    "attention",
+    "differentiable",
+    "generate",
+    "linear",
+    "random",
+    "recurrent",
+    "register",
+    "reparameterize",
+]

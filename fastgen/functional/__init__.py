@@ -2,6 +2,7 @@
 
 from fastgen.functional.attention import scaled_dot_product_attention
 from fastgen.functional.cross_entropy import linear_cross_entropy
+from fastgen.functional.linear import linear
 from fastgen.functional.recurrent import (
     gru,
     gru_cell,
@@ -17,6 +18,7 @@ from fastgen.functional.reparameterize import reparameterize, reparameterize_kl
 __all__ = [
     "gru",
     "gru_cell",
+    "linear",
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",

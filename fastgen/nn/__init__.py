@@ -3,14 +3,15 @@
 Every name of `torch.nn`, and every submodule of it, is here and, but for the modules below, is the same
 object, so checkpoints, pickles, `isinstance` and `torch.compile` see no difference. A module of fastgen's own
 lives in a file of this package and is imported below, after the star, under the name that it takes over from
-PyTorch, of whose module it is a subclass: LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, MultiheadAttention,
-Transformer, TransformerEncoderLayer, TransformerDecoderLayer.
+PyTorch, of whose module it is a subclass: LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, Linear,
+MultiheadAttention, Transformer, TransformerEncoderLayer, TransformerDecoderLayer.
 """
 
 import torch.nn as _torch_nn
 from torch.nn import *  # noqa: F403
 
 from fastgen.nn import _aliases, _dynamo
+from fastgen.nn.linear import Linear as Linear
 from fastgen.nn.recurrent import GRU as GRU
 from fastgen.nn.recurrent import LSTM as LSTM
 from fastgen.nn.recurrent import RNN as RNN

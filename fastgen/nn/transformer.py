@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from fastgen import functional
 from fastgen._load import kernel_devices
 from fastgen._ops.library import transforming
+from fastgen.nn.linear import Linear
 
 __all__ = ["MultiheadAttention", "Transformer", "TransformerDecoderLayer", "TransformerEncoderLayer", "take_over"]
 
@@ -68,7 +69,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             out = out.transpose(1, 2)
         else:
             out = out.permute(2, 0, 1, 3)
-        return F.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias), None
+        return functional.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias), None
 
     def _fits(self, query: Any, key: Any, value: Any, padding: Any, mask: Any, is_causal: bool) -> bool:
         """Whether it is for us, and all shapes and dtypes are as they should be; PyTorch has the words for the rest."""
@@ -111,16 +112,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if bias is None else bias.chunk(3)
             operands = (query, key, value)
-            return [F.linear(x, w, b) for x, w, b in zip(operands, weights, biases, strict=True)]
+            return [functional.linear(x, w, b) for x, w, b in zip(operands, weights, biases, strict=True)]
         weight: Any = self.in_proj_weight
         if query is key and key is value:
-            return list(F.linear(query, weight, bias).chunk(3, -1))
+            return list(functional.linear(query, weight, bias).chunk(3, -1))
         if key is value:
             sizes = [self.embed_dim, 2 * self.embed_dim]
             (w_q, w_kv), (b_q, b_kv) = weight.split(sizes), (None, None) if bias is None else bias.split(sizes)
-            return [F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).chunk(2, -1)]
+            return [functional.linear(query, w_q, b_q), *functional.linear(key, w_kv, b_kv).chunk(2, -1)]
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)]
+        return [
+            functional.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
+        ]
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         """(B, H, L, D) as a view of (B, L, E), (L, B, E) or (L, E)."""
@@ -217,6 +220,7 @@ class Transformer(torch.nn.Transformer):
 
 
 FASTER: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.Linear: Linear,
     torch.nn.MultiheadAttention: MultiheadAttention,
     torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,

@@ -6,6 +6,7 @@ precision, the oracle of the tests.
 
 from fastgen.reference.attention import attention, attention_backward
 from fastgen.reference.generate import linear_rows, rnn_generate
+from fastgen.reference.linear import mm
 from fastgen.reference.random import (
     below,
     bernoulli,
@@ -35,6 +36,7 @@ __all__ = [
     "exponential",
     "kl_divergence",
     "linear_rows",
+    "mm",
     "noise_for",
     "normal",
     "philox4x32",

@@ -17,7 +17,7 @@ import fastgen
 import fastgen.nn
 
 TRANSFORMERS = {"MultiheadAttention", "Transformer", "TransformerDecoderLayer", "TransformerEncoderLayer"}
-OWN = {"LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"} | TRANSFORMERS  # replaced by subclasses
+OWN = {"LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "Linear"} | TRANSFORMERS  # replaced by subclasses
 
 
 def submodules() -> list[str]:
@@ -53,7 +53,11 @@ def test_star_import():
     exec("from fastgen.nn import *", ours)
     exec("from torch.nn import *", theirs)
     del ours["__builtins__"], theirs["__builtins__"]
-    assert {name for name, value in ours.items() if theirs.get(name) is not value} == OWN | {"recurrent", "transformer"}
+    assert {name for name, value in ours.items() if theirs.get(name) is not value} == OWN | {
+        "linear",
+        "recurrent",
+        "transformer",
+    }
     assert set(theirs) - set(ours) <= set(
         SUBMODULES
     )  # torch.nn has a submodule as an attribute once someone imports it
@@ -74,18 +78,18 @@ def test_every_submodule_is_the_module_of_torch(name):
 
 def test_statements_as_they_are_written():
     from fastgen.nn.attention import SDPBackend
-    from fastgen.nn.modules.linear import Linear as DeepLinear
+    from fastgen.nn.modules.linear import Bilinear as DeepBilinear
     from fastgen.nn.parallel import DistributedDataParallel
     from fastgen.nn.utils.parametrizations import weight_norm
     from fastgen.nn.utils.rnn import pack_padded_sequence
 
     import fastgen.nn as nn
     import fastgen.nn.functional as F
-    from fastgen.nn import Linear, Parameter
+    from fastgen.nn import Bilinear, Parameter
     from fastgen.nn import functional as G
 
     assert F is G is nn.functional is torch.nn.functional
-    assert Linear is DeepLinear is torch.nn.Linear
+    assert Bilinear is DeepBilinear is torch.nn.Bilinear
     assert Parameter is torch.nn.Parameter
     assert SDPBackend is torch.nn.attention.SDPBackend
     assert DistributedDataParallel is torch.nn.parallel.DistributedDataParallel
@@ -147,7 +151,7 @@ def test_first_import_of_a_fresh_interpreter(lines):
 import sys
 import torch
 shared = {name: module for name, module in sys.modules.items() if name.startswith("fastgen.nn.")}
-for own in ("_aliases", "_dynamo", "recurrent", "transformer"):
+for own in ("_aliases", "_dynamo", "linear", "recurrent", "transformer"):
     del shared["fastgen.nn." + own]
 assert len(shared) > 30
 for name, module in shared.items():
@@ -236,9 +240,9 @@ def test_checkpoints_go_both_ways(tmp_path):
         torch.testing.assert_close(source.eval()(x), target.eval()(x))
 
 
-def test_pickles_name_no_class_of_ours():
-    """A pickled model loads where fastgen is not installed."""
-    net = fastgen.nn.Sequential(fastgen.nn.Linear(2, 3), fastgen.nn.ReLU())
+def test_pickles_of_torchs_modules_name_no_class_of_ours():
+    """They load where fastgen is not installed."""
+    net = fastgen.nn.Sequential(fastgen.nn.LayerNorm(2), fastgen.nn.ReLU())
     content = pickle.dumps(net)
     assert b"fastgen" not in content
     x = torch.randn(4, 2)

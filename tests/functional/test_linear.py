@@ -1,0 +1,138 @@
+"""fastgen.functional.linear and fastgen.nn.Linear: PyTorch's results, by either product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import ISAS, needs_inductor
+from torch.nn import functional as F
+
+import fastgen.nn as nn
+from fastgen import _load
+from fastgen._ops import linear as ops
+from fastgen.functional import linear
+
+needs_kernels = pytest.mark.skipif(not ISAS, reason="the CPU kernels are not built")
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_kernels)], ids=["torch", "kernel"])
+def own(request, monkeypatch):
+    """Whether the kernel serves, whatever CPU this is."""
+    monkeypatch.setattr(ops, "mm_pays", lambda: request.param)
+    calls = []
+    real = ops._mm
+    monkeypatch.setattr(ops, "_mm", lambda *args: calls.append(args) or real(*args))
+    yield request.param
+    assert bool(calls) == request.param
+
+
+def operands(*shape, dtype=torch.float32, bias=True, requires_grad=False):
+    torch.manual_seed(0)
+    x = torch.randn(*shape, 96, dtype=dtype, requires_grad=requires_grad)
+    w = (torch.randn(160, 96, dtype=dtype) / 10).requires_grad_(requires_grad)
+    return x, w, torch.randn(160, dtype=dtype, requires_grad=requires_grad) if bias else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(200,), (3, 70), (2, 3, 40)])
+def test_values_and_gradients(own, dtype, bias, shape):
+    given = operands(*shape, dtype=dtype, bias=bias, requires_grad=True)
+    grad = torch.randn(*shape, 160, dtype=dtype)
+    wanted = [x for x in given if x is not None]
+    out, expected = linear(*given), F.linear(*given)
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, wanted, grad), torch.autograd.grad(expected, wanted, grad), strict=True
+    ):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_gradients_that_are_asked_for(own):
+    x, w, b = operands(200)
+    (linear(x, w, b.requires_grad_()).sum()).backward()
+    torch.testing.assert_close(b.grad, torch.full((160,), 200.0))
+    x.requires_grad_()
+    linear(x, w).sum().backward()
+    torch.testing.assert_close(x.grad, w.sum(0).expand(200, 96))
+
+
+def test_second_derivatives(own):
+    x, w, b = operands(200, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(200, 160, dtype=torch.float64)
+
+    def penalty(product):
+        (grad,) = torch.autograd.grad((product(x, w, b).square() * probe).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (x, w, b))
+
+    for ours, theirs in zip(penalty(linear), penalty(F.linear), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradcheck(own):
+    x, w, b = operands(320, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *given: linear(*given).sin(), (x, w, b), fast_mode=True)
+
+
+@needs_kernels
+def test_small_and_foreign_products_are_torchs(monkeypatch):
+    monkeypatch.setattr(ops, "mm_pays", lambda: True)
+
+    def refuse(*args):
+        raise AssertionError("the kernel was asked")
+
+    monkeypatch.setattr(ops, "_mm", refuse)
+    x, w, b = operands(200)
+    linear(x[:4], w, b)  # few rows
+    linear(x[:40, :8], w[:9, :8], b[:9])  # little work
+    linear(x[0], w, b)  # a vector
+    linear(x.bfloat16(), w.bfloat16(), b.bfloat16())
+    linear(x.to("meta"), w.to("meta"), b.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w, b).dtype is torch.bfloat16
+    torch.func.vmap(lambda v: linear(v, w, b))(x.view(4, 50, 96))
+    torch.func.jvp(lambda v: linear(v, w, b), (x,), (x,))
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        linear(x, w[:, :5], b)
+    with pytest.raises(RuntimeError):
+        linear(x, w.double(), b)
+
+
+@needs_kernels
+def test_the_kernel_serves_where_mkl_does_not(isa):
+    with _load.use_cpu_isa(isa):
+        assert ops.mm_pays() == (isa.startswith("avx512") and _load.cpu_vendor() != "GenuineIntel")
+
+
+def test_module(own):
+    torch.manual_seed(0)
+    ours = nn.Linear(96, 160)
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(96, 160)
+    assert isinstance(ours, torch.nn.Linear)
+    assert repr(ours) == repr(theirs)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(200, 96)
+    torch.testing.assert_close(ours(x), theirs(x))
+    x = torch.randn(5, 96)
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.slow
+@needs_inductor
+@needs_kernels
+def test_compiled(monkeypatch):
+    monkeypatch.setattr(ops, "mm_pays", lambda: True)
+    x, w, b = operands(200, requires_grad=True)
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True)
+    for rows in (200, 333):
+        x = torch.randn(rows, 96, requires_grad=True)
+        out, expected = compiled(x, w, b), F.linear(x, w, b)
+        torch.testing.assert_close(out, expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(out.square().sum(), (x, w, b)),
+            torch.autograd.grad(expected.square().sum(), (x, w, b)),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
