@@ -63,8 +63,8 @@ def test_select_filters_by_name():
     assert quick < full
     assert any(name.endswith("1-thread") for name in quick)
     assert not any(case.threads == 1 for case in select(full=True, threads=1))
-    with pytest.raises(ValueError, match=r"filter: expected a part .* got 'attention'"):
-        select(full=True, filter="attention")
+    with pytest.raises(ValueError, match=r"filter: expected a part .* got 'diffusion'"):
+        select(full=True, filter="diffusion")
 
 
 # ---------------------------------------------------------------------------------------------------

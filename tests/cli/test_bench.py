@@ -29,7 +29,8 @@ def run(monkeypatch, tmp_path):
     """Runs the command on small cases, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(random_cases, "cases", lambda full: SMALL)
-    for family in (fastgen.benchmark.reparameterize, fastgen.benchmark.recurrent, fastgen.benchmark.generate):
+    for name in ("reparameterize", "recurrent", "generate", "attention"):
+        family = getattr(fastgen.benchmark, name)
         monkeypatch.setattr(family, "cases", lambda full: [])
     monkeypatch.setattr(fastgen.benchmark, "bandwidth", lambda threads: {bounds.IN_PLACE: 2e10, bounds.NEW_MEMORY: 4e9})
     monkeypatch.setattr("fastgen.cli.bench._BUDGETS", {False: (0.0, 3), True: (0.0, 5)})
@@ -80,7 +81,7 @@ def test_a_wrong_answer_of_ours_is_exit_code_1(run, monkeypatch):
     ("arguments", "message"),
     [
         (["--threads", "0"], "threads: expected an int of at least 1, got 0"),
-        (["--filter", "attention"], "filter: expected a part of the name of a case"),
+        (["--filter", "diffusion"], "filter: expected a part of the name of a case"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_runs(run, monkeypatch, arguments, message):
