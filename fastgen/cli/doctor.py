@@ -231,6 +231,7 @@ def self_test(device: str) -> Iterator[Check]:
         yield _verdict(f"{device}: {op}", _attention_errors(op, device), "fits the formula in fp64")
     for op in _RECURRENT_OPS:
         yield _verdict(f"{device}: {op}", _recurrent_errors(op, device), "fits the formula in fp64")
+    yield _verdict(f"{device}: mm", _mm_errors(device), "fits the formula in fp64, by rows and by columns")
     yield _verdict(f"{device}: linear_rows", _linear_rows_errors(device), "fits the formula in fp64, row by row")
     yield _verdict(f"{device}: rnn_generate", _rnn_generate_errors(device), "draws the tokens of the loop in Python")
 
@@ -309,6 +310,21 @@ def _reparameterize_errors(op: str, device: str) -> Iterator[str]:
             error = (actual.cpu().double() - expected).abs()
             if not bool((error <= allowed).all()):
                 yield f"off by up to {float(error.max()):.3g} in {dtype}, numbers up to {scale:.3g}"
+
+
+def _mm_errors(device: str) -> Iterator[str]:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        x, w, bias = (torch.randn(shape, generator=draw).to(device, dtype) for shape in ((150, 70), (90, 70), (90,)))
+        for left, right, added in ((x, w.t(), bias), (w, x.t().contiguous(), None), (x.t(), x, None)):
+            got = torch.ops.fastgen.mm(left, right, added).cpu().double()
+            want = left.cpu().double() @ right.cpu().double()
+            want = want if added is None else want + added.cpu().double()
+            error, scale = float((got - want).abs().max()), float(want.abs().max())
+            if not error <= 64 * torch.finfo(dtype).eps * scale:
+                yield f"off by up to {error:.3g} in {dtype}, numbers up to {scale:.3g}"
 
 
 def _attention_errors(op: str, device: str) -> Iterator[str]:

@@ -623,6 +623,222 @@ void test_generation(const char* isa) {
   }
 }
 
+// (batch, heads, rows, width) in a buffer that ends with its last element: dense, heads inside rows, or every second
+// element.
+struct Dense4 {
+  Dense4(DType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width, int layout, int seed)
+      : buffer(size_t(((layout == 2 ? 2 : 1) * (batch * heads * rows * width - 1) + 1)) * size_of(dtype)) {
+    const int64_t step = layout == 2 ? 2 : 1;
+    fill(buffer, dtype, seed, 0.25);
+    tensor.data = buffer.data;
+    tensor.stride[0] = batch == 1 ? 0 : heads * rows * width * step;
+    tensor.stride[1] = (layout == 1 ? width : rows * width) * step;
+    tensor.stride[2] = (layout == 1 ? heads * width : width) * step;
+    tensor.stride[3] = step;
+  }
+  Buffer buffer;
+  Tensor4 tensor{};
+};
+
+// All units in order, then, with other scratch, in reverse.
+template <class Run>
+void in_both_orders(int64_t units, int64_t scratch, const Run& run) {
+  for (int order = 0; order < 2; ++order) {
+    Buffer own(size_t(scratch), order == 0 ? 0xAB : 0xFF);
+    for (int64_t i = 0; i < units; ++i) run(order, order == 0 ? i : units - 1 - i, own.data);
+  }
+}
+
+void test_attention(const char* isa) {
+  const KernelTable& kernels = table(isa);
+  struct Case {
+    int64_t batch, heads, kv_heads, queries, keys, width, value_width, left, right;
+    int mask;  // 0 none, 1 bool, 2 added, 3 added, the same for all queries
+    bool slopes, drops, lower_right;
+    double softcap;
+    int layout;
+    std::vector<int64_t> query_starts, key_starts;
+  };
+  const int64_t far = kUnlimited;
+  const Case cases[] = {
+      {1, 4, 2, 1, 5, 8, 8, far, far, 0, false, false, true, 0, 0, {}, {}},
+      {1, 3, 1, 2, 600, 9, 33, far, 0, 2, true, false, true, 3, 1, {}, {}},
+      {2, 2, 1, 7, 9, 3, 5, far, 0, 1, false, true, false, 0, 2, {}, {}},
+      {1, 2, 2, 70, 140, 17, 20, 30, 0, 2, true, false, true, 5, 1, {}, {}},
+      {1, 1, 1, 131, 300, 16, 16, far, far, 3, false, true, false, 0, 0, {}, {}},
+      {1, 1, 1, 20, 20, 1, 1, far, 0, 0, false, false, false, 0, 0, {}, {}},
+      {3, 2, 1, 80, 90, 16, 7, far, 0, 0, true, false, false, 0, 0, {0, 5, 5, 80}, {0, 9, 12, 90}},
+  };
+  const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+  for (const Case& c : cases) {
+    for (const DType dtype : dtypes) {
+      const bool ragged = !c.query_starts.empty();
+      const int64_t batch = ragged ? 1 : c.batch, work = dtype == DType::kFloat64 ? 8 : 4;
+      const DType work_dtype = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+      const std::string what = std::string(isa) + " attention dtype " + std::to_string(int(dtype)) + " queries " +
+                               std::to_string(c.queries) + " keys " + std::to_string(c.keys);
+      const Dense4 query(dtype, batch, c.heads, c.queries, c.width, c.layout, 1),
+          key(dtype, batch, c.kv_heads, c.keys, c.width, c.layout, 2),
+          value(dtype, batch, c.kv_heads, c.keys, c.value_width, c.layout, 3),
+          grad_out(dtype, batch, c.heads, c.queries, c.value_width, c.layout, 4);
+      const int64_t mask_queries = c.mask == 3 ? 1 : c.queries;
+      const Dense4 mask(c.mask == 1 ? DType::kFloat16 : dtype, 1, c.heads, mask_queries, c.keys, 0, 5);
+      Buffer bools(size_t(c.heads * mask_queries * c.keys));
+      for (size_t i = 0; i < bools.size; ++i) bools.data[i] = i % 3 != 0;
+      Buffer slopes(size_t(c.heads * work));
+      fill(slopes, work_dtype, 6, 0.1);
+
+      AttentionBackwardParams p{};
+      p.dtype = dtype;
+      p.mask_dtype = c.mask == 1 ? DType::kBool : dtype;
+      p.batch = c.batch;
+      p.heads = c.heads;
+      p.kv_heads = c.kv_heads;
+      p.queries = c.queries;
+      p.keys = c.keys;
+      p.width = c.width;
+      p.value_width = c.value_width;
+      p.query = query.tensor;
+      p.key = key.tensor;
+      p.value = value.tensor;
+      if (ragged) {
+        p.query_starts = c.query_starts.data();
+        p.key_starts = c.key_starts.data();
+      }
+      if (c.mask > 0) {
+        p.mask = mask.tensor;
+        if (c.mask == 3) p.mask.stride[2] = 0;
+        if (c.mask == 1) p.mask.data = bools.data;
+      }
+      if (c.slopes) {
+        p.slopes = slopes.data;
+        p.slope_head = 1;
+      }
+      p.scale = 0.3;
+      p.softcap = c.softcap;
+      p.left = c.left;
+      p.right = c.right;
+      p.lower_right = c.lower_right;
+      p.keep = c.drops ? uint64_t(3) << 30 : uint64_t(1) << 32;
+      p.kept_weight = c.drops ? 4.0 / 3 : 1;
+      p.seed = 7;
+      p.offset = 3;
+
+      const size_t size = size_of(dtype), rows = size_t(batch * c.heads * c.queries);
+      Dense4 out[2] = {{dtype, batch, c.heads, c.queries, c.value_width, 0, 8},
+                       {dtype, batch, c.heads, c.queries, c.value_width, 0, 9}};
+      Buffer lse[2] = {Buffer(rows * size_t(work)), Buffer(rows * size_t(work), 0xCD)};
+      const AttentionSizes sizes = kernels.attention_sizes(p);
+      Buffer sums[2] = {Buffer(size_t(sizes.sums)), Buffer(size_t(sizes.sums), 0xCD)};
+      const auto forward = [&](AttentionPhase phase, int64_t units, int64_t scratch) {
+        in_both_orders(units, scratch, [&](int order, int64_t unit, void* own) {
+          p.out = out[order].tensor;
+          p.lse = lse[order].data;
+          p.sums = sums[order].data;
+          kernels.attention(p, phase, unit, own);
+        });
+      };
+      forward(AttentionPhase::kKeys, sizes.units, sizes.scratch);
+      forward(AttentionPhase::kJoin, sizes.join_units, 1);
+      expect_same(out[0].buffer, out[1].buffer, what);
+      expect_same(lse[0], lse[1], what + " lse");
+
+      p.out = out[0].tensor;
+      p.lse = lse[0].data;
+      p.grad_out = grad_out.tensor;
+      p.rows = int64_t(rows);
+      p.most_queries = p.queries;
+      p.most_keys = p.keys;
+      p.chunk = 256;
+      p.most_chunks = (p.keys + 255) / 256;
+      Dense4 grads[2][3] = {{{dtype, batch, c.heads, c.queries, c.width, 0, 10},
+                             {dtype, batch, c.kv_heads, c.keys, c.width, 0, 11},
+                             {dtype, batch, c.kv_heads, c.keys, c.value_width, 0, 12}},
+                            {{dtype, batch, c.heads, c.queries, c.width, 0, 10},
+                             {dtype, batch, c.kv_heads, c.keys, c.width, 0, 13},
+                             {dtype, batch, c.kv_heads, c.keys, c.value_width, 0, 14}}};
+      const size_t of_mask = size_t(c.heads * mask_queries * c.keys) * size;
+      Buffer grad_mask[2] = {Buffer(of_mask), Buffer(of_mask, 0xCD)};
+      const size_t of_sums = size_t(p.most_chunks) * rows * size_t(c.width * work);
+      Buffer query_sums[2] = {Buffer(of_sums), Buffer(of_sums, 0xCD)};
+      const size_t of_slopes = size_t(c.batch * c.heads * p.most_chunks) * sizeof(double);
+      Buffer slope_sums[2] = {Buffer(of_slopes, 0), Buffer(of_slopes, 0)};
+      if (c.mask > 1) {
+        const int64_t mask_size[4] = {1, c.heads, mask_queries, c.keys};
+        for (int d = 0; d < 4; ++d) p.mask_size[d] = mask_size[d];
+      }
+      const auto point = [&](int order) {
+        p.grad_query = grads[order][0].tensor;
+        p.grad_key = grads[order][1].tensor;
+        p.grad_value = grads[order][2].tensor;
+        p.grad_mask = c.mask > 1 ? grad_mask[order].data : nullptr;
+        p.query_sums = p.most_chunks > 1 ? query_sums[order].data : nullptr;
+        p.slope_sums = c.slopes ? reinterpret_cast<double*>(slope_sums[order].data) : nullptr;
+      };
+      point(0);
+      const AttentionBackwardSizes back = kernels.attention_backward_sizes(p);
+      const auto backward = [&](AttentionBackwardPhase phase, int64_t units, int64_t scratch) {
+        in_both_orders(units, scratch, [&](int order, int64_t unit, void* own) {
+          point(order);
+          kernels.attention_backward(p, phase, unit, own);
+        });
+      };
+      backward(AttentionBackwardPhase::kMask, back.mask_units, back.mask_scratch);
+      backward(AttentionBackwardPhase::kKeys, back.units, back.scratch);
+      if (p.most_chunks > 1) backward(AttentionBackwardPhase::kQueries, c.batch * c.heads, 1);
+      for (int i = 0; i < 3; ++i) {
+        expect_same(grads[0][i].buffer, grads[1][i].buffer, what + " gradient " + std::to_string(i));
+      }
+      if (c.mask > 1) expect_same(grad_mask[0], grad_mask[1], what + " gradient of the mask");
+      if (c.slopes) expect_same(slope_sums[0], slope_sums[1], what + " gradient of the slopes");
+    }
+  }
+}
+
+void test_matrix(const char* isa) {
+  const KernelTable& kernels = table(isa);
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    for (const int64_t rows : {1, 5, 13, 100}) {
+      for (const int64_t columns : {1, 15, 64, 70}) {
+        for (const int64_t depth : {0, 1, 130, 1030}) {
+          for (const int orders : {0, 1, 2}) {  // by rows; right by columns; left by columns
+            if (depth > 1000 && rows * columns > 1000) continue;
+            if (orders == 2 && rows == 1) continue;  // that is a row
+            const Rows left(dtype, orders == 2 ? depth : rows, orders == 2 ? rows : depth, 1),
+                right(dtype, orders == 1 ? columns : depth, orders == 1 ? depth : columns, 2),
+                bias(dtype, 1, columns, 3);
+            const size_t bytes = size_t(rows * columns) * size_of(dtype);
+            Buffer out[2] = {Buffer(bytes), Buffer(bytes, 0xCD)};
+            MatrixParams p{};
+            p.dtype = dtype;
+            p.rows = rows;
+            p.columns = columns;
+            p.depth = depth;
+            p.left = left.operand.data;
+            p.left_row = orders == 2 ? 1 : depth;
+            p.left_step = orders == 2 ? rows : 1;
+            p.right = right.operand.data;
+            p.right_row = orders == 1 ? 1 : columns;
+            p.right_column = orders == 1 ? depth : 1;
+            if (orders != 2) p.bias = bias.operand.data;
+            for (int run = 0; run < 2; ++run) {  // split for one thread, and for three
+              const MatrixSizes sizes = kernels.matrix_sizes(p, run == 0 ? 1 : 3);
+              Buffer scratch(size_t(sizes.scratch));
+              p.out = out[run].data;
+              for (int64_t unit = sizes.units - 1; unit >= 0; --unit) {
+                kernels.matrix_product(p, sizes, unit, scratch.data);
+              }
+            }
+            expect_same(out[0], out[1],
+                        std::string(isa) + " matrix " + std::to_string(rows) + " x " + std::to_string(depth) + " x " +
+                            std::to_string(columns) + " orders " + std::to_string(orders));
+          }
+        }
+      }
+    }
+  }
+}
+
 void test_probes(const char* isa) {
   const KernelTable& kernels = table(isa);
   for (const int64_t count : {0, 1, 63, 64, 1000}) {
@@ -648,6 +864,8 @@ int main(int argc, char** argv) {
     test_probes(argv[i]);
     test_cells(argv[i]);
     test_generation(argv[i]);
+    test_attention(argv[i]);
+    test_matrix(argv[i]);
   }
   printf("%ld comparisons\n", comparisons);
   return comparisons > 0 ? 0 : 1;
