@@ -210,10 +210,12 @@ def test_accelerate_reports_one_line_a_model(capsys):
             self.language = build("Llama")
 
     pair = fastgen.accelerate(Pair(), report=print)
-    assert capsys.readouterr().out.splitlines() == ["rnn: LSTM swapped", "language: LlamaForCausalLM swapped"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Linear" not in line]
+    assert lines == ["rnn: LSTM swapped", "language: LlamaForCausalLM swapped"]
     assert pair.language.config._attn_implementation == "fastgen"
     fastgen.accelerate(pair.language, report=print)
-    assert capsys.readouterr().out == "(the model): LlamaForCausalLM left, its attention is fastgen's already\n"
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Linear" not in line]
+    assert lines == ["(the model): LlamaForCausalLM left, its attention is fastgen's already"]
 
     class Other(transformers.LlamaForCausalLM):
         _supports_flash_attn = False

@@ -70,7 +70,8 @@ def _mm_without_bias(left: Tensor, right: Tensor) -> Tensor:
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = _mm(input.reshape(-1, input.shape[-1]), weight.t(), bias)
-    return out.view(*input.shape[:-1], weight.shape[0])
+    # As PyTorch's, no view for autograd, which would refuse what changes the result in place, such as relu_.
+    return torch.ops.aten._unsafe_view(out, (*input.shape[:-1], weight.shape[0]))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -49,6 +49,16 @@ def test_values_and_gradients(own, dtype, bias, shape):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(200,), (3, 70)])
+def test_the_result_may_be_changed_in_place(own, shape):
+    """As by `ReLU(inplace=True)`."""
+    x, w, b = operands(*shape, requires_grad=True)
+    got, want = (function(x, w, b).relu_() for function in (linear, F.linear))
+    torch.testing.assert_close(got, want)
+    for ours, theirs in zip(*(torch.autograd.grad(y.sum(), (x, w, b)) for y in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_only_the_gradients_that_are_asked_for(own):
     x, w, b = operands(200)
     (linear(x, w, b.requires_grad_()).sum()).backward()
