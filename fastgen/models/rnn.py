@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 import fastgen.nn as nn
-from fastgen import _validate
+from fastgen import _validate, functional
 from fastgen.models._pretrained import PretrainedConfig
 from fastgen.models._sampling import (
     Generation,
@@ -484,7 +484,7 @@ class _TokenHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self.projection is not None:
             hidden = self.projection(hidden)
-        return F.linear(hidden, self.output_weight, self.bias)
+        return functional.linear(hidden, self.output_weight, self.bias)
 
 
 class _MixtureHead(nn.Linear):

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+import fastgen.nn as nn
 from fastgen import _validate
 from fastgen.functional import reparameterize, reparameterize_kl
 from fastgen.models._pretrained import PretrainedConfig, PretrainedModel
