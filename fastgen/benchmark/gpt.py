@@ -1,0 +1,182 @@
+"""Cases of a training step of `fastgen.models.GPT` against the same model in plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgen.benchmark.case import COMPILED, EAGER, OURS, ProductCase, WrongResult, compiled
+from fastgen.models import GPT, GPTConfig
+
+__all__ = ["GPTCase", "cases"]
+
+_SEED = 20_190_214
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTCase(ProductCase):
+    """Forward pass, backward pass and AdamW of a GPT-2, on one batch.
+
+    The learning rate is 0: the optimiser does all its work, and every call starts from the same weights.
+
+    Shape: (B, T, V, D): rows, tokens of a row, vocabulary, hidden size.
+
+    Attributes:
+        dtype: float32, or bfloat16 for autocast over float32 weights.
+        layers, heads: of the model.
+    """
+
+    layers: int = 6
+    heads: int = 6
+
+    @property
+    def workload(self) -> str:
+        return f"gpt/{self.layers}layers+{self.heads}heads/training"
+
+    @property
+    def elements(self) -> int:
+        """Tokens of the batch."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def _weights(self) -> int:
+        """Weights that every token is multiplied by."""
+        *_, vocabulary, hidden = self.shape
+        return (12 * self.layers * hidden + vocabulary) * hidden
+
+    @property
+    def flops(self) -> int:
+        """Products with weights forward and in both gradients, and of attention what the causal mask leaves."""
+        _, length, _, hidden = self.shape
+        attention = self.layers * (length + 1) * hidden  # scores and values: 2 products of half the places
+        return 6 * self.elements * (self._weights + attention)
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        return self._weights * 4, 3
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights."""
+        return self._weights * 4
+
+    def shrunk(self) -> GPTCase:
+        return replace(self, shape=(2, 8, 16, 4 * self.heads), layers=2)
+
+    @property
+    def _config(self) -> GPTConfig:
+        _, length, vocabulary, hidden = self.shape
+        return GPTConfig(vocabulary, hidden, self.layers, self.heads, max_position_embeddings=length)
+
+    def _model(self) -> GPT:
+        """The model, of the same weights each time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            return GPT(self._config)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Tokens and targets, (B, T) each."""
+        rows, length, vocabulary, _ = self.shape
+        draw = torch.Generator().manual_seed(_SEED)
+        window = torch.randint(vocabulary, (rows, length + 1), generator=draw)
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+    def rivals(self) -> dict[str, Callable[..., Any]]:
+        """All take tokens and targets and give the loss."""
+        ours = self._model()
+        plain = {name: PlainGPT(ours) for name in (EAGER, COMPILED)}
+        return {
+            OURS: self._step(ours, lambda *batch: ours(*batch).loss),
+            EAGER: self._step(plain[EAGER], plain[EAGER]),
+            COMPILED: self._step(plain[COMPILED], compiled(plain[COMPILED])),
+        }
+
+    def _step(self, model: nn.Module, loss_of: Callable[..., Any]) -> Callable[..., Tensor]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+        def step(*batch: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                loss: Tensor = loss_of(*batch)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
+        """The loss is within 64 roundings, of the dtype of the products, of that of plain PyTorch in float32."""
+        loss = float(function(*inputs))
+        expected = _expected_loss(self)
+        allowed = 64 * torch.finfo(self.dtype).eps * expected
+        if not abs(loss - expected) <= allowed:  # also a NaN
+            raise WrongResult(f"{self.name}, {rival}: loss {loss:.9g} instead of {expected:.9g}")
+
+
+@functools.lru_cache(maxsize=1)
+def _expected_loss(case: GPTCase) -> float:
+    with torch.no_grad():
+        return float(PlainGPT(case._model())(*case.inputs()))
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 as it is usually written: PyTorch's modules, `F.scaled_dot_product_attention`, `F.cross_entropy`.
+
+    Args:
+        model: whose weights to copy; no dropout, tied embeddings.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        config = model.config
+        width, inner = config.hidden_size, config.intermediate_size
+        self.heads = config.num_attention_heads
+        self.tokens = nn.Embedding(config.vocab_size, width)
+        self.places = nn.Embedding(config.max_position_embeddings, width)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm_1": nn.LayerNorm(width),
+                    "qkv": nn.Linear(width, 3 * width),
+                    "out": nn.Linear(width, width),
+                    "norm_2": nn.LayerNorm(width),
+                    "up": nn.Linear(width, inner),
+                    "down": nn.Linear(inner, width),
+                }
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        # The modules were made in the order of the model's own, and so are the names.
+        with torch.no_grad():
+            for mine, theirs in zip(self.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        rows, length = tokens.shape
+        x = self.tokens(tokens) + self.places(torch.arange(length, device=tokens.device))
+        layer: Any
+        for layer in self.layers:
+            parts = layer["qkv"](layer["norm_1"](x)).chunk(3, -1)
+            query, key, value = (part.view(rows, length, self.heads, -1).transpose(1, 2) for part in parts)
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            x = x + layer["out"](attended.transpose(1, 2).reshape(x.shape))
+            x = x + layer["down"](F.gelu(layer["up"](layer["norm_2"](x)), approximate="tanh"))
+        logits = F.linear(self.norm(x), self.tokens.weight)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def cases(*, full: bool) -> list[GPTCase]:
+    """The cases of `fastgen bench`: a small model on characters; GPT-2 with 124 M weights, and both under autocast."""
+    characters = GPTCase(shape=(12, 256, 65, 384))  # nanoGPT's for Shakespeare
+    chosen = [characters]
+    if full:
+        gpt2 = GPTCase(shape=(4, 64, 50257, 768), layers=12, heads=12)  # llm.c's on a CPU
+        chosen += [gpt2, *(replace(case, dtype=torch.bfloat16) for case in (characters, gpt2))]
+    return chosen
