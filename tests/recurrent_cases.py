@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgen import _load, functional, reference
+from fastgen import _load, functional, random, reference
 from fastgen._ops import recurrent as ops
 from fastgen.reference.recurrent import Mode
 
@@ -68,6 +68,8 @@ class Case:
     packed: bool = False
     states: bool = True
     masked: bool = False
+    layer_norm: bool = False
+    zoneout: float | tuple[float, float] = 0.0
     seed: int = 0
 
     def __str__(self) -> str:
@@ -118,6 +120,17 @@ class Case:
         h = normal(stacked, rows, self.proj_size or self.hidden_size)
         return x, (h, normal(stacked, rows, self.hidden_size)) if self.mode == Mode.LSTM else (h,)
 
+    def weights(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """Leaves that require gradients: the flat weights, and with layer norm its own behind them."""
+        draw = torch.Generator().manual_seed(self.seed)
+        weights = list(self.module()._flat_weights)
+        if self.layer_norm:
+            wide, narrow = self.mode.gates * self.hidden_size, self.hidden_size
+            for _ in range(self.num_layers * (2 if self.bidirectional else 1)):
+                weights += [1 + torch.randn(n, generator=draw, dtype=torch.float64) / 4 for n in (wide, wide, narrow)]
+                weights.append(torch.randn(narrow, generator=draw, dtype=torch.float64) / 4)
+        return [w.detach().to(dtype).requires_grad_() for w in weights]
+
     def mask(self, dtype: torch.dtype = torch.float64) -> Tensor | None:
         if not self.masked:
             return None
@@ -129,7 +142,12 @@ class Case:
     def ours(
         self, x: Tensor, hx: tuple[Tensor, ...] | None, weights: list[Tensor], **options: object
     ) -> tuple[Tensor, ...]:
-        """(output, h_n[, c_n]) by fastgen.functional."""
+        """(output, h_n[, c_n]) by fastgen.functional; the draws of zoneout are the same each time."""
+        if self.layer_norm:
+            count = 4 * self.num_layers * (2 if self.bidirectional else 1)
+            weights, options["norm_weights"] = weights[:-count], weights[-count:]
+        if self.zoneout:
+            options.update(zoneout=self.zoneout, generator=random.Generator(self.seed))
         return SEQUENCES[self.mode][1](
             x,
             hx if hx is None or self.mode == Mode.LSTM else hx[0],
@@ -146,8 +164,10 @@ class Case:
         )
 
     def theirs(self, x: Tensor, hx: tuple[Tensor, ...] | None, module: torch.nn.RNNBase) -> tuple[Tensor, ...]:
-        """(output, h_n[, c_n]) by torch.nn; it knows no mask."""
+        """(output, h_n[, c_n]) by torch.nn; it knows no mask, layer norm or zoneout."""
         assert not self.masked
+        assert not self.layer_norm
+        assert not self.zoneout
         given = x if not self.packed else torch.nn.utils.rnn.PackedSequence(x, self.batch_sizes)
         output, states = module(given, hx if hx is None or self.mode == Mode.LSTM else hx[0])
         output = output.data if self.packed else output
@@ -183,4 +203,11 @@ EXAMPLES = [
     *(Case(mode=mode, masked=True, batch_first=True, bias=False, lengths=(3, 3)) for mode in Mode),
     Case(proj_size=2, num_layers=2, states=False),
     Case(proj_size=3, packed=True, lengths=(3, 3, 1), bidirectional=True, masked=True),
+]
+# And for what PyTorch does not have, where the cell needs whole rows of units.
+WHOLE_ROWS = [
+    Case(layer_norm=True),
+    Case(layer_norm=True, packed=True, lengths=(4, 2, 1), num_layers=2, bidirectional=True, zoneout=(0.3, 0.1)),
+    Case(layer_norm=True, proj_size=3, batch_first=True, bias=False, masked=True, zoneout=(0.0, 0.3)),
+    *(Case(mode=mode, zoneout=0.4, lengths=(3, 2), packed=True) for mode in Mode),
 ]

@@ -76,14 +76,25 @@ FASTGEN_FN int64_t pieces_per_row(const Shape& shape) { return (shape.inner + kP
 enum class CellMode : int64_t { kLstm, kGru, kTanh, kRelu };
 
 FASTGEN_FN int gate_count(CellMode mode) { return mode == CellMode::kLstm ? 4 : mode == CellMode::kGru ? 3 : 1; }
-// Values a unit keeps for the backward pass: the activated gates, for a GRU W_hn h + b_hn as well.
-FASTGEN_FN int saved_gates(CellMode mode) { return mode == CellMode::kLstm || mode == CellMode::kGru ? 4 : 0; }
+FASTGEN_FN bool has_gates(CellMode mode) { return mode == CellMode::kLstm || mode == CellMode::kGru; }
+
+// Layer norm of an LSTM, and zoneout.
+struct CellOptions {
+  const void *norm_ih, *norm_hh;     // [4 H]: gains of the norms of W_ih x and W_hh h; null: no layer norm
+  const void *norm_c, *norm_c_bias;  // [H]: of the norm of c'
+  double norm_eps;
+  // Probabilities with which a unit of c and of h keeps its value. Drawn from the stream: the element of a unit of c
+  // is offset + row * H + unit, that of h stands behind all of c's likewise. Not drawn: shares.
+  double zoneout_c, zoneout_h;
+  bool zoneout_drawn;
+  uint64_t seed, offset;
+};
 
 // One layer in one direction. Row (t, b) of the results has the number
 //   t * row_step + b * row_batch        padded
 //   step_rows[t] + b                    packed: step t has the first batch_sizes[t] rows of the batch
 // Weights, biases and states are contiguous; null is "has none".
-struct RecurrentParams {
+struct RecurrentParams : CellOptions {
   CellMode mode;
   DType dtype;
   bool reverse;
@@ -100,9 +111,20 @@ struct RecurrentParams {
   const void* h_mask;               // [B, P], multiplies the h that is fed into the recurrent product
   void* output;                     // rows of P
   void *h_n, *c_n;                  // [B, P], [B, H]
-  void *gates, *cells;              // rows of saved_gates * H, and of H in the work type
+  void *gates, *cells;              // rows of saved_gates * H, and of H + saved_scales in the work type
   void* packed;                     // the weights in panels, RecurrentSizes::packed bytes
+  int64_t rows;                     // of all steps
 };
+
+// Whether the cell needs whole rows of units, and not a tile of sums at a time.
+FASTGEN_FN bool by_rows(const CellOptions& p) { return p.norm_ih != nullptr || p.zoneout_c > 0 || p.zoneout_h > 0; }
+// Columns of `gates` over H, what a unit keeps for the backward pass: the activated gates, for a GRU W_hn h + b_hn as
+// well; with layer norm the standardised W_ih x and W_hh h; of an RNN with zoneout h before it.
+FASTGEN_FN int saved_gates(const RecurrentParams& p) {
+  return has_gates(p.mode) ? p.norm_ih != nullptr ? 12 : 4 : p.zoneout_h > 0 ? 1 : 0;
+}
+// Behind the cells of a row: 1 / standard deviation of W_ih x and of W_hh h, with layer norm.
+FASTGEN_FN int saved_scales(const RecurrentParams& p) { return p.norm_ih != nullptr ? 2 : 0; }
 
 // The backward pass; the results of the forward pass stand in the base. A gradient that is null is not there, or not
 // wanted. Sums over rows are made in the work type: where that is not the dtype, in the *_sum buffers.
@@ -110,7 +132,6 @@ struct RecurrentBackwardParams : RecurrentParams {
   const void* grad_output;          // rows of P with unit stride
   int64_t grad_step, grad_batch;    // elements from one step, and from one row of the batch, to the next
   const void *grad_h_n, *grad_c_n;  // [B, P], [B, H]
-  int64_t rows;                     // of all steps
   void* grad_gates;                 // [rows, gate_stride]: see gate_gradients; room for 64 bytes behind it
   void *hidden, *grad_hidden;       // with a projection: h before it, [rows, H], and d h behind it, [rows, P]
   void *grad_h_0, *grad_c_0;        // [B, P], [B, H]
@@ -118,14 +139,18 @@ struct RecurrentBackwardParams : RecurrentParams {
   void *grad_w_ih, *grad_w_hh;      // [G H, I], [G H, P], in the work type
   void *grad_b_ih, *grad_b_hh;      // [G H], in the work type
   void* grad_w_hr;                  // [P, H], in the work type
-  const void** input_rows;          // [rows]: the rows of the input, by number
-  const void** state_rows;          // [rows]: the h that each row's step began with
-  const void** mask_rows;           // [rows]: its rows of h_mask
+  void *grad_norm_ih, *grad_norm_hh, *grad_norm_c, *grad_norm_c_bias;  // [4 H] and [H], in the work type
+  const void** input_rows;                                             // [rows]: the rows of the input, by number
+  const void** state_rows;                                             // [rows]: the h that each row's step began with
+  const void** mask_rows;                                              // [rows]: its rows of h_mask
 };
 
 // Columns of grad_gates over H: the gradients before the activations, for a GRU r, z, r n (which reaches W_hn h + b_hn)
-// and n (which reaches W_in x + b_in).
-FASTGEN_FN int gate_gradients(CellMode mode) { return mode == CellMode::kLstm || mode == CellMode::kGru ? 4 : 1; }
+// and n (which reaches W_in x + b_in). With layer norm: of W_hh h; of W_ih x; of the gates' sums, which the gains and
+// biases take; of what the norm of c' gave with its gain and bias, and that norm before them.
+FASTGEN_FN int gate_gradients(const RecurrentParams& p) {
+  return has_gates(p.mode) ? p.norm_ih != nullptr ? 14 : 4 : 1;
+}
 
 // What the kernels of one instruction set need for given parameters.
 struct RecurrentSizes {
@@ -146,9 +171,22 @@ struct RecurrentBackwardSizes {
 };
 
 // A piece of the work, over half-open ranges. kRows does everything for some rows of the batch; the other phases are
-// its parts, for where all rows go together and a step is split over blocks of units.
-enum class RecurrentPhase { kPack, kRows, kStart, kGather, kInput, kStep, kProject, kFinish };
-enum class RecurrentBackwardPhase { kPack, kRows, kStart, kReturn, kStep, kFinish, kPoint, kInput, kWeights };
+// its parts, for where all rows go together and a step is split over blocks of units. Where the cell needs whole rows,
+// kCells and kEmit are theirs: of a step, the rows [first_block, end_block) of those that `scratch` is for.
+enum class RecurrentPhase { kPack, kRows, kStart, kGather, kInput, kStep, kCells, kProject, kEmit, kFinish };
+enum class RecurrentBackwardPhase {
+  kPack,
+  kRows,
+  kStart,
+  kReturn,
+  kEmit,
+  kStep,
+  kCells,
+  kFinish,
+  kPoint,
+  kInput,
+  kWeights
+};
 template <class Phase>
 struct RecurrentPiece {
   Phase phase;
@@ -173,7 +211,7 @@ struct RowsOperand {
 // its stride and index, and may be that row itself.
 constexpr int64_t kCellUnits = 16;  // the unit of work: this many hidden units, for the whole batch
 
-struct CellParams {
+struct CellParams : CellOptions {
   DType dtype;
   CellMode mode;
   int64_t batch, input_size, state_size, hidden_size;
@@ -181,7 +219,16 @@ struct CellParams {
   const void *b_ih, *b_hh;
   void *h_1, *c_1;
   void* gates;  // (batch, 4 H): LSTM i, f, g, o; GRU r, z, n and W_hn h + b_hn; null: not kept
+  // Where the cell needs whole rows: [batch][cell_row_size] in the work type. Units give the sums, and then rows of the
+  // batch the rest; gates are not kept.
+  void* sums;
 };
+
+FASTGEN_FN int64_t cell_stride(const CellParams& p) {
+  return (p.hidden_size + kCellUnits - 1) / kCellUnits * kCellUnits;
+}
+// Sums of all gates from the input and from the state, c, and the d of zoneout.
+FASTGEN_FN int64_t cell_row_size(const CellParams& p) { return (2 * gate_count(p.mode) + 2) * cell_stride(p); }
 
 // Gradients of the sums that the gates are made of; all operands (batch, H), contiguous, gates as above.
 struct CellBackwardParams {

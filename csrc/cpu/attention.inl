@@ -15,7 +15,7 @@
 
 #include "../common/activations.h"
 #include "product.inl"
-#include "random.inl"
+#include "fill.inl"
 
 namespace fastgen {
 namespace {

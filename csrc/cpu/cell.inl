@@ -4,7 +4,9 @@
 //   LSTM  c' = f c + i g, h' = o tanh(c')
 //   GRU   n = tanh(x_n + b_in + r (W_hn h + b_hn)), h' = (1 - z) n + z h
 //   RNN   h' = act(W_ih x + b_ih + W_hh h + b_hh)
-#include "../common/activations.h"
+//
+// With layer norm or zoneout in two passes: the sums of all units, and the rows of the batch (cell_rows.inl).
+#include "cell_rows.inl"
 #include "dot.inl"
 
 namespace fastgen {
@@ -35,6 +37,7 @@ struct Cell {
         state{rows_of<Storage>(p.w_hh), rows_of<Storage>(p.h), p.state_size} {}
 
   FASTGEN_MEMBER void run(int64_t begin, int64_t end) const {
+    if (by_rows(p)) return sums(begin, end);
     alignas(64) T sums[kDotRows][kSums][kCellUnits];
     constexpr int64_t kStride = kSums * kCellUnits;
     const Term<Storage> both[] = {input, state}, from_input[] = {input}, from_state[] = {state};
@@ -58,6 +61,75 @@ struct Cell {
             finish(row + r, unit + i, count, sums[r], i);
           }
         }
+      }
+    }
+  }
+
+  // The products alone, of a cell that needs whole rows.
+  FASTGEN_MEMBER void sums(int64_t begin, int64_t end) const {
+    const int64_t stride = cell_stride(p), row_size = cell_row_size(p);
+    const Term<Storage> from_input[] = {input}, from_state[] = {state};
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t unit = block * kCellUnits;
+      const int64_t units = p.hidden_size - unit < kCellUnits ? p.hidden_size - unit : kCellUnits;
+      for (int64_t row = 0; row < p.batch; row += kDotRows) {
+        const int64_t rows = p.batch - row < kDotRows ? p.batch - row : kDotRows;
+        for (int g = 0; g < kGates; ++g) {
+          const int64_t first = g * p.hidden_size + unit;
+          T* out = static_cast<T*>(p.sums) + row * row_size + g * stride + unit;
+          dot_tile(from_input, row, rows, first, units, out, row_size);
+          dot_tile(from_state, row, rows, first, units, out + kGates * stride, row_size);
+        }
+      }
+    }
+  }
+
+  // Rows [begin, end) of the batch, from their sums.
+  void rows(int64_t begin, int64_t end) const {
+    const int64_t stride = cell_stride(p), units = p.hidden_size;
+    const RowCell<kMode, Storage, GateRow<T>> row_cell{p, units, {stride}, p.b_ih, p.b_hh};
+    for (int64_t row = begin; row < end; ++row) {
+      T* from_input = static_cast<T*>(p.sums) + row * cell_row_size(p);
+      T *from_state = from_input + kGates * stride, *before = from_state + kGates * stride, *keep = before + stride;
+      if (p.norm_ih == nullptr && p.b_ih != nullptr) {
+        for (int g = 0; g < kGates; ++g) {
+          for (int64_t j = 0; j < units; j += kWidth) {
+            const int count = lanes_left<T>(j, units);
+            F value;
+            load(from_input + g * stride + j, value);
+            value = value + bias(p.b_ih, g, j, count);
+            if (kMode != CellMode::kGru || g < 2) value = value + bias(p.b_hh, g, j, count);
+            store(from_input + g * stride + j, value);
+          }
+        }
+      }
+      const Storage* h = state.x[row];
+      Storage* h_1 = static_cast<Storage*>(p.h_1) + row * units;
+      const auto out = [&](int64_t j, F value) {
+        const int count = lanes_left<T>(j, units);
+        if (p.zoneout_h > 0) {
+          const F d(T(p.zoneout_h));
+          value = multiply_add(d, take<F>(h + j, count), (F(T(1)) - d) * value);
+        }
+        put(h_1 + j, value, count);
+      };
+      if constexpr (kMode == CellMode::kLstm) {
+        const int64_t at = (p.c.index == nullptr ? row : p.c.index[row]) * p.c.stride;
+        for (int64_t j = 0; j < units; j += kWidth) {
+          store(before + j, take<F>(static_cast<const Storage*>(p.c.data) + at + j, lanes_left<T>(j, units)));
+        }
+        if (p.zoneout_c > 0) zones(p, p.zoneout_c, 0, units, keep);
+        row_cell.lstm(from_input, from_state, before, p.zoneout_c > 0 ? keep : nullptr, nullptr, nullptr, out);
+        for (int64_t j = 0; j < units; j += kWidth) {
+          F value;
+          load(before + j, value);
+          put(static_cast<Storage*>(p.c_1) + at + j, value, lanes_left<T>(j, units));
+        }
+      } else if constexpr (kMode == CellMode::kGru) {
+        for (int64_t j = 0; j < units; j += kWidth) store(before + j, take<F>(h + j, lanes_left<T>(j, units)));
+        row_cell.gru(from_input, from_state, before, nullptr, out);
+      } else {
+        row_cell.elman(kMode == CellMode::kRelu, from_input, from_state, nullptr, out);
       }
     }
   }
@@ -183,21 +255,25 @@ struct CellBackward {
   }
 };
 
-#define FASTGEN_BY_MODE(step)                                                       \
-  switch (p.mode) {                                                                 \
-    case CellMode::kLstm: return step<Storage, CellMode::kLstm>{p}.run(begin, end); \
-    case CellMode::kGru: return step<Storage, CellMode::kGru>{p}.run(begin, end);   \
-    case CellMode::kTanh: return step<Storage, CellMode::kTanh>{p}.run(begin, end); \
-    case CellMode::kRelu: return step<Storage, CellMode::kRelu>{p}.run(begin, end); \
+#define FASTGEN_BY_MODE(step, part)                                                  \
+  switch (p.mode) {                                                                  \
+    case CellMode::kLstm: return step<Storage, CellMode::kLstm>{p}.part(begin, end); \
+    case CellMode::kGru: return step<Storage, CellMode::kGru>{p}.part(begin, end);   \
+    case CellMode::kTanh: return step<Storage, CellMode::kTanh>{p}.part(begin, end); \
+    case CellMode::kRelu: return step<Storage, CellMode::kRelu>{p}.part(begin, end); \
   }
 
 template <class Storage>
 void recurrent_cell_as(const CellParams& p, int64_t begin, int64_t end) {
-  FASTGEN_BY_MODE(Cell)
+  FASTGEN_BY_MODE(Cell, run)
+}
+template <class Storage>
+void recurrent_cell_rows_as(const CellParams& p, int64_t begin, int64_t end) {
+  FASTGEN_BY_MODE(Cell, rows)
 }
 template <class Storage>
 void recurrent_cell_backward_as(const CellBackwardParams& p, int64_t begin, int64_t end) {
-  FASTGEN_BY_MODE(CellBackward)
+  FASTGEN_BY_MODE(CellBackward, run)
 }
 #undef FASTGEN_BY_MODE
 
@@ -235,6 +311,7 @@ void linear_rows_as(const LinearRowsParams& p, int64_t begin, int64_t end) {
   }
 
 void recurrent_cell(const CellParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(recurrent_cell_as) }
+void recurrent_cell_rows(const CellParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(recurrent_cell_rows_as) }
 void recurrent_cell_backward(const CellBackwardParams& p, int64_t begin, int64_t end) {
   FASTGEN_BY_DTYPE(recurrent_cell_backward_as)
 }

@@ -26,6 +26,7 @@ struct KernelTable {
   RecurrentBackwardSizes (*recurrent_backward_sizes)(const RecurrentBackwardParams&, int64_t rows);
   void (*recurrent_backward)(const RecurrentBackwardParams&, const RecurrentBackwardWork&);
   void (*recurrent_cell)(const CellParams&, int64_t begin, int64_t end);                   // blocks of kCellUnits
+  void (*recurrent_cell_rows)(const CellParams&, int64_t begin, int64_t end);              // rows
   void (*recurrent_cell_backward)(const CellBackwardParams&, int64_t begin, int64_t end);  // rows
   void (*linear_rows)(const LinearRowsParams&, int64_t begin, int64_t end);                // blocks of kLinearOutputs
   AttentionSizes (*attention_sizes)(const AttentionParams&);

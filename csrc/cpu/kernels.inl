@@ -27,6 +27,7 @@ constexpr KernelTable kernel_table(const char* isa) {
           recurrent_backward_sizes,
           recurrent_backward,
           recurrent_cell,
+          recurrent_cell_rows,
           recurrent_cell_backward,
           linear_rows,
           attention_sizes,

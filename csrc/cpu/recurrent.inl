@@ -4,11 +4,12 @@
 // cache. The recurrent weights are packed once; in a panel stand all gates of a block of units,
 //   [block][depth][gate][lanes]
 // so that the tile that leaves the product is all that a cell needs: bias, activations, states and stores follow
-// on it at once. All of it runs in the work type; the states between the steps are never rounded to a half type,
-// except where the product itself takes bf16.
+// on it at once. A cell that needs whole rows (Form::kRows: layer norm, zoneout) finds them in scratch, and a pass over
+// the rows of a step follows its product; see cell_rows.inl. All of it runs in the work type; the states between the
+// steps are never rounded to a half type, except where the product itself takes bf16.
 #pragma once
 
-#include "../common/activations.h"
+#include "cell_rows.inl"
 #include "product.inl"
 
 namespace fastgen {
@@ -21,6 +22,9 @@ struct Gates {
   static constexpr int kVectors = kMode == CellMode::kGru ? 3 : 4;  // of a panel's row
   static constexpr int kUnitVectors = kVectors / kCount;            // of units, each gate
 };
+
+// What a cell follows on: a tile of sums, as it leaves the product, or the sums of whole rows.
+enum class Form { kTiles, kRows };
 
 constexpr int64_t kChunkBytes = 1 << 18;  // of input products: they stay in L2 beside the recurrent weights
 
@@ -59,7 +63,7 @@ FASTGEN_FN int64_t input_offset(const RecurrentParams& p, int64_t t, int64_t b) 
 // The step that comes s-th.
 FASTGEN_FN int64_t time_of(const RecurrentParams& p, int64_t s) { return p.reverse ? p.steps - 1 - s : s; }
 
-template <CellMode kMode, class Storage, class A>
+template <CellMode kMode, class Storage, class A, Form kForm>
 class Recurrence {
   using T = typename A::T;
   using F = typename A::F;
@@ -70,6 +74,7 @@ class Recurrence {
   static constexpr int kWidth = kLanes<T>;
   static constexpr int kVectors = G::kVectors, kColumns = kVectors * kWidth, kUnits = G::kUnitVectors * kWidth;
   static constexpr int kFlatColumns = kFlatVectors * kWidth;
+  static constexpr bool kByRows = kForm == Form::kRows;
   // Without it the input is read where it stands.
   static constexpr bool kCopyInput = !(sizeof(Storage) == sizeof(Left) && A::kDepth == 1);
 
@@ -109,6 +114,10 @@ class Recurrence {
       return;
     }
     const Scratch scratch(*this, work.scratch, work.end_row - work.first_row);
+    if constexpr (kByRows) {
+      if (work.phase == RecurrentPhase::kCells) return cells(work, scratch);
+      if (work.phase == RecurrentPhase::kEmit) return emit_rows(work, scratch);
+    }
     switch (work.phase) {
       case RecurrentPhase::kRows: return rows(work, scratch);
       case RecurrentPhase::kStart: return start(work, scratch);
@@ -123,11 +132,15 @@ class Recurrence {
  private:
   // State of some rows of the batch, and the inputs of a chunk of steps.
   struct Scratch {
-    Left* fed[2];      // [rows][state_stride]: the h that the product takes, of the last step and of this one
-    T* h;              // the same unmasked and unrounded, where that is not fed[] itself
-    T* c;              // [rows][unit_stride]
-    Left* raw;         // [rows][unit_stride]: the h before the projection
-    T* from_input;     // [blocks][chunk_rows][kColumns]: bias + W_ih x
+    Left* fed[2];   // [rows][state_stride]: the h that the product takes, of the last step and of this one
+    T* h;           // the same unmasked and unrounded, where that is not fed[] itself
+    T* c;           // [rows][unit_stride]
+    Left* raw;      // [rows][unit_stride]: the h before the projection
+    T* from_input;  // [blocks][chunk_rows][kColumns], by rows [chunk_rows][blocks][kColumns]: bias + W_ih x
+    // By rows only:
+    T* from_state;     // [rows][blocks][kColumns]: W_hh h
+    T* proposed;       // [rows][state_stride]: h before zoneout
+    T* keep;           // [rows][state_stride or unit_stride]: d of zoneout
     Left* input_copy;  // [chunk rows][input_depth]
     const Left** input_rows;
     int64_t* step_start;  // [chunk]: where in the chunk a step's rows begin
@@ -143,6 +156,11 @@ class Recurrence {
       c = arena.take<T>(kMode == CellMode::kLstm ? rows * of.unit_stride : 0);
       raw = arena.take<Left>(of.p.w_hr != nullptr ? rows * of.unit_stride : 0);
       from_input = arena.take<T>(chunk_rows * of.blocks * kColumns);
+      if constexpr (kByRows) {
+        from_state = arena.take<T>(rows * of.blocks * kColumns);
+        proposed = arena.take<T>(rows * of.state_stride);
+        keep = arena.take<T>(rows * of.keep_stride());
+      }
       input_copy = arena.take<Left>(kCopyInput ? chunk_rows * of.input_depth : 0);
       input_rows = arena.take<const Left*>(chunk_rows);
       step_start = arena.take<int64_t>(steps + 1);
@@ -150,7 +168,14 @@ class Recurrence {
     }
   };
 
-  bool keeps_h() const { return p.h_mask != nullptr || sizeof(Left) != sizeof(T); }
+  bool keeps_h() const { return kByRows || p.h_mask != nullptr || sizeof(Left) != sizeof(T); }
+  int64_t keep_stride() const { return state_stride > unit_stride ? state_stride : unit_stride; }
+
+  // The sums of block u of row n, of `rows` rows, and the way to the next row.
+  FASTGEN_MEMBER T* sums_at(T* sums, int64_t rows, int64_t u, int64_t n) const {
+    return sums + (kByRows ? n * blocks + u : u * rows + n) * kColumns;
+  }
+  FASTGEN_MEMBER int64_t sums_stride() const { return kByRows ? blocks * kColumns : kColumns; }
 
   int64_t chunk_steps(int64_t rows) const {
     const int64_t row = blocks * kColumns * int64_t(sizeof(T));
@@ -227,7 +252,15 @@ class Recurrence {
         RecurrentWork one = work;
         one.first_step = projection.first_step;
         step(one, scratch);
-        project(projection, scratch);
+        if constexpr (kByRows) {
+          one.first_block = 0;
+          one.end_block = work.end_row - work.first_row;
+          cells(one, scratch);
+          project(projection, scratch);
+          if (p.w_hr != nullptr) emit_rows(one, scratch);
+        } else {
+          project(projection, scratch);
+        }
       }
     }
     finish(work, scratch);
@@ -285,10 +318,12 @@ class Recurrence {
   void multiply_input(const RecurrentWork& work, const Scratch& scratch) const {
     const int64_t count = scratch.step_start[work.end_step - work.first_step];
     for (int64_t u = work.first_block; u < work.end_block; ++u) {
-      T* out = scratch.from_input + u * scratch.chunk_rows * kColumns;
+      T* out = sums_at(scratch.from_input, scratch.chunk_rows, u, 0);
+      const int64_t stride = sums_stride();
+      const T* start = p.norm_ih == nullptr ? bias + u * kColumns : nullptr;  // the norm comes before the bias
       if (packs_input) {
-        multiply_panel<A, kVectors>(count, scratch.input_rows, w_ih + u * input_depth * kColumns, input_depth,
-                                    bias + u * kColumns, 0, out, kColumns);
+        multiply_panel<A, kVectors>(count, scratch.input_rows, w_ih + u * input_depth * kColumns, input_depth, start, 0,
+                                    out, stride);
         continue;
       }
       alignas(64) Right panel[kDepthBlock * kColumns];
@@ -300,9 +335,8 @@ class Recurrence {
         for (int64_t n = 0; n < count; n += kGroupRows) {
           const int64_t rows = count - n < kGroupRows ? count - n : kGroupRows;
           for (int64_t r = 0; r < rows; ++r) left[r] = scratch.input_rows[n + r] + k;
-          T* to = out + n * kColumns;
-          multiply_panel<A, kVectors>(rows, left, panel, depth, k == 0 ? bias + u * kColumns : to,
-                                      k == 0 ? 0 : kColumns, to, kColumns);
+          T* to = out + n * stride;
+          multiply_panel<A, kVectors>(rows, left, panel, depth, k == 0 ? start : to, k == 0 ? 0 : stride, to, stride);
         }
       }
     }
@@ -312,7 +346,7 @@ class Recurrence {
   void step(const RecurrentWork& work, const Scratch& scratch) const {
     const int64_t s = work.first_step, t = time_of(p, s), rows = rows_at(work, t);
     const int64_t first = scratch.step_start[s % chunk_steps(work.end_row - work.first_row)];
-    alignas(64) T sums[kGroupRows * kColumns];
+    [[maybe_unused]] alignas(64) T sums[kGroupRows * kColumns];
     const Left* left[kGroupRows];
     for (int64_t i = work.first_block; i < work.end_block; ++i) {
       // Back and forth: the panels that the last step used last are still in cache.
@@ -321,22 +355,27 @@ class Recurrence {
       for (int64_t n = 0; n < rows; n += kGroupRows) {
         const int64_t count = rows - n < kGroupRows ? rows - n : kGroupRows;
         for (int64_t r = 0; r < count; ++r) left[r] = scratch.fed[s & 1] + (n + r) * state_stride;
-        const T* from_input = scratch.from_input + (u * scratch.chunk_rows + first + n) * kColumns;
-        const T* begin = from_input;
-        if constexpr (kMode == CellMode::kGru) {
-          // W_hn h + b_hn stays by itself: r multiplies it.
-          F value;
-          for (int64_t r = 0; r < count; ++r) {
-            for (int v = 0; v < 3; ++v) {
-              load(v < 2 ? from_input + r * kColumns + v * kWidth : bias_hn + u * kUnits, value);
-              store(sums + r * kColumns + v * kWidth, value);
+        if constexpr (kByRows) {
+          multiply_panel<A, kVectors>(count, left, panel, state_depth, nullptr, 0, sums_at(scratch.from_state, 0, u, n),
+                                      sums_stride());
+        } else {
+          const T* from_input = sums_at(scratch.from_input, scratch.chunk_rows, u, first + n);
+          const T* begin = from_input;
+          if constexpr (kMode == CellMode::kGru) {
+            // W_hn h + b_hn stays by itself: r multiplies it.
+            F value;
+            for (int64_t r = 0; r < count; ++r) {
+              for (int v = 0; v < 3; ++v) {
+                load(v < 2 ? from_input + r * kColumns + v * kWidth : bias_hn + u * kUnits, value);
+                store(sums + r * kColumns + v * kWidth, value);
+              }
             }
+            begin = sums;
           }
-          begin = sums;
-        }
-        multiply_panel<A, kVectors>(count, left, panel, state_depth, begin, kColumns, sums, kColumns);
-        for (int64_t r = 0; r < count; ++r) {
-          cell(work, scratch, t, n + r, u, sums + r * kColumns, from_input + r * kColumns);
+          multiply_panel<A, kVectors>(count, left, panel, state_depth, begin, kColumns, sums, kColumns);
+          for (int64_t r = 0; r < count; ++r) {
+            cell(work, scratch, t, n + r, u, sums + r * kColumns, from_input + r * kColumns);
+          }
         }
       }
     }
@@ -393,6 +432,63 @@ class Recurrence {
     }
   }
 
+  // By rows: the cells of rows [first_block, end_block) of a step whose product has been taken.
+  void cells(const RecurrentWork& work, const Scratch& scratch) const {
+    const int64_t s = work.first_step, t = time_of(p, s), rows = rows_at(work, t);
+    const int64_t first = scratch.step_start[s % chunk_steps(work.end_row - work.first_row)];
+    const RowCell<kMode, Storage, PanelRow<T, kVectors / G::kUnitVectors>> row_cell{
+        p, p.hidden_size, {}, p.b_ih, p.b_hh};
+    for (int64_t at = work.first_block; at < work.end_block && at < rows; ++at) {
+      const int64_t row = row_number(p, t, work.first_row + at);
+      T* from_input = sums_at(scratch.from_input, 0, 0, first + at);
+      T* from_state = sums_at(scratch.from_state, 0, 0, at);
+      T* keep = p.zoneout_c > 0 ? scratch.keep + at * keep_stride() : nullptr;
+      Storage* gates =
+          p.gates == nullptr ? nullptr : static_cast<Storage*>(p.gates) + row * saved_gates(p) * p.hidden_size;
+      T* cells = p.cells == nullptr ? nullptr : static_cast<T*>(p.cells) + row * (p.hidden_size + saved_scales(p));
+      const auto propose = [&](int64_t j, F h) {
+        if (p.w_hr != nullptr) {
+          store(scratch.raw + at * unit_stride + j, h);
+        } else {
+          store(scratch.proposed + at * state_stride + j, h);
+        }
+      };
+      if constexpr (kMode == CellMode::kLstm) {
+        if (keep != nullptr) zones(p, p.zoneout_c, uint64_t(row * p.hidden_size), p.hidden_size, keep);
+        row_cell.lstm(from_input, from_state, scratch.c + at * unit_stride, keep, gates, cells, propose);
+      } else if constexpr (kMode == CellMode::kGru) {
+        row_cell.gru(from_input, from_state, scratch.h + at * state_stride, gates, propose);
+      } else {
+        row_cell.elman(p.mode == CellMode::kRelu, from_input, from_state, gates, propose);
+      }
+    }
+    if (p.w_hr == nullptr) emit_rows(work, scratch);
+  }
+
+  // By rows: h of rows [first_block, end_block) of a step, from what its cells, or the projection, proposed.
+  void emit_rows(const RecurrentWork& work, const Scratch& scratch) const {
+    const int64_t t = time_of(p, work.first_step), rows = rows_at(work, t);
+    const int64_t before = p.c_0 == nullptr ? 0 : p.rows * p.hidden_size;  // elements of the draws of c
+    for (int64_t at = work.first_block; at < work.end_block && at < rows; ++at) {
+      T* keep = scratch.keep + at * keep_stride();
+      if (p.zoneout_h > 0) {
+        const int64_t row = row_number(p, t, work.first_row + at);
+        zones(p, p.zoneout_h, uint64_t(before + row * p.output_size), p.output_size, keep);
+      }
+      for (int64_t j = 0; j < p.output_size; j += kWidth) {
+        F h;
+        load(scratch.proposed + at * state_stride + j, h);
+        if (p.zoneout_h > 0) {
+          F d, last;
+          load(keep + j, d);
+          load(scratch.h + at * state_stride + j, last);
+          h = multiply_add(d, last, (F(T(1)) - d) * h);
+        }
+        emit(work, scratch, t, at, j, h);
+      }
+    }
+  }
+
   void project(const RecurrentWork& work, const Scratch& scratch) const {
     const int64_t t = time_of(p, work.first_step), rows = rows_at(work, t);
     alignas(64) T sums[kGroupRows * kFlatColumns];
@@ -409,7 +505,11 @@ class Recurrence {
             if (output >= p.output_size) break;
             F h;
             load(sums + r * kFlatColumns + v * kWidth, h);
-            emit(work, scratch, t, n + r, output, h);
+            if constexpr (kByRows) {
+              store(scratch.proposed + (n + r) * state_stride + output, h);
+            } else {
+              emit(work, scratch, t, n + r, output, h);
+            }
           }
         }
       }

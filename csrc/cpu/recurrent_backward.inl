@@ -4,7 +4,7 @@
 // by elements; dh of the step before is dG W_hh, whose tiles the next elements take up at once. All dG stay, so that
 // the gradients of the input and of the weights are one product each, over all rows of all steps:
 //   dX = dG W_ih    dW_ih = dG^T X    dW_hh = dG^T H, H the states that the steps began with.
-// A GRU's n has a gradient of its own on the hidden side: r d(n).
+// A GRU's n has a gradient of its own on the hidden side: r d(n). With layer norm all gates have.
 #pragma once
 
 #include "recurrent.inl"
@@ -24,14 +24,22 @@ class RecurrenceBackward {
   // dG enters the products as it is stored.
   static constexpr bool kInPlace = sizeof(Storage) == sizeof(Left) && A::kDepth == 1;
   static constexpr int64_t kRowsOfInput = 96;  // rows of dX made at once
+  static constexpr int64_t kTemporaries = 7;   // of a row of LSTM cells: c before, and those of LstmRowBackward
 
  public:
   explicit RecurrenceBackward(const RecurrentBackwardParams& params)
       : p(params),
         lstm(p.mode == CellMode::kLstm),
         gru(p.mode == CellMode::kGru),
+        norm(p.norm_ih != nullptr),
+        rows_form(by_rows(p)),
         gates(gate_count(p.mode) * p.hidden_size),
-        gate_stride(gate_gradients(p.mode) * p.hidden_size),
+        gate_stride(gate_gradients(p) * p.hidden_size),
+        cell_stride(p.hidden_size + saved_scales(p)),
+        own(norm  ? 0
+            : gru ? 2 * p.hidden_size
+                  : gates),
+        apart(norm ? gates : p.hidden_size),
         gates_depth(round_up<int64_t>(gates, A::kDepth)),
         state_depth(round_up<int64_t>(p.output_size, A::kDepth)),
         state_stride(round_up<int64_t>(p.output_size, kColumns)),
@@ -74,7 +82,9 @@ class RecurrenceBackward {
       case RecurrentBackwardPhase::kRows: return rows(work, scratch);
       case RecurrentBackwardPhase::kStart: return start(work, scratch);
       case RecurrentBackwardPhase::kReturn: return give_back(work, scratch);
+      case RecurrentBackwardPhase::kEmit: return take_rows(work, scratch);
       case RecurrentBackwardPhase::kStep: return step(work, scratch);
+      case RecurrentBackwardPhase::kCells: return cells(work, scratch);
       default: return finish(work, scratch);
     }
   }
@@ -83,19 +93,28 @@ class RecurrenceBackward {
   struct Scratch {
     T* dh;         // [rows][state_stride]: what reaches the h of a step from later ones
     T* dc;         // [rows][unit_stride]
-    T* direct;     // GRU: z dh, what reaches the h before past the product
+    T* direct;     // [rows][state_stride]: what reaches the h before past the product: of a GRU z dh, of zoneout d dh
     Left* fed[2];  // [rows][gates_depth]: dG of the step before and of this one, where it is not fed in place
     Left* outer;   // [rows][state_stride]: d h behind the projection
+    // By rows only:
+    T* to_raw;     // [rows][unit_stride]: d h before the projection
+    T* keep;       // [rows][state_stride or unit_stride]: d of zoneout
+    T* temporary;  // [rows][temporaries][unit_stride]
     int64_t bytes;
 
     FASTGEN_MEMBER Scratch(const RecurrenceBackward& of, void* base, int64_t rows) {
       Arena arena(base);
       dh = arena.take<T>(rows * of.state_stride);
       dc = arena.take<T>(of.lstm ? rows * of.unit_stride : 0);
-      direct = arena.take<T>(of.gru ? rows * of.unit_stride : 0);
+      direct = arena.take<T>(of.has_direct() ? rows * of.state_stride : 0);
       fed[0] = arena.take<Left>(kInPlace ? 0 : rows * of.gates_depth);
       fed[1] = arena.take<Left>(kInPlace ? 0 : rows * of.gates_depth);
       outer = arena.take<Left>(of.p.w_hr != nullptr ? rows * of.state_stride : 0);
+      if (of.rows_form) {
+        to_raw = arena.take<T>(of.p.w_hr != nullptr ? rows * of.unit_stride : 0);
+        keep = arena.take<T>(rows * of.keep_stride());
+        temporary = arena.take<T>(of.lstm ? rows * kTemporaries * of.unit_stride : 0);
+      }
       bytes = arena.used();
     }
   };
@@ -111,6 +130,9 @@ class RecurrenceBackward {
       bytes = arena.used();
     }
   };
+
+  bool has_direct() const { return gru || p.zoneout_h > 0; }
+  int64_t keep_stride() const { return state_stride > unit_stride ? state_stride : unit_stride; }
 
   void pack(int64_t i) const {
     if (i < blocks) {
@@ -132,6 +154,20 @@ class RecurrenceBackward {
     start(work, scratch);
     work.first_block = 0;
     for (work.first_step = p.steps - 1; work.first_step >= 0; --work.first_step) {
+      if (rows_form) {
+        const auto part = [&](void (RecurrenceBackward::*phase)(const Work&, const Scratch&) const, int64_t end) {
+          work.end_block = end;
+          (this->*phase)(work, scratch);
+        };
+        const int64_t count = work.end_row - work.first_row;
+        part(&RecurrenceBackward::give_back, blocks);
+        if (p.w_hr != nullptr) {
+          part(&RecurrenceBackward::take_rows, count);
+          part(&RecurrenceBackward::step, projection_blocks);
+        }
+        part(&RecurrenceBackward::cells, count);
+        continue;
+      }
       if (p.w_hr != nullptr) {
         work.end_block = blocks;
         give_back(work, scratch);
@@ -189,7 +225,7 @@ class RecurrenceBackward {
       T* to = scratch.dh + n * state_stride + j * kColumns;
       multiply_panel<A, kFlatVectors>(count, left, w_hh + j * gates_depth * kColumns, gates_depth, nullptr, 0, to,
                                       state_stride);
-      if (!gru && p.h_mask == nullptr) continue;
+      if (!has_direct() && p.h_mask == nullptr) continue;
       for (int64_t r = 0; r < count; ++r) {
         for (int v = 0; v < kFlatVectors; ++v) {
           const int64_t at = r * state_stride + v * kWidth, column = j * kColumns + v * kWidth;
@@ -199,8 +235,8 @@ class RecurrenceBackward {
             const auto* mask = static_cast<const Storage*>(p.h_mask);
             value = value * upto(mask, (work.first_row + n + r) * p.output_size, column, p.output_size);
           }
-          if (gru) {
-            load(scratch.direct + (n + r) * unit_stride + column, direct);
+          if (has_direct()) {
+            load(scratch.direct + (n + r) * state_stride + column, direct);
             value = value + direct;
           }
           store(to + at, value);
@@ -214,6 +250,7 @@ class RecurrenceBackward {
     const int64_t s = work.first_step, rows = rows_at(work, s), t = rows == 0 ? 0 : time_of(p, s);
     for (int64_t j = work.first_block; j < work.end_block; ++j) {
       return_block(work, scratch, s, j);
+      if (rows_form) continue;  // take_rows has the rest
       for (int64_t n = 0; n < rows; ++n) {
         const int64_t row = row_number(p, t, work.first_row + n);
         for (int v = 0; v < kFlatVectors; ++v) {
@@ -237,6 +274,81 @@ class RecurrenceBackward {
     const int64_t b = work.first_row + n;
     const int64_t at = (p.step_rows == nullptr ? t * p.grad_step : p.step_rows[t] * p.grad_batch) + b * p.grad_batch;
     return dh + upto(static_cast<const Storage*>(p.grad_output), at, column, p.output_size);
+  }
+
+  // By rows: of rows [first_block, end_block) of a step, what reaches h before zoneout, in dh, and the h before past
+  // the product, in direct; with a projection also where that finds it.
+  void take_rows(const Work& work, const Scratch& scratch) const {
+    const int64_t s = work.first_step, rows = rows_at(work, s), t = rows == 0 ? 0 : time_of(p, s);
+    const int64_t of_c = lstm ? p.rows * p.hidden_size : 0;  // elements of the draws of c
+    for (int64_t n = work.first_block; n < work.end_block && n < rows; ++n) {
+      const int64_t row = row_number(p, t, work.first_row + n);
+      T* keep = scratch.keep + n * keep_stride();
+      if (p.zoneout_h > 0) zones(p, p.zoneout_h, uint64_t(of_c + row * p.output_size), p.output_size, keep);
+      for (int64_t j = 0; j < p.output_size; j += kWidth) {
+        F dh = dh_at(work, scratch, t, n, j);
+        if (p.zoneout_h > 0) {
+          F d;
+          load(keep + j, d);
+          store(scratch.direct + n * state_stride + j, d * dh);
+          dh = (F(T(1)) - d) * dh;
+        }
+        store(scratch.dh + n * state_stride + j, dh);
+        if (p.w_hr == nullptr) continue;
+        store(scratch.outer + n * state_stride + j, dh);
+        if (p.grad_hidden != nullptr) {
+          put(static_cast<Storage*>(p.grad_hidden) + row * p.output_size + j, dh, lanes_from(j, p.output_size));
+        }
+      }
+    }
+  }
+
+  // By rows: the cells of rows [first_block, end_block) of a step.
+  void cells(const Work& work, const Scratch& scratch) const {
+    if (p.w_hr == nullptr) take_rows(work, scratch);
+    switch (p.mode) {
+      case CellMode::kLstm: return lstm_cells(work, scratch);
+      case CellMode::kGru: return cells_of<CellMode::kGru>(work, scratch);
+      case CellMode::kTanh: return cells_of<CellMode::kTanh>(work, scratch);
+      case CellMode::kRelu: return cells_of<CellMode::kRelu>(work, scratch);
+    }
+  }
+
+  void lstm_cells(const Work& work, const Scratch& scratch) const {
+    const int64_t s = work.first_step, rows = rows_at(work, s), t = rows == 0 ? 0 : time_of(p, s);
+    const LstmRowBackward<Storage> row_cell{p, unit_stride};
+    for (int64_t n = work.first_block; n < work.end_block && n < rows; ++n) {
+      const int64_t b = work.first_row + n, row = row_number(p, t, b), before = row_before(s, b);
+      T* c = scratch.temporary + n * kTemporaries * unit_stride;
+      for (int64_t j = 0; j < p.hidden_size; j += kWidth) {
+        const int count = lanes_from(j, p.hidden_size);
+        store(c + j, before < 0 ? take<F>(static_cast<const Storage*>(p.c_0) + b * p.hidden_size + j, count)
+                                : take<F>(static_cast<const T*>(p.cells) + before * cell_stride + j, count));
+      }
+      T* keep = p.zoneout_c > 0 ? scratch.keep + n * keep_stride() : nullptr;
+      if (keep != nullptr) zones(p, p.zoneout_c, uint64_t(row * p.hidden_size), p.hidden_size, keep);
+      Left* fed = nullptr;
+      if constexpr (!kInPlace) fed = scratch.fed[s & 1] + n * gates_depth;
+      row_cell.run(row, c, p.w_hr != nullptr ? scratch.to_raw + n * unit_stride : scratch.dh + n * state_stride,
+                   scratch.dc + n * unit_stride, keep, c + unit_stride, fed);
+    }
+  }
+
+  template <CellMode kMode>
+  void cells_of(const Work& work, const Scratch& scratch) const {
+    const int64_t s = work.first_step, rows = rows_at(work, s);
+    for (int64_t n = work.first_block; n < work.end_block && n < rows; ++n) {
+      for (int64_t j = 0; j < p.hidden_size; j += kWidth) {
+        F dh, past, direct;
+        T* to = scratch.direct + n * state_stride + j;
+        load(scratch.dh + n * state_stride + j, dh);
+        load(to, past);
+        cell<kMode>(work, scratch, s, n, j, dh);
+        if (!gru) continue;
+        load(to, direct);
+        store(to, direct + past);
+      }
+    }
   }
 
   void step(const Work& work, const Scratch& scratch) const {
@@ -278,7 +390,11 @@ class RecurrenceBackward {
             if (unit >= p.hidden_size) break;
             F dh;
             load(sums + r * kColumns + v * kWidth, dh);
-            cell<kMode>(work, scratch, s, n + r, unit, dh);
+            if (rows_form) {
+              store(scratch.to_raw + (n + r) * unit_stride + unit, dh);
+            } else {
+              cell<kMode>(work, scratch, s, n + r, unit, dh);
+            }
           }
         }
       }
@@ -325,9 +441,11 @@ class RecurrenceBackward {
       gradient[1] = dh * (take<F>(h + unit, count) - y) * z * (one - z);
       gradient[2] = dn * r;
       gradient[3] = dn;
-      store(scratch.direct + n * unit_stride + unit, dh * z);
+      store(scratch.direct + n * state_stride + unit, dh * z);
     } else {
-      const F h = take<F>(static_cast<const Storage*>(p.output) + row * p.output_size + unit, count);
+      // With zoneout, h before it.
+      const void* from = p.zoneout_h > 0 ? p.gates : p.output;
+      const F h = take<F>(static_cast<const Storage*>(from) + row * p.output_size + unit, count);
       gradient[0] = kMode == CellMode::kTanh ? dh * (one - h * h) : select(less(F(T(0)), h), dh, F(T(0)));
     }
     Storage* out = static_cast<Storage*>(p.grad_gates) + row * gate_stride + unit;
@@ -384,26 +502,23 @@ class RecurrenceBackward {
     for (int64_t first = work.first_row; first < work.end_row; first += kRowsOfInput) {
       const int64_t rows = work.end_row - first < kRowsOfInput ? work.end_row - first : kRowsOfInput;
       const Left* left[kRowsOfInput];
-      // The gates of the input's side: all, but for a GRU's n, which stands last.
+      // The gates of the input's side: the first `own` of the state's, and its own.
+      const int64_t shared = own < gates ? own : gates;
       for (int64_t n = 0; n < rows; ++n) {
         const Storage* from = static_cast<const Storage*>(p.grad_gates) + (first + n) * gate_stride;
         if constexpr (kInPlace) {
-          left[n] = from;
+          left[n] = shared > 0 ? from : from + apart;
         } else {
           Left* copy = scratch.copy + n * gates_depth;
           left[n] = copy;
-          if (gru) {
-            A::copy_row(from, 2 * p.hidden_size, copy);
-            A::copy_row(from + 3 * p.hidden_size, p.hidden_size, copy + 2 * p.hidden_size);
-          } else {
-            A::copy_row(from, gates, copy);
-          }
+          A::copy_row(from, shared, copy);
+          A::copy_row(from + shared + apart, gates - shared, copy + shared);
         }
       }
-      const int64_t split = gru && kInPlace ? 2 * p.hidden_size : gates_depth;
+      const int64_t split = kInPlace && shared > 0 && shared < gates ? shared : gates_depth;
       multiply_input(left, rows, 0, split, scratch.sums);
       if (split < gates_depth) {
-        for (int64_t n = 0; n < rows; ++n) left[n] += 3 * p.hidden_size;
+        for (int64_t n = 0; n < rows; ++n) left[n] += split + apart;
         multiply_input(left, rows, split, gates_depth, scratch.sums);
       }
       for (int64_t n = 0; n < rows; ++n) {
@@ -430,8 +545,7 @@ class RecurrenceBackward {
     const auto* dg = static_cast<const Storage*>(p.grad_gates);
     const int64_t begin = work.first_block < gates ? work.first_block : gates;
     const int64_t end = work.end_block < gates ? work.end_block : gates;
-    const int64_t own = 2 * p.hidden_size;  // from here on, a GRU's gates have columns of their own for the input
-    const int64_t middle = !gru ? end : own < begin ? begin : own < end ? own : end;
+    const int64_t middle = own < begin ? begin : own < end ? own : end;
     using Product = TransposedProduct<A>;
     using Target = typename Product::template Target<PointedRows<Storage>>;
     // W_ih and W_hh from row `first` on, where they have the same gates on their left.
@@ -451,14 +565,26 @@ class RecurrenceBackward {
       if (count > 0) Product::run(left, gate_stride, p.rows, rows, targets, count, work.scratch);
     };
     multiply(dg + begin, begin, middle - begin, true, true);
-    multiply(dg + middle + p.hidden_size, middle, end - middle, true, false);
+    multiply(dg + middle + apart, middle, end - middle, true, false);
     multiply(dg + middle, middle, end - middle, false, true);
     T* b_ih = static_cast<T*>(p.grad_b_ih);
     T* b_hh = static_cast<T*>(p.grad_b_hh);
-    add_up(dg + begin, middle - begin, b_ih == nullptr ? nullptr : b_ih + begin,
-           b_hh == nullptr ? nullptr : b_hh + begin);
-    if (b_ih != nullptr) add_up(dg + middle + p.hidden_size, end - middle, b_ih + middle, nullptr);
-    if (b_hh != nullptr) add_up(dg + middle, end - middle, b_hh + middle, nullptr);
+    if (norm) {
+      const auto from = [](void* to, int64_t first) { return to == nullptr ? nullptr : static_cast<T*>(to) + first; };
+      const Storage *to_sums = dg + 2 * gates, *behind = dg + 12 * p.hidden_size, *hats = gates_of(4);
+      add_up(to_sums + begin, end - begin, from(b_ih, begin), from(b_hh, begin));
+      add_up(to_sums + begin, end - begin, from(p.grad_norm_ih, begin), nullptr, hats + begin, 12 * p.hidden_size);
+      add_up(to_sums + begin, end - begin, from(p.grad_norm_hh, begin), nullptr, hats + gates + begin,
+             12 * p.hidden_size);
+      const int64_t units = begin < p.hidden_size ? (end < p.hidden_size ? end : p.hidden_size) - begin : 0;
+      add_up(behind + begin, units, from(p.grad_norm_c_bias, begin), nullptr);
+      add_up(behind + begin, units, from(p.grad_norm_c, begin), nullptr, behind + p.hidden_size + begin, gate_stride);
+    } else {
+      add_up(dg + begin, middle - begin, b_ih == nullptr ? nullptr : b_ih + begin,
+             b_hh == nullptr ? nullptr : b_hh + begin);
+      if (b_ih != nullptr) add_up(dg + middle + apart, end - middle, b_ih + middle, nullptr);
+      if (b_hh != nullptr) add_up(dg + middle, end - middle, b_hh + middle, nullptr);
+    }
     if (p.grad_w_hr != nullptr && work.end_block > gates) {
       const int64_t first = (work.first_block > gates ? work.first_block : gates) - gates;
       const int64_t columns = p.hidden_size;
@@ -469,8 +595,14 @@ class RecurrenceBackward {
     }
   }
 
-  // out[m] and copy[m] = sum over the rows of dG, in blocks as the products of the weights.
-  void add_up(const Storage* from, int64_t columns, T* out, T* copy) const {
+  FASTGEN_MEMBER const Storage* gates_of(int64_t gate) const {
+    return static_cast<const Storage*>(p.gates) + gate * p.hidden_size;
+  }
+
+  // out[m] and copy[m] = sum over the rows of dG, each times a row of `factors` where there are any, in blocks as the
+  // products of the weights.
+  void add_up(const Storage* from, int64_t columns, T* out, T* copy, const Storage* factors = nullptr,
+              int64_t factor_stride = 0) const {
     if (out == nullptr && copy == nullptr) return;
     for (int64_t m = 0; m < columns; m += kWidth) {
       const int count = lanes_from(m, columns);
@@ -478,7 +610,11 @@ class RecurrenceBackward {
       for (int64_t k = 0; k < p.rows; k += kDepthBlock) {
         F block(T(0));
         const int64_t end = p.rows - k < kDepthBlock ? p.rows : k + kDepthBlock;
-        for (int64_t q = k; q < end; ++q) block = block + take<F>(from + q * gate_stride + m, count);
+        for (int64_t q = k; q < end; ++q) {
+          F value = take<F>(from + q * gate_stride + m, count);
+          if (factors != nullptr) value = value * take<F>(factors + q * factor_stride + m, count);
+          block = block + value;
+        }
         total = total + block;
       }
       if (out != nullptr) put(out + m, total, count);
@@ -495,8 +631,10 @@ class RecurrenceBackward {
   }
 
   const RecurrentBackwardParams& p;
-  const bool lstm, gru;
-  const int64_t gates, gate_stride;                       // G H, and elements of a row of grad_gates
+  const bool lstm, gru, norm, rows_form;
+  const int64_t gates, gate_stride;  // G H, and elements of a row of grad_gates
+  const int64_t cell_stride;         // of a row of cells
+  const int64_t own, apart;  // from gate `own` on, the input's side stands `apart` behind the state's in grad_gates
   const int64_t gates_depth, state_depth;                 // rounded up to whole steps of the product
   const int64_t state_stride, unit_stride, input_stride;  // rounded up to whole panels
   const int64_t blocks, projection_blocks, input_blocks;
@@ -505,13 +643,17 @@ class RecurrenceBackward {
 };
 
 // Calls body(kernel) with the kernel for the params' direction and mode, of a storage type and an arithmetic.
+template <Form kForm, class Storage, class A, class Body>
+FASTGEN_FN void with_mode_in(const RecurrentParams& p, const Body& body) {
+  switch (p.mode) {
+    case CellMode::kLstm: return body(Recurrence<CellMode::kLstm, Storage, A, kForm>(p));
+    case CellMode::kGru: return body(Recurrence<CellMode::kGru, Storage, A, kForm>(p));
+    default: return body(Recurrence<CellMode::kTanh, Storage, A, kForm>(p));
+  }
+}
 template <class Storage, class A, class Body>
 FASTGEN_FN void with_mode(const RecurrentParams& p, const Body& body) {
-  switch (p.mode) {
-    case CellMode::kLstm: return body(Recurrence<CellMode::kLstm, Storage, A>(p));
-    case CellMode::kGru: return body(Recurrence<CellMode::kGru, Storage, A>(p));
-    default: return body(Recurrence<CellMode::kTanh, Storage, A>(p));
-  }
+  return by_rows(p) ? with_mode_in<Form::kRows, Storage, A>(p, body) : with_mode_in<Form::kTiles, Storage, A>(p, body);
 }
 template <class Storage, class A, class Body>
 FASTGEN_FN void with_mode(const RecurrentBackwardParams& p, const Body& body) {

@@ -55,10 +55,11 @@ void check_rows(const char* name, const Tensor& tensor, int64_t rows, int64_t co
 
 int64_t* integers(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 
-// One layer's weights, and the copies that their strides asked for.
+// One layer's weights, w_ih, w_hh, the two biases if `count` has them and then the four of layer norm, and the copies
+// that their strides asked for.
 class Layer {
  public:
-  Layer(const Tensor* weights, bool with_biases, CellMode mode, int64_t inputs, int64_t hidden, ScalarType dtype)
+  Layer(const Tensor* weights, int64_t count, CellMode mode, int64_t inputs, int64_t hidden, ScalarType dtype)
       : w_ih_(dense_rows(weights[0])), w_hh_(dense_rows(weights[1])) {
     const int64_t rows = gate_count(mode) * hidden;
     check_matrix("weights", w_ih_, rows, inputs, dtype);
@@ -69,7 +70,11 @@ class Layer {
     p.state_size = p.hidden_size = hidden;
     p.w_ih = rows_of(w_ih_);
     p.w_hh = rows_of(w_hh_);
-    if (!with_biases) return;
+    if (count > 4) {
+      const Tensor* norm = weights + count - 4;
+      norm_.emplace(p, mode, hidden, dtype, norm[0], norm[1], norm[2], norm[3]);
+    }
+    if (count % 4 != 0) return;
     check_vector("weights", weights[2], rows, dtype);
     check_vector("weights", weights[3], rows, dtype);
     b_ih_ = dense_rows(weights[2]);
@@ -83,6 +88,7 @@ class Layer {
  private:
   Tensor w_ih_, w_hh_;
   Optional b_ih_, b_hh_;
+  std::optional<NormOperands> norm_;
 };
 
 // A linear map of the last layer's states.
@@ -126,7 +132,7 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
                   const Tensor& embedding, const std::vector<Tensor>& weights, const Optional& projection,
                   const Tensor& output_weight, const Optional& output_bias, const Tensor& seed_offset,
                   double temperature, int64_t top_k, double top_p, double min_p, double repetition_penalty,
-                  const Tensor& stop, int64_t steps) {
+                  const Tensor& stop, int64_t steps, double norm_eps, double zoneout_c, double zoneout_h) {
   const CellMode mode = mode_of(mode_number);
   const bool lstm = mode == CellMode::kLstm;
   const ScalarType dtype = h.scalar_type();
@@ -149,8 +155,9 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
   STD_TORCH_CHECK(!lstm || (same_sizes(*c, h) && c->scalar_type() == dtype && c->is_contiguous() && c->is_cpu()),
                   "c: expected the shape and dtype of h, contiguous");
   const int64_t count = int64_t(weights.size());
-  STD_TORCH_CHECK(count == 2 * layers || count == 4 * layers, "weights: expected 2 or 4 for each of ", layers,
-                  " layers, got ", count);
+  const int64_t each = count / layers;
+  STD_TORCH_CHECK(count == each * layers && (each == 2 || each == 4 || (lstm && (each == 6 || each == 8))),
+                  "weights: expected 2 or 4, or 6 or 8 with layer norm, for each of ", layers, " layers, got ", count);
   STD_TORCH_CHECK(vocabulary > 0 && vocabulary <= int64_t(1) << 22, "embedding: expected 1 to 2^22 tokens, got ",
                   vocabulary);
   check_matrix("embedding", embedding, vocabulary, embedding.size(1), dtype);
@@ -174,9 +181,12 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
   std::vector<Layer> stack;
   stack.reserve(size_t(layers));
   for (int64_t l = 0; l < layers; ++l) {
-    stack.emplace_back(&weights[size_t(l * count / layers)], count == 4 * layers, mode,
-                       l == 0 ? embedding.size(1) : hidden, hidden, dtype);
+    stack.emplace_back(&weights[size_t(l * each)], each, mode, l == 0 ? embedding.size(1) : hidden, hidden, dtype);
+    stack.back().p.norm_eps = norm_eps;
+    set_zoneout(stack.back().p, mode, zoneout_c, zoneout_h);
   }
+  const Optional sums = sums_for(stack[0].p, n);  // of one layer at a time
+  for (Layer& layer : stack) layer.p.sums = stack[0].p.sums;
   std::optional<Output> project;
   if (projection) project.emplace("projection", *projection, std::nullopt, hidden, n, dtype);
   Output logits("output_weight", output_weight, output_bias, project ? project->p.outputs : hidden, n, dtype);

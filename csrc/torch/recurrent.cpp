@@ -5,6 +5,7 @@
 
 #include "../cpu/isa.h"
 #include "memory.h"
+#include "rows.h"
 #include "tensor.h"
 
 namespace fastgen {
@@ -115,6 +116,7 @@ class Arguments {
       p.row_step = batch_first ? 1 : p.batch;
       p.row_batch = batch_first ? p.steps : 1;
     }
+    p.rows = tokens();
     p.input = this->rows(input, p.input_step, p.input_batch);
     p.w_ih = contiguous(w_ih);
     p.w_hh = contiguous(w_hh);
@@ -124,6 +126,22 @@ class Arguments {
     p.h_0 = contiguous(h_0);
     p.c_0 = contiguous(c_0);
     p.h_mask = contiguous(h_mask);
+  }
+
+  // Layer norm and zoneout.
+  void set(const Optional& norm_ih, const Optional& norm_hh, const Optional& norm_c, const Optional& norm_c_bias,
+           const Optional& seed_offset, double norm_eps, double zoneout_c, double zoneout_h) {
+    norm_.emplace(p, p.mode, p.hidden_size, dtype_, norm_ih, norm_hh, norm_c, norm_c_bias);
+    p.norm_eps = norm_eps;
+    set_zoneout(p, p.mode, zoneout_c, zoneout_h);
+    if (!seed_offset) return;
+    STD_TORCH_CHECK(seed_offset->dim() == 1 && seed_offset->size(0) == 2 &&
+                        seed_offset->scalar_type() == ScalarType::Long && seed_offset->is_cpu(),
+                    "seed_offset: expected an int64 tensor (2,) on the CPU");
+    const auto* words = static_cast<const int64_t*>(contiguous(seed_offset));
+    p.zoneout_drawn = true;
+    p.seed = uint64_t(words[0]);
+    p.offset = uint64_t(words[1]);
   }
 
   // Rows with unit stride in the order of the input's, such as the gradient of the output: strides of a step and of a
@@ -166,6 +184,7 @@ class Arguments {
   ScalarType dtype_;
   bool batch_first_;
   std::vector<Tensor> kept_;
+  std::optional<NormOperands> norm_;
 };
 
 // Cuts the rows of the batch into parts of about equal work, at least `parts` where there are as many rows.
@@ -242,7 +261,7 @@ struct Split {
   }
 };
 
-void run(RecurrentParams& p, int64_t tokens) {
+void run(RecurrentParams& p) {
   const KernelTable& table = kernels();
   const RecurrentSizes sizes = table.recurrent_sizes(p, 0);
   const Split split(p, sizes.blocks);
@@ -252,7 +271,7 @@ void run(RecurrentParams& p, int64_t tokens) {
                               split.threads);
 
   if (split.sharing == 1) {
-    run_rows<RecurrentWork>(table.recurrent, table.recurrent_sizes, p, RecurrentPhase::kRows, tokens, split.parts);
+    run_rows<RecurrentWork>(table.recurrent, table.recurrent_sizes, p, RecurrentPhase::kRows, p.rows, split.parts);
     return;
   }
 
@@ -277,7 +296,9 @@ void run(RecurrentParams& p, int64_t tokens) {
     shared(RecurrentPhase::kInput, sizes.blocks);
     for (; work.first_step < work.end_step; ++work.first_step) {
       shared(RecurrentPhase::kStep, sizes.blocks);
+      if (by_rows(p)) shared(RecurrentPhase::kCells, p.batch);
       if (sizes.projection_blocks > 0) shared(RecurrentPhase::kProject, sizes.projection_blocks);
+      if (by_rows(p) && sizes.projection_blocks > 0) shared(RecurrentPhase::kEmit, p.batch);
     }
   }
   serial(RecurrentPhase::kFinish);
@@ -286,23 +307,27 @@ void run(RecurrentParams& p, int64_t tokens) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent(
     int64_t mode, const Tensor& input, const Optional& batch_sizes, const Tensor& w_ih, const Tensor& w_hh,
     const Optional& b_ih, const Optional& b_hh, const Optional& w_hr, const Tensor& h_0, const Optional& c_0,
-    const Optional& h_mask, bool batch_first, bool reverse, bool save) {
+    const Optional& h_mask, bool batch_first, bool reverse, bool save, const Optional& norm_ih, const Optional& norm_hh,
+    const Optional& norm_c, const Optional& norm_c_bias, const Optional& seed_offset, double norm_eps, double zoneout_c,
+    double zoneout_h) {
   Arguments arguments(mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, batch_first, reverse);
+  arguments.set(norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset, norm_eps, zoneout_c, zoneout_h);
   RecurrentParams& p = arguments.p;
   const ScalarType dtype = arguments.dtype();
-  const bool lstm = p.mode == CellMode::kLstm, gated = saved_gates(p.mode) > 0;
+  const bool lstm = p.mode == CellMode::kLstm, gated = saved_gates(p) > 0;
   Tensor output = arguments.rows_of(p.output_size, dtype);
   Tensor h_n = empty({p.batch, p.output_size}, dtype);
   Tensor c_n = lstm ? empty({p.batch, p.hidden_size}, dtype) : empty({0}, dtype);
-  Tensor gates = save && gated ? arguments.rows_of(4 * p.hidden_size, dtype) : empty({0}, dtype);
-  Tensor cells = save && lstm ? arguments.rows_of(p.hidden_size, arguments.work_dtype()) : empty({0}, dtype);
+  Tensor gates = save && gated ? arguments.rows_of(saved_gates(p) * p.hidden_size, dtype) : empty({0}, dtype);
+  Tensor cells =
+      save && lstm ? arguments.rows_of(p.hidden_size + saved_scales(p), arguments.work_dtype()) : empty({0}, dtype);
   if (p.batch == 0) return {output, h_n, c_n, gates, cells};
   p.output = data_of(output);
   p.h_n = data_of(h_n);
   p.c_n = lstm ? data_of(c_n) : nullptr;
   p.gates = save && gated ? data_of(gates) : nullptr;
   p.cells = save && lstm ? data_of(cells) : nullptr;
-  run(p, arguments.tokens());
+  run(p);
   return {output, h_n, c_n, gates, cells};
 }
 
@@ -333,8 +358,14 @@ void run(RecurrentBackwardParams& p) {
     };
     serial(Phase::kStart);
     for (work.first_step = p.steps - 1; work.first_step >= 0; --work.first_step) {
-      if (p.w_hr != nullptr) shared(Phase::kReturn, sizes.blocks);
-      shared(Phase::kStep, p.w_hr != nullptr ? sizes.projection_blocks : sizes.blocks);
+      if (by_rows(p) || p.w_hr != nullptr) shared(Phase::kReturn, sizes.blocks);
+      if (by_rows(p) && p.w_hr != nullptr) shared(Phase::kEmit, p.batch);
+      if (p.w_hr != nullptr) {
+        shared(Phase::kStep, sizes.projection_blocks);
+      } else if (!by_rows(p)) {
+        shared(Phase::kStep, sizes.blocks);
+      }
+      if (by_rows(p)) shared(Phase::kCells, p.batch);
     }
     if (p.grad_h_0 != nullptr) shared(Phase::kReturn, sizes.blocks);
     serial(Phase::kFinish);
@@ -354,8 +385,9 @@ void run(RecurrentBackwardParams& p) {
     });
   }
 
-  const bool of_gates =
-      p.grad_w_ih != nullptr || p.grad_w_hh != nullptr || p.grad_b_ih != nullptr || p.grad_b_hh != nullptr;
+  const bool of_gates = p.grad_w_ih != nullptr || p.grad_w_hh != nullptr || p.grad_b_ih != nullptr ||
+                        p.grad_b_hh != nullptr || p.grad_norm_ih != nullptr || p.grad_norm_hh != nullptr ||
+                        p.grad_norm_c != nullptr || p.grad_norm_c_bias != nullptr;
   if (!of_gates && p.grad_w_hr == nullptr) return;
   const Tensor pointers = bytes(3 * p.rows * int64_t(sizeof(void*)));
   p.input_rows = static_cast<const void**>(data_of(pointers));
@@ -400,19 +432,22 @@ struct Sum {
   bool wanted_;
 };
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Optional& grad_h_n,
                              const Optional& grad_c_n, const Tensor& input, const Optional& batch_sizes,
                              const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
                              const Optional& w_hr, const Tensor& h_0, const Optional& c_0, const Optional& h_mask,
                              const Tensor& output, const Tensor& gates, const Tensor& cells, bool batch_first,
-                             bool reverse, int64_t needs) {
+                             bool reverse, int64_t needs, const Optional& norm_ih, const Optional& norm_hh,
+                             const Optional& norm_c, const Optional& norm_c_bias, const Optional& seed_offset,
+                             double norm_eps, double zoneout_c, double zoneout_h) {
   Arguments arguments(mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, batch_first, reverse);
+  arguments.set(norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset, norm_eps, zoneout_c, zoneout_h);
   RecurrentBackwardParams p{};
   static_cast<RecurrentParams&>(p) = arguments.p;
   const ScalarType dtype = arguments.dtype(), work = arguments.work_dtype();
-  p.rows = arguments.tokens();
   const auto needed = [&](int i) { return bool(needs >> i & 1); };
   const auto rounded = [&](int64_t rows, int64_t columns, bool wanted) {
     return Sum({rows, columns}, wanted, dtype, dtype);
@@ -421,13 +456,18 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   Tensor grad_input = needed(0) ? arguments.rows_of(p.input_size, dtype) : empty({0}, dtype);
   Sum grad_w_ih({rows, p.input_size}, needed(1), dtype, work), grad_w_hh({rows, p.output_size}, needed(2), dtype, work),
       grad_b_ih({rows}, needed(3) && b_ih, dtype, work), grad_b_hh({rows}, needed(4) && b_hh, dtype, work),
-      grad_w_hr({p.output_size, p.hidden_size}, needed(5) && w_hr, dtype, work);
+      grad_w_hr({p.output_size, p.hidden_size}, needed(5) && w_hr, dtype, work),
+      grad_norm_ih({rows}, needed(8) && norm_ih, dtype, work), grad_norm_hh({rows}, needed(9) && norm_ih, dtype, work),
+      grad_norm_c({p.hidden_size}, needed(10) && norm_ih, dtype, work),
+      grad_norm_c_bias({p.hidden_size}, needed(11) && norm_ih, dtype, work);
   Sum grad_h_0 = rounded(p.batch, p.output_size, needed(6)),
       grad_c_0 = rounded(p.batch, p.hidden_size, needed(7) && c_0);
   const auto results = [&] {
     const bool empty = p.batch == 0;
     return Gradients(grad_input, grad_w_ih.finish(empty), grad_w_hh.finish(empty), grad_b_ih.finish(empty),
-                     grad_b_hh.finish(empty), grad_w_hr.finish(empty), grad_h_0.finish(empty), grad_c_0.finish(empty));
+                     grad_b_hh.finish(empty), grad_w_hr.finish(empty), grad_h_0.finish(empty), grad_c_0.finish(empty),
+                     grad_norm_ih.finish(empty), grad_norm_hh.finish(empty), grad_norm_c.finish(empty),
+                     grad_norm_c_bias.finish(empty));
   };
   if (p.batch == 0) return results();
 
@@ -440,8 +480,8 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   };
   check_rows("grad_output", grad_output, p.output_size, dtype);
   check_rows("output", output, p.output_size, dtype);
-  if (saved_gates(p.mode) > 0) check_rows("gates", gates, 4 * p.hidden_size, dtype);
-  if (p.mode == CellMode::kLstm) check_rows("cells", cells, p.hidden_size, work);
+  if (saved_gates(p) > 0) check_rows("gates", gates, saved_gates(p) * p.hidden_size, dtype);
+  if (p.mode == CellMode::kLstm) check_rows("cells", cells, p.hidden_size + saved_scales(p), work);
   check_shape("grad_h_n", grad_h_n, input, {p.batch, p.output_size});
   check_shape("grad_c_n", grad_c_n, input, {p.batch, p.hidden_size});
 
@@ -456,7 +496,7 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   // A vector may be read behind the last element.
   constexpr int64_t kSlack = 64;
   const int64_t size = int64_t(input.element_size());
-  const Tensor grad_gates = bytes(p.rows * gate_gradients(p.mode) * p.hidden_size * size + kSlack);
+  const Tensor grad_gates = bytes(p.rows * gate_gradients(p) * p.hidden_size * size + kSlack);
   p.grad_gates = data_of(grad_gates);
   Optional hidden, grad_hidden;
   if (w_hr && needed(5)) {
@@ -471,6 +511,10 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   p.grad_b_ih = grad_b_ih.data();
   p.grad_b_hh = grad_b_hh.data();
   p.grad_w_hr = grad_w_hr.data();
+  p.grad_norm_ih = grad_norm_ih.data();
+  p.grad_norm_hh = grad_norm_hh.data();
+  p.grad_norm_c = grad_norm_c.data();
+  p.grad_norm_c_bias = grad_norm_c_bias.data();
   p.grad_h_0 = grad_h_0.data();
   p.grad_c_0 = grad_c_0.data();
   run(p);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
+#include <vector>
 
 #include "../cpu/kernel_table.h"
 #include "tensor.h"
@@ -50,11 +52,62 @@ inline CellMode mode_of(int64_t mode) {
   return CellMode(mode);
 }
 
+// Operands of layer norm, the copies that their strides asked for, and checks.
+class NormOperands {
+ public:
+  using Optional = std::optional<Tensor>;
+
+  NormOperands(CellOptions& p, CellMode mode, int64_t hidden, ScalarType dtype, const Optional& ih, const Optional& hh,
+               const Optional& c, const Optional& c_bias) {
+    const bool norm = ih.has_value();
+    STD_TORCH_CHECK(norm == hh.has_value() && norm == c.has_value() && norm == c_bias.has_value() &&
+                        (mode == CellMode::kLstm || !norm),
+                    "norm_ih, norm_hh, norm_c, norm_c_bias: expected all or none, and none but for an LSTM");
+    set(p.norm_ih, "norm_ih", ih, 4 * hidden, dtype);
+    set(p.norm_hh, "norm_hh", hh, 4 * hidden, dtype);
+    set(p.norm_c, "norm_c", c, hidden, dtype);
+    set(p.norm_c_bias, "norm_c_bias", c_bias, hidden, dtype);
+  }
+
+ private:
+  void set(const void*& to, const char* name, const Optional& tensor, int64_t size, ScalarType dtype) {
+    if (!tensor) return;
+    check_vector(name, *tensor, size, dtype);
+    kept_.push_back(dense_rows(*tensor));
+    to = kept_.back().const_data_ptr();
+  }
+
+  std::vector<Tensor> kept_;
+};
+
+// Zoneout of a step as its expectation.
+inline void set_zoneout(CellOptions& p, CellMode mode, double zoneout_c, double zoneout_h) {
+  STD_TORCH_CHECK(zoneout_c >= 0 && zoneout_c <= 1 && zoneout_h >= 0 && zoneout_h <= 1 &&
+                      (mode == CellMode::kLstm || zoneout_c == 0),
+                  "zoneout_c, zoneout_h: expected probabilities, and 0 for c where there is none, got ", zoneout_c,
+                  " and ", zoneout_h);
+  p.zoneout_c = zoneout_c;
+  p.zoneout_h = zoneout_h;
+}
+
+// The memory for `sums` of a cell of up to `batch` rows that needs whole ones.
+inline std::optional<Tensor> sums_for(CellParams& p, int64_t batch) {
+  if (!by_rows(p)) return std::nullopt;
+  const int64_t count = batch * cell_row_size(p);
+  const Tensor sums = empty_cpu(&count, 1, p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  p.sums = sums.mutable_data_ptr();
+  return sums;
+}
+
 // One step of a layer, split over the threads.
 inline void run(const CellParams& p, const KernelTable& table) {
   for_units((p.hidden_size + kCellUnits - 1) / kCellUnits,
             p.batch * gate_count(p.mode) * kCellUnits * (p.input_size + p.state_size),
             [&](int64_t begin, int64_t end) { table.recurrent_cell(p, begin, end); });
+  if (!by_rows(p)) return;
+  // An activation is worth some 16 multiply-adds.
+  for_units(p.batch, 16 * gate_count(p.mode) * p.hidden_size,
+            [&](int64_t begin, int64_t end) { table.recurrent_cell_rows(p, begin, end); });
 }
 
 }  // namespace fastgen

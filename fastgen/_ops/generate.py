@@ -19,7 +19,8 @@ SCHEMAS = {
     "rnn_generate": "(int mode, Tensor(a!) tokens, Tensor(b!) position, Tensor given, Tensor end, Tensor(c!) status, "
     "Tensor(d!) h, Tensor(e!)? c, Tensor(f!)? seen, Tensor embedding, Tensor[] weights, Tensor? projection, "
     "Tensor output_weight, Tensor? output_bias, Tensor seed_offset, float temperature, int top_k, float top_p, "
-    "float min_p, float repetition_penalty, Tensor stop, int steps) -> ()",
+    "float min_p, float repetition_penalty, Tensor stop, int steps, float norm_eps=0., "
+    "float zoneout_c=0., float zoneout_h=0.) -> ()",
 }
 
 

@@ -6,7 +6,7 @@ What the arguments and results are, shape by shape, stands in `fastgen/reference
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,19 +16,28 @@ from fastgen._ops.library import distinct, higher_order, plain_only, register, t
 from fastgen.reference._work import work_dtype
 from fastgen.reference.recurrent import Mode
 
-__all__ = ["SCHEMAS", "Mode", "plain_only", "recurrent", "recurrent_cell"]
+__all__ = ["SCHEMAS", "Mode", "Options", "plain_only", "recurrent", "recurrent_cell", "recurrent_step"]
+
+Operands: TypeAlias = "tuple[Tensor | None, ...]"
 
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 _SEQUENCE = f"Tensor input, Tensor? batch_sizes, {_WEIGHTS}, Tensor? w_hr, Tensor h_0, Tensor? c_0, Tensor? h_mask"
+_NORM = "Tensor? norm_ih=None, Tensor? norm_hh=None, Tensor? norm_c=None, Tensor? norm_c_bias=None"
+_ZONEOUT = "float zoneout_c=0., float zoneout_h=0."
+_OPTIONS = f"{_NORM}, Tensor? seed_offset=None, float norm_eps=0., {_ZONEOUT}"
 SCHEMAS = {
-    "recurrent": f"(int mode, {_SEQUENCE}, bool batch_first, bool reverse, bool save) -> "
+    "recurrent": f"(int mode, {_SEQUENCE}, bool batch_first, bool reverse, bool save, {_OPTIONS}) -> "
     "(Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
     "recurrent_backward": f"(int mode, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, {_SEQUENCE}, "
-    "Tensor output, Tensor gates, Tensor cells, bool batch_first, bool reverse, int needs) -> "
+    f"Tensor output, Tensor gates, Tensor cells, bool batch_first, bool reverse, int needs, {_OPTIONS}) -> "
     "(Tensor grad_input, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh, Tensor grad_w_hr, "
-    "Tensor grad_h_0, Tensor grad_c_0)",
+    "Tensor grad_h_0, Tensor grad_c_0, Tensor grad_norm_ih, Tensor grad_norm_hh, Tensor grad_norm_c, "
+    "Tensor grad_norm_c_bias)",
     "recurrent_cell": f"(int mode, Tensor input, Tensor h, Tensor? c, {_WEIGHTS}) -> "
     "(Tensor h_1, Tensor c_1, Tensor gates)",
+    "recurrent_step": f"(int mode, Tensor input, Tensor h, Tensor? c, {_WEIGHTS}, "
+    "Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_c_bias, float norm_eps, float zoneout_c, "
+    "float zoneout_h) -> (Tensor h_1, Tensor c_1)",
     "recurrent_cell_backward": "(int mode, Tensor? grad_h, Tensor? grad_c, Tensor h, Tensor? c, Tensor h_1, "
     "Tensor c_1, Tensor gates) -> (Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor grad_h, Tensor grad_c)",
 }
@@ -49,13 +58,24 @@ def _fake_recurrent(
     batch_first: bool,
     reverse: bool,
     save: bool,
+    norm_ih: Tensor | None = None,
+    norm_hh: Tensor | None = None,
+    norm_c: Tensor | None = None,
+    norm_c_bias: Tensor | None = None,
+    seed_offset: Tensor | None = None,
+    norm_eps: float = 0.0,
+    zoneout_c: float = 0.0,
+    zoneout_h: float = 0.0,
 ) -> tuple[Tensor, ...]:
     hidden, leading = w_hh.shape[0] // Mode(mode).gates, input.shape[:-1]
     gates, cells = input.new_empty(0), input.new_empty(0)
     if save and mode in (Mode.LSTM, Mode.GRU):
-        gates = input.new_empty((*leading, 4 * hidden))
+        gates = input.new_empty((*leading, (4 if norm_ih is None else 12) * hidden))
+    elif save and zoneout_h > 0:
+        gates = input.new_empty((*leading, hidden))
     if save and mode == Mode.LSTM:
-        cells = input.new_empty((*leading, hidden), dtype=work_dtype(input.dtype))
+        width = hidden if norm_ih is None else hidden + 2
+        cells = input.new_empty((*leading, width), dtype=work_dtype(input.dtype))
     c_n = input.new_empty(0 if c_0 is None else c_0.shape)
     return input.new_empty((*leading, h_0.shape[-1])), input.new_empty(h_0.shape), c_n, gates, cells
 
@@ -81,8 +101,16 @@ def _fake_recurrent_backward(
     batch_first: bool,
     reverse: bool,
     needs: int,
+    norm_ih: Tensor | None = None,
+    norm_hh: Tensor | None = None,
+    norm_c: Tensor | None = None,
+    norm_c_bias: Tensor | None = None,
+    seed_offset: Tensor | None = None,
+    norm_eps: float = 0.0,
+    zoneout_c: float = 0.0,
+    zoneout_h: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    of = (input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0)
+    of = (input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, norm_ih, norm_hh, norm_c, norm_c_bias)
     return tuple(input.new_empty(x.shape if x is not None and needs >> i & 1 else 0) for i, x in enumerate(of))
 
 
@@ -99,6 +127,10 @@ def _fake_recurrent_cell(
     c_1 = h.new_empty(0 if c is None else c.shape)
     gated = mode in (Mode.LSTM, Mode.GRU)
     return h.new_empty(h.shape), c_1, h.new_empty((h.shape[0], 4 * h.shape[1]) if gated else 0)
+
+
+def _fake_recurrent_step(mode: int, input: Tensor, h: Tensor, c: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    return h.new_empty(h.shape), h.new_empty(0 if c is None else c.shape)
 
 
 def _fake_recurrent_cell_backward(
@@ -128,6 +160,7 @@ register(
         "recurrent": _fake_recurrent,
         "recurrent_backward": _fake_recurrent_backward,
         "recurrent_cell": _fake_recurrent_cell,
+        "recurrent_step": _fake_recurrent_step,
         "recurrent_cell_backward": _fake_recurrent_cell_backward,
     },
 )
@@ -140,37 +173,75 @@ register(
 # start, as in `differentiable`.
 
 
+class Options(NamedTuple):
+    """Of a layer of a sequence, what is no tensor."""
+
+    batch_first: bool = False
+    reverse: bool = False
+    norm_eps: float = 0  # integers, as Dynamo makes symbols of the defaults that are floats
+    zoneout_c: float = 0
+    zoneout_h: float = 0
+
+
+# The tensors of a layer as its op takes them are `_FIRST`, the two flags, what is saved or needed, and the rest.
+_FIRST = 10
+# Those that have gradients, in the order of the results of the backward op; not batch_sizes, h_mask and seed_offset.
+_WITH_GRADIENT = (0, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13)
+
+
+def _call(op: Callable[..., Any], mode: int, operands: Operands, options: Options, save: bool) -> Any:
+    """The op `recurrent`, or its plain form."""
+    if len(operands) == _FIRST:
+        return op(mode, *operands, options.batch_first, options.reverse, save)
+    first, rest = operands[:_FIRST], operands[_FIRST:]
+    return op(mode, *first, options.batch_first, options.reverse, save, *rest, *options[2:])
+
+
 class _Recurrent(torch.autograd.Function):
     """Saves the operands, the output, and the gates and cells that the backward kernel reads; nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, mode: int, batch_first: bool, reverse: bool, *operands: Tensor | None) -> Any:
-        output, h_n, c_n, gates, cells = _recurrent(mode, *operands, batch_first, reverse, True)
+    def forward(ctx: Any, mode: int, options: Options, *operands: Tensor | None) -> Any:
+        output, h_n, c_n, gates, cells = _call(_recurrent, mode, operands, options, True)
         ctx.save_for_backward(*operands, output, gates, cells)
-        ctx.options = mode, batch_first, reverse
+        ctx.mode, ctx.options = mode, options
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        mode, batch_first, reverse = ctx.options
+        mode, options = ctx.mode, ctx.options
         if mode != Mode.LSTM:
             grads = (*grads[:2], None)  # a compiled graph makes zeros for the empty c_n
         *operands, output, gates, cells = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[2:]
         if grads[0] is None and grads[1] is None and grads[2] is None:
-            return (None,) * (3 + len(wanted))
+            return (None,) * (2 + len(wanted))
         if higher_order():
 
             def forward(*operands: Tensor | None) -> tuple[Tensor, ...]:
-                return _plain(mode, *operands, batch_first, reverse, False)[:3]
+                return _call(_plain, mode, operands, options, False)[:3]
 
-            return None, None, None, *through(forward, operands, wanted, grads)
-        # The operands without the sequence's batch_sizes and h_mask are those that have gradients, in order.
-        needs = sum(1 << i for i, want in enumerate((wanted[0], *wanted[2:-1])) if want)
-        first, *rest = _recurrent_backward(mode, *grads, *operands, output, gates, cells, batch_first, reverse, needs)
-        results = (first, None, *rest, None)
-        return None, None, None, *(grad if want else None for grad, want in zip(results, wanted, strict=True))
+            return None, None, *through(forward, operands, wanted, grads)
+        places = [i for i in _WITH_GRADIENT if i < len(operands)]
+        needs = sum(1 << bit for bit, i in enumerate(places) if wanted[i])
+        found = _recurrent_backward(
+            mode,
+            *grads,
+            *operands[:_FIRST],
+            output,
+            gates,
+            cells,
+            options.batch_first,
+            options.reverse,
+            needs,
+            *operands[_FIRST:],
+            *(options[2:] if len(operands) > _FIRST else ()),
+        )
+        results: list[Tensor | None] = [None] * len(operands)
+        for i, grad in zip(places, found, strict=False):
+            results[i] = grad if wanted[i] else None
+        return None, None, *results
 
 
 _MANY_ROWS = 8  # measured: from here on the sequence's backward is as fast as PyTorch's products, then up to twice
@@ -229,25 +300,31 @@ class _RecurrentCell(torch.autograd.Function):
             torch.mm(from_input, w_ih) if wanted[0] else None,
             to_h,
             to_c if wanted[2] else None,
-            torch.mm(from_input.t(), input) if wanted[3] else None,
-            torch.mm(from_state.t(), h) if wanted[4] else None,
+            _product_of_rows(from_input, input) if wanted[3] else None,
+            _product_of_rows(from_state, h) if wanted[4] else None,
             from_input.sum(0) if wanted[5] else None,
             from_state.sum(0) if wanted[6] else None,
         )
 
 
-def recurrent(mode: int, batch_first: bool, reverse: bool, *operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _product_of_rows(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right; of one row by elements, which is twice as fast as PyTorch's product."""
+    return left.t() * right if left.shape[0] == 1 else torch.mm(left.t(), right)
+
+
+def recurrent(mode: int, options: Options, *operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(output, h_n, c_n) of the op `recurrent`, differentiable.
 
-    operands: input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask. h_mask has no gradient.
+    operands: input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask; with layer norm or zoneout also
+    norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset. h_mask has no gradient.
     """
     if plain_only():
-        return _plain(mode, *operands, batch_first, reverse, False)[:3]
+        return _call(_plain, mode, operands, options, False)[:3]
     if torch.is_grad_enabled():
         for value in operands:
             if value is not None and value.requires_grad:
-                return _Recurrent.apply(mode, batch_first, reverse, *distinct(operands))
-    return _recurrent(mode, *operands, batch_first, reverse, False)[:3]
+                return _Recurrent.apply(mode, options, *distinct(operands))
+    return _call(_recurrent, mode, operands, options, False)[:3]
 
 
 def recurrent_cell(mode: int, *operands: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -264,9 +341,32 @@ def recurrent_cell(mode: int, *operands: Tensor | None) -> tuple[Tensor, Tensor]
     return _recurrent_cell(mode, *operands)[:2]
 
 
+def recurrent_step(
+    mode: int,
+    operands: Operands,
+    norm: tuple[Tensor | None, ...],
+    norm_eps: float,
+    zoneout: tuple[float, float],
+    seed_offset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(h_1, c_1) of one step with layer norm or zoneout, differentiable: where it has a gradient, a sequence of one.
+
+    operands: as for `recurrent_cell`. norm: norm_ih, norm_hh, norm_c, norm_c_bias. zoneout: of c and h.
+    """
+    recording = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*operands, *norm))
+    if not recording and seed_offset is None and not plain_only():
+        return _recurrent_step(mode, *operands, *norm, norm_eps, *zoneout)
+    input, h, c, *weights = operands
+    assert input is not None
+    options = Options(norm_eps=norm_eps, zoneout_c=zoneout[0], zoneout_h=zoneout[1])
+    _, h_1, c_1 = recurrent(mode, options, input[None], None, *weights, None, h, c, None, *norm, seed_offset)
+    return h_1, c_1
+
+
 _plain: Callable[..., Any] = reference.recurrent
 _plain_cell: Callable[..., Any] = reference.recurrent_cell
 _recurrent = torch.ops.fastgen.recurrent.default
 _recurrent_backward = torch.ops.fastgen.recurrent_backward.default
 _recurrent_cell = torch.ops.fastgen.recurrent_cell.default
+_recurrent_step = torch.ops.fastgen.recurrent_step.default
 _recurrent_cell_backward = torch.ops.fastgen.recurrent_cell_backward.default

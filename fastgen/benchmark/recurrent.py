@@ -1,4 +1,7 @@
-"""Cases of `fastgen.nn.LSTM`, `GRU`, `RNN` and `LSTMCell` against those of `torch.nn`."""
+"""Cases of `fastgen.nn.LSTM`, `GRU`, `RNN` and `LSTMCell` against those of `torch.nn`.
+
+PyTorch has no layer-norm LSTM: there the rival is a loop over its ops.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastgen.nn
@@ -31,7 +35,7 @@ class RecurrentCase(ProductCase):
         module: the class in `torch.nn` and `fastgen.nn`.
         direction: `inference` (no parameter wants a gradient) or `training` (forward and backward, to the input
             and all parameters, from a dense gradient of the output).
-        layers, bidirectional, proj_size: of the module.
+        layers, bidirectional, proj_size, layer_norm: of the module.
         valid: the share of B x T that is not padding; below 1 the input is packed.
     """
 
@@ -40,6 +44,7 @@ class RecurrentCase(ProductCase):
     layers: int = 1
     bidirectional: bool = False
     proj_size: int = 0
+    layer_norm: bool = False
     valid: float = 1.0
 
     @property
@@ -48,6 +53,7 @@ class RecurrentCase(ProductCase):
         marks = [
             "packed" if self.valid < 1 else "",
             f"proj{self.proj_size}" if self.proj_size else "",
+            "layer_norm" if self.layer_norm else "",
             f"{self.layers}layers" if self.layers > 1 else "",
             "bidirectional" if self.bidirectional else "",
         ]
@@ -109,9 +115,13 @@ class RecurrentCase(ProductCase):
             options |= {"num_layers": self.layers, "bidirectional": self.bidirectional}
         if self.proj_size:
             options["proj_size"] = self.proj_size
+        kind = getattr(package, self.module)
+        if self.layer_norm:
+            options["layer_norm"] = True
+            kind = kind if package is fastgen.nn else _LayerNormLoop
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            module: torch.nn.Module = getattr(package, self.module)(features, hidden, **options)
+            module: torch.nn.Module = kind(features, hidden, **options)
         training = self.direction == "training"
         return module.to(self.dtype).train(training).requires_grad_(training)
 
@@ -192,6 +202,26 @@ class RecurrentCase(ProductCase):
                 raise WrongResult(f"{self.name}, {rival}, {name}: off by {error:.3g}, allowed are {limit:.3g}")
 
 
+class _LayerNormLoop(fastgen.nn.LSTM):
+    """A layer-norm LSTM as one writes it with PyTorch's ops: a loop over the steps of one layer."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        x: Tensor = input
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "norm_weight_ih", "norm_weight_hh", "norm_weight_c")
+        w_ih, w_hh, b_ih, b_hh, norm_ih, norm_hh, norm_c = (self.get_parameter(f"{name}_l0") for name in names)
+        bias_c, eps = self.get_parameter("norm_bias_c_l0"), 1e-5
+        wide, narrow = list(norm_ih.shape), list(norm_c.shape)
+        from_input = layer_norm(x @ w_ih.T, wide, norm_ih, b_ih + b_hh, eps)
+        h = c = x.new_zeros(x.shape[1], self.hidden_size)
+        outputs = []
+        for step in from_input:
+            i, f, g, o = (step + layer_norm(h @ w_hh.T, wide, norm_hh, None, eps)).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * layer_norm(c, narrow, norm_c, bias_c, eps).tanh()
+            outputs.append(h)
+        return torch.stack(outputs), None
+
+
 @functools.lru_cache(maxsize=1)
 def _expected(case: RecurrentCase) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The results by PyTorch in double precision, and how far PyTorch in the case's dtype is from them."""
@@ -221,6 +251,7 @@ def cases(*, full: bool) -> list[RecurrentCase]:
             RecurrentCase(shape=alone),
             RecurrentCase(shape=usual, valid=0.68),
             RecurrentCase(shape=usual, proj_size=64),
+            RecurrentCase(shape=usual, layer_norm=True),
             RecurrentCase(shape=usual, dtype=torch.bfloat16),
             RecurrentCase(shape=usual, dtype=torch.float64),
             RecurrentCase(module="GRU", shape=usual),

@@ -216,7 +216,7 @@ _REPARAMETERIZE_TENSORS: dict[str, tuple[str, ...]] = {
     "reparameterize_kl_backward": ("grad_z", "grad_kl", "mu", "logvar"),
 }
 _ATTENTION_OPS = ("attention", "attention_backward")
-_RECURRENT_OPS = ("recurrent", "recurrent_backward", "recurrent_cell", "recurrent_cell_backward")
+_RECURRENT_OPS = ("recurrent", "recurrent_backward", "recurrent_cell", "recurrent_step", "recurrent_cell_backward")
 
 
 def self_test(device: str) -> Iterator[Check]:
@@ -399,8 +399,11 @@ def _recurrent_errors(op: str, device: str) -> Iterator[str]:
             names = {name: (0.4 * torch.randn(shape, generator=draw)).to(dtype) for name, shape in shapes.items()}
             grad, x, *weights, h, c = (value.double() for value in names.values())
             cell = c if mode == Mode.LSTM else None
-            if op.startswith("recurrent_cell"):
+            if op in ("recurrent_cell", "recurrent_step", "recurrent_cell_backward"):
                 arguments: tuple[Any, ...] = (mode, x[0], h, cell, *weights)
+                if op == "recurrent_step":  # any vectors do for the layer norms
+                    norm = (*weights[2:], h[0], c[0]) if mode == Mode.LSTM else (None,) * 4
+                    arguments = (*arguments, *norm, 1e-5, 0.3 if mode == Mode.LSTM else 0.0, 0.2)
                 if op == "recurrent_cell_backward":
                     arguments = (mode, grad[0], None, h, cell, *reference.recurrent_cell(*arguments))
             else:

@@ -32,6 +32,9 @@ def lstm(
     batch_sizes: Tensor | None = None,
     generator: AnyGenerator = None,
     state_dropout_mask: Tensor | None = None,
+    norm_weights: Sequence[Tensor] | None = None,
+    layer_norm_eps: float = 1e-5,
+    zoneout: float | tuple[float, float] = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stacked LSTM layers over a sequence (Hochreiter & Schmidhuber, 1997; projections: Sak et al., 2014).
 
@@ -50,6 +53,15 @@ def lstm(
             dropout takes as many elements as its operand has, in row-major order.
         state_dropout_mask: (num_layers * D, B, P), multiplies the h that enters the recurrent product, the
             same at every step (Gal & Ghahramani, 2016); it brings its own scale and has no gradient.
+        norm_weights: for layer norm (Ba, Kiros & Hinton, 2016): norm_ih (4 H,), norm_hh (4 H,), norm_c (H,),
+            norm_c_bias (H,) for each layer and in it for each direction. The gates' sums are then
+            LN(W_ih x) norm_ih + LN(W_hh h) norm_hh + b, each norm over all 4 H, and tanh(c') becomes
+            tanh(LN(c') norm_c + norm_c_bias); what is projected is not normalised.
+        layer_norm_eps: what the norms add to a variance.
+        zoneout: (p_c, p_h), or a number for both: the probability with which a unit of c, and of h, keeps its
+            value of the step before (Krueger et al., 2017), drawn from `generator` while `training` for each row,
+            step and unit; else that share of it. Each layer and direction takes (H + P) elements for each row of
+            each step: those of c, in row-major order of the layout that the output has, then those of h.
 
     Returns:
         (output, h_n, c_n): output as input with D P for I; h_n and c_n as hx, each row's last states.
@@ -68,12 +80,16 @@ def lstm(
         flat_weights,
         bias,
         num_layers,
-        dropout if training else 0.0,
+        dropout,
+        training,
         bidirectional,
         batch_first,
         batch_sizes,
         generator,
         state_dropout_mask,
+        zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout),
+        norm_weights,
+        layer_norm_eps,
     )
 
 
@@ -91,6 +107,7 @@ def gru(
     batch_sizes: Tensor | None = None,
     generator: AnyGenerator = None,
     state_dropout_mask: Tensor | None = None,
+    zoneout: float = 0,
 ) -> tuple[Tensor, Tensor]:
     """Stacked GRU layers over a sequence (Cho et al., 2014, with the reset gate after the product, as in PyTorch).
 
@@ -98,6 +115,7 @@ def gru(
         hx: h_0 of shape (num_layers * D, B, H), or None for zeros.
         flat_weights: w_ih (3 H, I or D H), w_hh (3 H, H), with `bias` b_ih (3 H,), b_hh (3 H,), for each layer
             and in it for each direction.
+        zoneout: the probability of h; each layer and direction takes H elements for each row of each step.
 
     The others, and the errors, as for `lstm`.
 
@@ -112,12 +130,14 @@ def gru(
         flat_weights,
         bias,
         num_layers,
-        dropout if training else 0.0,
+        dropout,
+        training,
         bidirectional,
         batch_first,
         batch_sizes,
         generator,
         state_dropout_mask,
+        (0.0, zoneout),
     )[:2]
 
 
@@ -135,6 +155,7 @@ def rnn_tanh(
     batch_sizes: Tensor | None = None,
     generator: AnyGenerator = None,
     state_dropout_mask: Tensor | None = None,
+    zoneout: float = 0,
 ) -> tuple[Tensor, Tensor]:
     """Stacked Elman layers with tanh (Elman, 1990). Arguments and results as for `gru`, with H rows for 3 H."""
     return _layers(
@@ -145,12 +166,14 @@ def rnn_tanh(
         flat_weights,
         bias,
         num_layers,
-        dropout if training else 0.0,
+        dropout,
+        training,
         bidirectional,
         batch_first,
         batch_sizes,
         generator,
         state_dropout_mask,
+        (0.0, zoneout),
     )[:2]
 
 
@@ -168,6 +191,7 @@ def rnn_relu(
     batch_sizes: Tensor | None = None,
     generator: AnyGenerator = None,
     state_dropout_mask: Tensor | None = None,
+    zoneout: float = 0,
 ) -> tuple[Tensor, Tensor]:
     """Stacked Elman layers with max(0, x). Arguments and results as for `rnn_tanh`."""
     return _layers(
@@ -178,12 +202,14 @@ def rnn_relu(
         flat_weights,
         bias,
         num_layers,
-        dropout if training else 0.0,
+        dropout,
+        training,
         bidirectional,
         batch_first,
         batch_sizes,
         generator,
         state_dropout_mask,
+        (0.0, zoneout),
     )[:2]
 
 
@@ -194,6 +220,12 @@ def lstm_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    norm_weights: Sequence[Tensor] | None = None,
+    layer_norm_eps: float = 1e-5,
+    zoneout: float | tuple[float, float] = 0,
+    training: bool = False,
+    generator: AnyGenerator = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM.
 
@@ -202,6 +234,8 @@ def lstm_cell(
         hx: (h, c), each (B, H).
         w_ih, w_hh: (4 H, I), (4 H, H).
         b_ih, b_hh: (4 H,), both or neither.
+        norm_weights, layer_norm_eps, zoneout, generator: as for a layer of `lstm`. With layer norm or zoneout, a
+            step that has a gradient is computed as a sequence of one.
 
     Returns:
         The next (h, c). A row's result does not depend on the batch it is in.
@@ -211,7 +245,11 @@ def lstm_cell(
     """
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         raise RuntimeError(f"hx: expected two states (h, c), got {_described(hx)}")
-    return _cell(Mode.LSTM, input, *hx, w_ih, w_hh, b_ih, b_hh)
+    if norm_weights is None and not zoneout:
+        return _cell(Mode.LSTM, input, *hx, w_ih, w_hh, b_ih, b_hh)
+    both = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+    operands = (input, *hx, w_ih, w_hh, b_ih, b_hh)
+    return _step(Mode.LSTM, operands, norm_weights, layer_norm_eps, both, training, generator)
 
 
 def gru_cell(
@@ -221,9 +259,16 @@ def gru_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    zoneout: float = 0,
+    training: bool = False,
+    generator: AnyGenerator = None,
 ) -> Tensor:
     """One step of a GRU: the next h (B, H). As `lstm_cell`, with one state and 3 H rows for 4 H."""
-    return _cell(Mode.GRU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    if not zoneout:
+        return _cell(Mode.GRU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    operands = (input, hx, None, w_ih, w_hh, b_ih, b_hh)
+    return _step(Mode.GRU, operands, None, 0.0, (0.0, zoneout), training, generator)[0]
 
 
 def rnn_tanh_cell(
@@ -233,9 +278,16 @@ def rnn_tanh_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    zoneout: float = 0,
+    training: bool = False,
+    generator: AnyGenerator = None,
 ) -> Tensor:
     """One step of an Elman RNN with tanh: the next h (B, H). As `lstm_cell`, with one state and H rows for 4 H."""
-    return _cell(Mode.RNN_TANH, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    if not zoneout:
+        return _cell(Mode.RNN_TANH, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    operands = (input, hx, None, w_ih, w_hh, b_ih, b_hh)
+    return _step(Mode.RNN_TANH, operands, None, 0.0, (0.0, zoneout), training, generator)[0]
 
 
 def rnn_relu_cell(
@@ -245,9 +297,16 @@ def rnn_relu_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    zoneout: float = 0,
+    training: bool = False,
+    generator: AnyGenerator = None,
 ) -> Tensor:
     """One step of an Elman RNN with max(0, x), as `rnn_tanh_cell`."""
-    return _cell(Mode.RNN_RELU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    if not zoneout:
+        return _cell(Mode.RNN_RELU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    operands = (input, hx, None, w_ih, w_hh, b_ih, b_hh)
+    return _step(Mode.RNN_RELU, operands, None, 0.0, (0.0, zoneout), training, generator)[0]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -262,16 +321,22 @@ def _layers(
     bias: bool,
     num_layers: int,
     dropout: float,
+    training: bool,
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
     generator: AnyGenerator,
     state_dropout_mask: Tensor | None,
+    zoneout: tuple[float, float],
+    norm_weights: Sequence[Tensor] | None = None,
+    layer_norm_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, h_n, c_n), c_n empty unless LSTM."""
     _check_input(input, batch_sizes, batch_first)
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout}")
+    if not training:
+        dropout = 0.0
+    _check_probability("dropout", dropout)
+    _check_zoneout(zoneout)
     directions = 2 if bidirectional else 1
     total = num_layers * directions
     unprojected = 4 if bias else 2
@@ -287,6 +352,7 @@ def _layers(
         dtype = torch.get_autocast_dtype(input.device.type)
         input, h_0, c_0, state_dropout_mask = _cast(dtype, input, h_0, c_0, state_dropout_mask)
         flat_weights = _cast(dtype, *flat_weights)
+        norm_weights = norm_weights if norm_weights is None else _cast(dtype, *norm_weights)
 
     if batch_sizes is None:
         batch = input.shape[0 if batch_first else 1]
@@ -317,6 +383,9 @@ def _layers(
             raise RuntimeError("state_dropout_mask: expected a tensor without gradient, got one that requires it")
         mask = state_dropout_mask.unbind(0)
 
+    if norm_weights is not None:
+        _check_norms(norm_weights, total, hidden, input)
+    zoned = zoneout != (0.0, 0.0)
     h_n, c_n = [], []
     for layer in range(num_layers):
         if layer > 0 and dropout > 0:
@@ -327,10 +396,19 @@ def _layers(
             b_ih, b_hh = (more[0], more[1]) if bias else (None, None)
             w_hr = more[-1] if projected else None
             _check_weights(mode, input, hidden, state, w_ih, w_hh, b_ih, b_hh, w_hr)
+            options = ops.Options(batch_first, k % directions == 1)
+            more_operands: list[Tensor | None] = []
+            if zoned or norm_weights is not None:
+                norm = (None,) * 4 if norm_weights is None else norm_weights[4 * k : 4 * k + 4]
+                seed_offset = None
+                if zoned and training:
+                    count = input.shape[:-1].numel() * (state + hidden if mode is Mode.LSTM else state)
+                    seed_offset = seed_offset_for(generator, count, input.device)
+                options = options._replace(norm_eps=layer_norm_eps, zoneout_c=zoneout[0], zoneout_h=zoneout[1])
+                more_operands = [*norm, seed_offset]
             output, h_k, c_k = ops.recurrent(
                 mode,
-                batch_first,
-                k % directions == 1,
+                options,
                 input,
                 batch_sizes,
                 w_ih,
@@ -341,6 +419,7 @@ def _layers(
                 h[k],
                 c[k],
                 mask[k],
+                *more_operands,
             )
             outputs.append(output)
             h_n.append(h_k)
@@ -361,6 +440,20 @@ def _cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    return ops.recurrent_cell(mode, *_checked_cell(mode, input, h, c, w_ih, w_hh, b_ih, b_hh))
+
+
+def _checked_cell(
+    mode: Mode,
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The operands, under autocast in its dtype."""
     _check_tensor("input", input)
     _check_tensor("w_hh", w_hh)
     if input.dim() != 2:
@@ -373,7 +466,31 @@ def _cell(
     _check("h", h, (input.shape[0], hidden), input)
     if c is not None:
         _check("c", c, (input.shape[0], hidden), input)
-    return ops.recurrent_cell(mode, input, h, c, w_ih, w_hh, b_ih, b_hh)
+    return input, h, c, w_ih, w_hh, b_ih, b_hh
+
+
+def _step(
+    mode: Mode,
+    operands: tuple[Tensor | None, ...],
+    norm_weights: Sequence[Tensor] | None,
+    layer_norm_eps: float,
+    zoneout: tuple[float, float],
+    training: bool,
+    generator: AnyGenerator,
+) -> tuple[Tensor, Tensor]:
+    """`_cell` with layer norm or zoneout."""
+    input, h, c, w_ih, w_hh, b_ih, b_hh = _checked_cell(mode, *operands)  # type: ignore[arg-type]
+    _check_zoneout(zoneout)
+    if norm_weights is None:
+        norm: tuple[Tensor | None, ...] = (None,) * 4
+    else:
+        norm = tuple(_cast(input.dtype, *norm_weights) if _autocast(input) else norm_weights)
+        _check_norms(norm, 1, h.shape[1], input)
+    seed_offset = None
+    if training and zoneout != (0.0, 0.0):
+        seed_offset = seed_offset_for(generator, h.numel() * (1 if c is None else 2), input.device)
+    operands = (input, h, c, w_ih, w_hh, b_ih, b_hh)
+    return ops.recurrent_step(mode, operands, norm, layer_norm_eps, zoneout, seed_offset)
 
 
 class _Dropout(torch.autograd.Function):
@@ -475,6 +592,25 @@ def _check_weights(
         _check("b_hh", b_hh, (rows,), input)
     if w_hr is not None:
         _check("w_hr", w_hr, (state, hidden), input)
+
+
+def _check_norms(norm_weights: Sequence[Tensor | None], layers: int, hidden: int, input: Tensor) -> None:
+    if len(norm_weights) != 4 * layers:
+        raise RuntimeError(f"norm_weights: expected 4 tensors for each layer and direction, got {len(norm_weights)}")
+    for i, weight in enumerate(norm_weights):
+        _check("norm_weights", weight, (4 * hidden if i % 4 < 2 else hidden,), input)  # type: ignore[arg-type]
+
+
+def _check_probability(name: str, p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: expected a probability from 0 to 1, got {p}")
+
+
+def _check_zoneout(zoneout: tuple[float, float]) -> None:
+    if len(zoneout) != 2:
+        raise ValueError(f"zoneout: expected a probability, or one of c and one of h, got {zoneout}")
+    for p in zoneout:
+        _check_probability("zoneout", p)
 
 
 def _autocast(input: Tensor) -> bool:

@@ -387,7 +387,7 @@ class RecurrentRows(TokenRows):
         self._generate: Callable[..., None] = torch.ops.fastgen.rnn_generate
         if self._processor is not None:
             self._generate = functools.partial(reference.rnn_generate, process=self._processed)
-        self._weights = model.generation_weights()
+        self._weights, self._options = model.generation_weights(), model.generation_options()
         self._mode = model.mode
 
     def _begin(self, n: int, state: GenerationState | None) -> tuple[Tensor, Tensor]:
@@ -419,6 +419,7 @@ class RecurrentRows(TokenRows):
             *dataclasses.astuple(self._sampling),
             self.stop,
             steps,
+            *self._options,
         )
 
     def state(self) -> GenerationState:
@@ -556,16 +557,17 @@ class _ValueRows:
             self._values[row, : len(p)] = p
         self._fed = torch.zeros(n, dtype=torch.int64, device=device)
         self._seeds = torch.stack((seeds.to(device), offset), dim=-1)
-        self._weights = model.generation_weights()
+        self._weights, self._options = model.generation_weights(), model.generation_options()
 
     def run(self) -> Iterator[Tensor]:
         """(n, F) after every step in which a row drew."""
         _, weights, _, head_weight, head_bias = self._weights
+        eps, *zoneout = self._options
         model = self._model
         for index in range(self._values.shape[1] - 1):
             rows = (index + 1 < self._end).nonzero().squeeze(1)
             x = model.standardised(self._values[rows, index])
-            hidden = reference.generate.step_layers(model.mode, x, self._h, self._c, weights, rows)
+            hidden = reference.generate.step_layers(model.mode, x, self._h, self._c, weights, rows, eps, zoneout)
             self._fed[rows] = index + 1
             drawing = index + 1 >= self._given[rows]
             if not bool(drawing.any()):

@@ -81,6 +81,9 @@ class RNNConfig(PretrainedConfig):
             that stays the same over a window (the same paper).
         weight_dropout: probability of dropping an element of the recurrent weights (Merity et al.,
             "Regularizing and optimizing LSTM language models", 2018).
+        zoneout: probability with which a unit of the state keeps its value of the step before, and of an LSTM's
+            cells too, or (p_c, p_h) for cells and states; see `fastgen.nn.LSTM`.
+        layer_norm: whether an LSTM normalises its products and cells; see `fastgen.nn.LSTM`.
 
     Raises:
         ValueError: for a field out of range, naming it.
@@ -101,6 +104,8 @@ class RNNConfig(PretrainedConfig):
     locked_dropout: bool = False
     state_dropout: float = 0.0
     weight_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    layer_norm: bool = False
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -114,6 +119,8 @@ class RNNConfig(PretrainedConfig):
             "min_scale": _validate.number("min_scale", self.min_scale, above=0),
             "tie_weights": _validate.boolean("tie_weights", self.tie_weights),
             "locked_dropout": _validate.boolean("locked_dropout", self.locked_dropout),
+            "zoneout": self._checked_zoneout(),
+            "layer_norm": _validate.boolean("layer_norm", self.layer_norm),
         }
         for name in ("dropout", "state_dropout", "weight_dropout"):
             checked[name] = _validate.number(name, getattr(self, name), minimum=0, below=1)
@@ -126,12 +133,24 @@ class RNNConfig(PretrainedConfig):
             unused: dict[str, Any] = {"num_components": 1}
         else:
             unused = {"embedding_dim": 0, "tie_weights": False}
+        if self.layer_norm and self.cell != "lstm":
+            raise ValueError(f"layer_norm: expected False for {self.cell}, only an LSTM has it, got True")
         for name, value in unused.items():
             if checked[name] != value:
                 kind = "tokens" if self.vocab_size else "numbers"
                 raise ValueError(f"{name}: expected {value} for a model of {kind}, got {checked[name]}")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def _checked_zoneout(self) -> float | tuple[float, float]:
+        value = self.zoneout
+        if not isinstance(value, (tuple, list)):
+            return _validate.number("zoneout", value, minimum=0, below=1)
+        if len(value) != 2 or self.cell != "lstm":
+            expected = "a number, or one for c and one for h" if self.cell == "lstm" else f"a number for {self.cell}"
+            raise ValueError(f"zoneout: expected {expected}, got {value!r}")
+        of_c, of_h = (_validate.number("zoneout", p, minimum=0, below=1) for p in value)
+        return of_c, of_h
 
 
 @dataclasses.dataclass
@@ -229,7 +248,11 @@ class RNN(TextModel):
             self.register_buffer("mean", torch.zeros(config.input_size))
             self.register_buffer("scale", torch.ones(config.input_size))
             self.head = _MixtureHead(config)
-        more = {name: p for name in ("state_dropout", "weight_dropout") if (p := getattr(config, name))}
+        more = {
+            name: p
+            for name in ("state_dropout", "weight_dropout", "zoneout", "layer_norm")
+            if (p := getattr(config, name))
+        }
         self.rnn = _LAYERS[config.cell](
             config.embedding_dim or config.input_size,
             config.hidden_size,
@@ -392,14 +415,26 @@ class RNN(TextModel):
 
     def generation_weights(self) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor, Tensor]:
         """Detached: the embedding, the layers' weights, projection, output weight and bias, as `rnn_generate` takes."""
-        names: list[str] = self.rnn._flat_weights_names
-        layers: list[Tensor] = [getattr(self.rnn, name).detach() for name in names]
+        rnn: Any = self.rnn
+        names: list[str] = []
+        for layer in range(self.config.num_layers):
+            names += rnn._flat_weights_names[4 * layer : 4 * layer + 4] + list(
+                rnn._norm_names[4 * layer : 4 * layer + 4]
+            )
+        layers: list[Tensor] = [getattr(rnn, name).detach() for name in names]
         if isinstance(self.head, _TokenHead):
             projection = None if self.head.projection is None else self.head.projection.weight.detach()
             output = (projection, self.head.output_weight.detach(), self.head.bias.detach())
             return self.embedding.weight.detach(), layers, *output
         weight, bias = self.head.weight.detach(), self.head.bias.detach()
         return weight.new_empty(0), layers, None, weight, bias
+
+    def generation_options(self) -> tuple[float, float, float]:
+        """norm_eps, zoneout_c and zoneout_h, as `rnn_generate` takes."""
+        zoneout, lstm = self.config.zoneout, self.config.cell == "lstm"
+        of_c, of_h = zoneout if isinstance(zoneout, tuple) else (zoneout if lstm else 0.0, zoneout)
+        rnn: Any = self.rnn
+        return rnn.layer_norm_eps, of_c, of_h
 
     def standardised(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Values (..., input_size) as the layers take them, in `dtype` (default: the model's)."""

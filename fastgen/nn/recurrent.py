@@ -19,7 +19,7 @@ from fastgen import functional, random
 from fastgen._load import kernel_devices
 from fastgen._ops.library import transforming
 from fastgen._ops.recurrent import Mode, recurrent_cell
-from fastgen._validate import number
+from fastgen._validate import boolean, number
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -59,13 +59,42 @@ def _mask(*size: int, p: float, like: Tensor) -> Tensor:
     return random.dropout_mask(*size, p=p, dtype=like.dtype, device=like.device) / (1 - p)
 
 
+def _zoneout(value: Any, states: int) -> float | tuple[float, float]:
+    """A probability for each state, or one for all."""
+    if states == 2 and isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"zoneout: expected a number, or one for c and one for h, got {value!r}")
+        return number("zoneout", value[0], minimum=0, below=1), number("zoneout", value[1], minimum=0, below=1)
+    return number("zoneout", value, minimum=0, below=1)
+
+
+def _add_norm(module: torch.nn.Module, suffix: str, like: Tensor) -> tuple[str, ...]:
+    """Adds the parameters of the layer norms of an LSTM with weights W_hh `like`; gives their names."""
+    sizes = {"norm_weight_ih": like.shape[0], "norm_weight_hh": like.shape[0]}
+    sizes |= {"norm_weight_c": like.shape[0] // 4, "norm_bias_c": like.shape[0] // 4}
+    for name, size in sizes.items():
+        module.register_parameter(name + suffix, torch.nn.Parameter(like.new_empty(size)))
+    return tuple(name + suffix for name in sizes)
+
+
+def _reset_norm(module: torch.nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        torch.nn.init.constant_(getattr(module, name), 0.0 if "bias" in name else 1.0)
+
+
 class _Sequence(torch.nn.RNNBase):
     """The `forward` of LSTM, GRU and RNN, and the options that PyTorch does not have."""
+
+    _states = 1
 
     # What a module has that PyTorch built and `fastgen.accelerate` took over.
     input_dropout: float = 0.0
     state_dropout: float = 0.0
     weight_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    layer_norm: bool = False
+    layer_norm_eps: float = 1e-5
+    _norm_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -73,9 +102,11 @@ class _Sequence(torch.nn.RNNBase):
         input_dropout: float = 0.0,
         state_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.zoneout = _zoneout(zoneout, self._states)
         self.input_dropout = number("input_dropout", input_dropout, minimum=0, below=1)
         self.state_dropout = number("state_dropout", state_dropout, minimum=0, below=1)
         self.weight_dropout = number("weight_dropout", weight_dropout, minimum=0, below=1)
@@ -91,7 +122,7 @@ class _Sequence(torch.nn.RNNBase):
         pass
 
     def extra_repr(self) -> str:
-        names = ("input_dropout", "state_dropout", "weight_dropout")
+        names = ("input_dropout", "state_dropout", "weight_dropout", "zoneout", "layer_norm")
         ours = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
         return ", ".join([super().extra_repr(), *ours])
 
@@ -99,7 +130,13 @@ class _Sequence(torch.nn.RNNBase):
         x, batch_sizes, order, inverse = input if isinstance(input, PackedSequence) else (input, None, None, None)
         states, weights = _unpack(hx), self._flat_weights
         drops = self.training and (self.input_dropout or self.state_dropout or self.weight_dropout)
-        if not self._fits(x, batch_sizes, states, weights) or not (drops or _ours(x, SEQUENCE_DEVICES)):
+        special = bool(self.zoneout) or self.layer_norm  # PyTorch cannot
+        if not self._fits(x, batch_sizes, states, weights, special):
+            result = super().forward(input, hx)
+            if special:
+                raise RuntimeError(f"input: expected a tensor that fits {self}, got {tuple(x.shape)} of {x.dtype}")
+            return result
+        if not (special or drops or _ours(x, SEQUENCE_DEVICES)):
             return super().forward(input, hx)
 
         unbatched = batch_sizes is None and x.dim() == 2
@@ -125,6 +162,7 @@ class _Sequence(torch.nn.RNNBase):
             self.batch_first,
             batch_sizes=batch_sizes,
             state_dropout_mask=state_mask,
+            **self._options(),
         )
         if self.mode == "GRU":  # under autocast PyTorch gives its results, of all, the wider dtype of state and product
             output, *states = (r.to(torch.promote_types(r.dtype, state_dtype)) for r in (output, *states))
@@ -136,12 +174,23 @@ class _Sequence(torch.nn.RNNBase):
             return PackedSequence(output, batch_sizes, order, inverse), self._pack(states)
         return output, self._pack(states)
 
+    def _options(self) -> dict[str, Any]:
+        """Those of the function, that PyTorch's do not have."""
+        return {"zoneout": self.zoneout} if self.zoneout else {}
+
     def _pack(self, states: list[Tensor]) -> Any:
         return tuple(states) if self.mode == "LSTM" else states[0]
 
-    def _fits(self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], weights: list[Any]) -> bool:
-        """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not."""
-        if x.dim() not in ((2, 3) if batch_sizes is None else (2,)) or x.size(-1) != self.input_size or x.numel() == 0:
+    def _fits(
+        self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], weights: list[Any], empty: bool
+    ) -> bool:
+        """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not.
+
+        empty: whether the input may be without rows or features.
+        """
+        if x.dim() not in ((2, 3) if batch_sizes is None else (2,)) or x.size(-1) != self.input_size:
+            return False
+        if x.numel() == 0 and not empty:
             return False
         if not _alike(x, [*states, weights[0]]):
             return False
@@ -195,10 +244,11 @@ _SEQUENCES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 class LSTM(_Sequence, torch.nn.LSTM):
-    """`torch.nn.LSTM` on fastgen's kernels, with three kinds of dropout of its own.
+    """`torch.nn.LSTM` on fastgen's kernels, with three kinds of dropout, zoneout and layer norm of its own.
 
-    Arguments, inputs and outputs are those of `torch.nn.LSTM`. The keyword arguments below are probabilities
-    (0 <= p < 1, 0 by default). They act in training mode, scale what they keep by 1 / (1 - p), and draw from
+    Arguments, inputs and outputs are those of `torch.nn.LSTM`. The keyword arguments below are off by default;
+    all but the last two are probabilities (0 <= p < 1). Dropout acts in training mode and scales what it keeps
+    by 1 / (1 - p). It and zoneout draw from
     the default stream of `fastgen.random`, so that `torch.manual_seed` repeats them, as does what `dropout=`
     drops between layers. Parameters and state dict stay PyTorch's. Packed or padded, a sequence gets the same
     masks.
@@ -211,18 +261,50 @@ class LSTM(_Sequence, torch.nn.LSTM):
             every step, drawn for each sequence, layer and direction (ibid.). The output is not masked.
         weight_dropout: of an element of the hidden-to-hidden weights, drawn once a call (DropConnect: Merity,
             Keskar & Socher, "Regularizing and Optimizing LSTM Language Models", 2018, section 2).
+        zoneout: of a unit to keep its value of the step before, for each step and sequence anew; (p_c, p_h) for
+            cells and states, or a number for both. In evaluation a unit keeps that share (Krueger et al., "Zoneout:
+            Regularizing RNNs by Randomly Preserving Hidden Activations", 2017).
+        layer_norm: whether the products with the input and with the state, and the cells before the output, are
+            normalised (Ba, Kiros & Hinton, "Layer Normalization", 2016). Each layer and direction then has the
+            parameters `norm_weight_ih_l0` (4 hidden_size,), `norm_weight_hh_l0` (4 hidden_size,), `norm_weight_c_l0`
+            (hidden_size,) and `norm_bias_c_l0` (hidden_size,), which start as ones and zeros. A projection
+            (`proj_size`) follows behind and is not normalised.
+        layer_norm_eps: what is added to a variance.
 
     Raises:
         ValueError: for a probability out of range; else what `torch.nn.LSTM` raises.
     """
 
+    _states = 2
+
+    def __init__(self, *args: Any, layer_norm: bool = False, layer_norm_eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layer_norm = boolean("layer_norm", layer_norm)
+        self.layer_norm_eps = number("layer_norm_eps", layer_norm_eps, minimum=0)
+        if not layer_norm:
+            return
+        for name in self._flat_weights_names:
+            if name.startswith("weight_hh"):
+                self._norm_names += _add_norm(self, name.removeprefix("weight_hh"), getattr(self, name))
+        _reset_norm(self, self._norm_names)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_norm(self, self._norm_names)
+
+    def _options(self) -> dict[str, Any]:
+        if not self.layer_norm:
+            return super()._options()
+        norm = [getattr(self, name) for name in self._norm_names]
+        return {**super()._options(), "norm_weights": norm, "layer_norm_eps": self.layer_norm_eps}
+
 
 class GRU(_Sequence, torch.nn.GRU):
-    """`torch.nn.GRU` on fastgen's kernels; `input_dropout`, `state_dropout`, `weight_dropout` as of `LSTM`."""
+    """`torch.nn.GRU` on fastgen's kernels; the three kinds of dropout and `zoneout` as of `LSTM`."""
 
 
 class RNN(_Sequence, torch.nn.RNN):
-    """`torch.nn.RNN` on fastgen's kernels; `input_dropout`, `state_dropout`, `weight_dropout` as of `LSTM`."""
+    """`torch.nn.RNN` on fastgen's kernels; the three kinds of dropout and `zoneout` as of `LSTM`."""
 
 
 def has_kernels(module: Any) -> bool:
@@ -235,58 +317,118 @@ def has_kernels(module: Any) -> bool:
 
 
 class _Cell(torch.nn.RNNCellBase):
-    """The `forward` of LSTMCell, GRUCell and RNNCell."""
+    """The `forward` of LSTMCell, GRUCell and RNNCell, and the options that PyTorch does not have."""
 
     _states = 1
     _mode: Mode | None
     """The kernel's; None where PyTorch is to say that it knows no such cell."""
+    zoneout: float | tuple[float, float] = 0.0
+    layer_norm: bool = False
+    layer_norm_eps: float = 1e-5
+    _norm_names: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, zoneout: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.zoneout = _zoneout(zoneout, self._states)
+
+    def extra_repr(self) -> str:
+        ours = [f"{name}={getattr(self, name)}" for name in ("zoneout", "layer_norm") if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *ours])
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        states, mode = _unpack(hx), self._mode
-        w_ih, w_hh = self.weight_ih, self.weight_hh
+        states, mode, weights = _unpack(hx), self._mode, self._weights()
+        special = bool(self.zoneout) or self.layer_norm
         # Under autocast PyTorch's cells keep a state of full precision from step to step; so let them.
         ours = _ours(input, CELL_DEVICES) and not torch._C._is_any_autocast_enabled()
-        if mode is None or not ours or not self._fits(input, states, w_ih):
-            return super().forward(input, hx)
+        if mode is None or not (ours or special) or not self._fits(input, states, weights[0]):
+            result = super().forward(input, hx)
+            if special:
+                raise RuntimeError(f"input: expected a tensor that fits {self}, got {tuple(input.shape)}")
+            return result
 
         unbatched = input.dim() == 1
         if unbatched:
             input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
         if not states:
             states = [input.new_zeros(input.size(0), self.hidden_size) for _ in range(self._states)]
-        # Past `functional`, which would check again what fits: in a loop over steps Python is half of the time.
         c = states[1] if mode is Mode.LSTM else None
-        h_1, c_1 = recurrent_cell(mode, input, states[0], c, w_ih, w_hh, self.bias_ih, self.bias_hh)
+        if special:
+            h_1, c_1 = self._special(mode, input, states, weights)
+        else:
+            # Past `functional`, which would check again what fits: in a loop over steps Python is half of the time.
+            h_1, c_1 = recurrent_cell(mode, input, states[0], c, *weights)
         if unbatched:
             h_1, c_1 = h_1.squeeze(0), c_1 if c is None else c_1.squeeze(0)
         return h_1 if c is None else (h_1, c_1)
+
+    def _weights(self) -> tuple[Any, ...]:
+        parameters = self._parameters  # for `getattr` the module looks in three places first
+        try:
+            return parameters["weight_ih"], parameters["weight_hh"], parameters["bias_ih"], parameters["bias_hh"]
+        except KeyError:  # one that is computed, as by a parametrisation
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
+    def _special(self, mode: Mode, input: Tensor, states: list[Tensor], weights: tuple[Any, ...]) -> Any:
+        """(h, c) with layer norm or zoneout; without c where there is none."""
+        options: dict[str, Any] = {"zoneout": self.zoneout, "training": self.training}
+        if self.layer_norm:
+            norm = [getattr(self, name) for name in self._norm_names]
+            options |= {"norm_weights": norm, "layer_norm_eps": self.layer_norm_eps}
+        result = _CELLS[mode](input, tuple(states) if mode is Mode.LSTM else states[0], *weights, **options)
+        return result if mode is Mode.LSTM else (result, None)
 
     def _fits(self, x: Tensor, states: list[Tensor], weight: Tensor) -> bool:
         """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not."""
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size or x.numel() == 0:
             return False
         if states:
-            shape = (*x.shape[:-1], self.hidden_size)
-            if len(states) != self._states or any(s.shape != shape for s in states):
+            if len(states) != self._states:
                 return False
+            shape = (*x.shape[:-1], self.hidden_size)
+            for state in states:
+                if state.shape != shape:
+                    return False
         return _alike(x, (*states, weight))
 
 
+_CELLS: dict[Mode, Callable[..., Any]] = {
+    Mode.LSTM: functional.lstm_cell,
+    Mode.GRU: functional.gru_cell,
+    Mode.RNN_TANH: functional.rnn_tanh_cell,
+    Mode.RNN_RELU: functional.rnn_relu_cell,
+}
+
+
 class LSTMCell(_Cell, torch.nn.LSTMCell):
-    """`torch.nn.LSTMCell` on fastgen's kernel."""
+    """`torch.nn.LSTMCell` on fastgen's kernel; `zoneout`, `layer_norm` and `layer_norm_eps` as of `LSTM`.
+
+    The parameters of layer norm are `norm_weight_ih`, `norm_weight_hh`, `norm_weight_c` and `norm_bias_c`.
+    """
 
     _states = 2
     _mode = Mode.LSTM
 
+    def __init__(self, *args: Any, layer_norm: bool = False, layer_norm_eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layer_norm = boolean("layer_norm", layer_norm)
+        self.layer_norm_eps = number("layer_norm_eps", layer_norm_eps, minimum=0)
+        if layer_norm:
+            self._norm_names = _add_norm(self, "", self.weight_hh)
+            _reset_norm(self, self._norm_names)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_norm(self, self._norm_names)
+
 
 class GRUCell(_Cell, torch.nn.GRUCell):
-    """`torch.nn.GRUCell` on fastgen's kernel."""
+    """`torch.nn.GRUCell` on fastgen's kernel; `zoneout` as of `LSTM`."""
 
     _mode = Mode.GRU
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
-    """`torch.nn.RNNCell` on fastgen's kernel."""
+    """`torch.nn.RNNCell` on fastgen's kernel; `zoneout` as of `LSTM`."""
 
     @property
     def _mode(self) -> Mode | None:  # type: ignore[override]

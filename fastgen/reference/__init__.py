@@ -17,7 +17,13 @@ from fastgen.reference.random import (
     random_bits,
     uniform,
 )
-from fastgen.reference.recurrent import recurrent, recurrent_backward, recurrent_cell, recurrent_cell_backward
+from fastgen.reference.recurrent import (
+    recurrent,
+    recurrent_backward,
+    recurrent_cell,
+    recurrent_cell_backward,
+    recurrent_step,
+)
 from fastgen.reference.reparameterize import (
     kl_divergence,
     noise_for,
@@ -45,6 +51,7 @@ __all__ = [
     "recurrent_backward",
     "recurrent_cell",
     "recurrent_cell_backward",
+    "recurrent_step",
     "reparameterize",
     "reparameterize_backward",
     "reparameterize_kl",

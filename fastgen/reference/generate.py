@@ -68,6 +68,9 @@ def rnn_generate(
     repetition_penalty: float,
     stop: Tensor,
     steps: int,
+    norm_eps: float = 0.0,
+    zoneout_c: float = 0.0,
+    zoneout_h: float = 0.0,
     process: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Feed each running row up to `steps` tokens, and draw the next one wherever the prompt is over.
@@ -84,7 +87,8 @@ def rnn_generate(
         h, c: (layers, n, H) each, the states; c for LSTM, else None.
         seen: (n, V) bool, what the repetition penalty applies to, or None.
         embedding: (V, E).
-        weights: a layer after the other, w_ih, w_hh and, if there are biases, b_ih, b_hh.
+        weights: a layer after the other, w_ih, w_hh, if there are biases b_ih, b_hh, and with layer norm norm_ih,
+            norm_hh, norm_c, norm_c_bias.
         projection: (P, H) or None: applied to the last layer's h before the output.
         output_weight, output_bias: (V, P or H) and (V,) or None.
         seed_offset: (n, 2) int64: the row's seed, and the element of its stream that stands at index 0. The
@@ -92,6 +96,7 @@ def rnn_generate(
         temperature, top_k, top_p, min_p, repetition_penalty: see `pick_tokens`.
         stop: (S,) int64, tokens after which a row stops.
         steps: tokens to feed to a row at most.
+        norm_eps, zoneout_c, zoneout_h: see `recurrent_step`.
         process: not in the op: (rows (k,), their logits (k, V)) -> the logits to pick from.
     """
     product = torch.ops.fastgen.linear_rows
@@ -100,7 +105,7 @@ def rnn_generate(
         if rows.numel() == 0:
             return
         index = position[rows]
-        x = step_layers(mode, embedding[tokens[rows, index]], h, c, weights, rows)
+        x = step_layers(mode, embedding[tokens[rows, index]], h, c, weights, rows, norm_eps, (zoneout_c, zoneout_h))
         index = index + 1
         position[rows] = index
 
@@ -133,14 +138,27 @@ def rnn_generate(
         status[rows[torch.isin(drawn, stop)]] = Status.STOPPED
 
 
-def step_layers(mode: int, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], rows: Tensor) -> Tensor:
+def step_layers(
+    mode: int,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    rows: Tensor,
+    norm_eps: float = 0.0,
+    zoneout: Sequence[float] = (0.0, 0.0),
+) -> Tensor:
     """Feed x (k, I) to the layers for the k rows `rows` of h and c, which change; returns the last h (k, H)."""
-    cell = torch.ops.fastgen.recurrent_cell
-    biases: tuple[Tensor | None, ...] = () if len(weights) == 4 * len(h) else (None, None)
-    per_layer = len(weights) // len(h)
+    each = len(weights) // len(h)
     for layer in range(len(h)):
-        layer_weights = (*weights[layer * per_layer : (layer + 1) * per_layer], *biases)
-        x, c_1, _ = cell(mode, x, h[layer, rows], None if c is None else c[layer, rows], *layer_weights)
+        w_ih, w_hh, *more = weights[layer * each : (layer + 1) * each]
+        biases = more[:2] if each % 4 == 0 else (None, None)
+        operands = (mode, x, h[layer, rows], None if c is None else c[layer, rows], w_ih, w_hh, *biases)
+        if each > 4 or any(zoneout):
+            norm = more[-4:] if each > 4 else [None] * 4
+            x, c_1 = torch.ops.fastgen.recurrent_step(*operands, *norm, norm_eps, *zoneout)
+        else:
+            x, c_1, _ = torch.ops.fastgen.recurrent_cell(*operands)
         h[layer, rows] = x
         if c is not None:
             c[layer, rows] = c_1

@@ -133,6 +133,15 @@ def test_text_is_that_of_the_model(run: Path, capsys: pytest.CaptureFixture[str]
     assert path.read_text() == three
 
 
+def test_layer_norm_and_zoneout(play: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "rnn", "--data", str(play), *QUICK, "--layer-norm", "--zoneout", "0.4,0.1"]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    config = RNN.from_pretrained(tmp_path / "run" / "model").config
+    assert config.layer_norm
+    assert config.zoneout == (0.4, 0.1)
+    assert len(output(capsys, "generate", str(tmp_path / "run"), "--prompt", "Who", "--max-new-tokens", "20")) > 20
+
+
 def test_generation_stops(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     greedy = ["generate", str(run), "--prompt", "Who", "--temperature", "0", "--max-new-tokens", "200"]
     text = output(capsys, *greedy)
@@ -215,6 +224,9 @@ def test_train_errors(
     assert error("flat.csv").startswith("--seq-len: expected less than the 27 steps to train on, got 50")
     assert error(str(play), "--seq-len", "5000").startswith("--seq-len: expected less than the")
     assert error(str(play), "--cell", "qrnn").startswith("--cell: expected one of lstm, gru, rnn_tanh, rnn_relu")
+    assert error(str(play), "--zoneout", "often").startswith("--zoneout: expected a number, or one for c and one for h")
+    assert error(str(play), "--cell", "gru", "--zoneout", "0.5,0.1").startswith("--zoneout: expected a number for gru")
+    assert error(str(play), "--cell", "gru", "--layer-norm").startswith("--layer-norm: expected")
     assert error(str(play), "--hidden-size", "0").startswith("--hidden-size: expected an int of at least 1")
     assert error(str(play), "--vocab-size", "300").startswith("--vocab-size: expected with --tokenizer bpe only")
     assert error(str(play), "--tokenizer", "words").startswith("--tokenizer: expected chars, bytes, bpe or a")

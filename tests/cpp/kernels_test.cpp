@@ -292,6 +292,20 @@ struct Recurrent {
     p.h_0 = operand(batch * states, 7, 0.3);
     p.c_0 = lstm ? operand(batch * hidden, 8, 0.3) : nullptr;
     p.h_mask = masked ? operand(batch * states, 9, 0.5) : nullptr;
+    if (lstm && variant & 32) {
+      p.norm_ih = operand(gates, 13, 1);
+      p.norm_hh = operand(gates, 14, 1);
+      p.norm_c = operand(hidden, 15, 1);
+      p.norm_c_bias = operand(hidden, 16, 0.1);
+      p.norm_eps = 1e-5;
+    }
+    if (variant & 64) {
+      p.zoneout_c = lstm ? 0.5 : 0;
+      p.zoneout_h = 0.25;
+      p.zoneout_drawn = variant & 2;
+      p.seed = 99;
+      p.offset = ~0ull - 7;
+    }
     p.grad_output = operand(p.rows * states, 10, 0.1);
     p.grad_step = p.row_step * states;
     p.grad_batch = p.row_batch * states;
@@ -317,8 +331,8 @@ struct Recurrent {
     p.output = result(p.rows * p.output_size, p.dtype);
     p.h_n = result(p.batch * p.output_size, p.dtype);
     p.c_n = lstm ? result(p.batch * p.hidden_size, p.dtype) : nullptr;
-    p.gates = saved_gates(p.mode) > 0 ? result(p.rows * 4 * p.hidden_size, p.dtype) : nullptr;
-    p.cells = lstm ? result(p.rows * p.hidden_size, work) : nullptr;
+    p.gates = saved_gates(p) > 0 ? result(p.rows * saved_gates(p) * p.hidden_size, p.dtype) : nullptr;
+    p.cells = lstm ? result(p.rows * (p.hidden_size + saved_scales(p)), work) : nullptr;
     forward(table, parts);
     p.grad_input = result(p.rows * p.input_size, p.dtype);
     p.grad_w_ih = result(gates * p.input_size, work);
@@ -328,7 +342,12 @@ struct Recurrent {
     p.grad_w_hr = p.w_hr != nullptr ? result(p.output_size * p.hidden_size, work) : nullptr;
     p.grad_h_0 = result(p.batch * p.output_size, p.dtype);
     p.grad_c_0 = lstm ? result(p.batch * p.hidden_size, p.dtype) : nullptr;
-    Buffer grad_gates(size_t(p.rows * gate_gradients(p.mode) * p.hidden_size) * size_of(p.dtype) + slack);
+    const bool norm = p.norm_ih != nullptr;
+    p.grad_norm_ih = norm ? result(gates, work) : nullptr;
+    p.grad_norm_hh = norm ? result(gates, work) : nullptr;
+    p.grad_norm_c = norm ? result(p.hidden_size, work) : nullptr;
+    p.grad_norm_c_bias = norm ? result(p.hidden_size, work) : nullptr;
+    Buffer grad_gates(size_t(p.rows * gate_gradients(p) * p.hidden_size) * size_of(p.dtype) + slack);
     Buffer hidden(size_t(p.rows * p.hidden_size) * size_of(p.dtype));
     Buffer grad_hidden(size_t(p.rows * p.output_size) * size_of(p.dtype) + slack);
     std::vector<const void*> pointers(size_t(3 * p.rows));
@@ -382,7 +401,9 @@ struct Recurrent {
       blocks(Phase::kInput, of.blocks);
       for (; work.first_step < work.end_step; ++work.first_step) {
         blocks(Phase::kStep, of.blocks);
+        if (by_rows(p)) blocks(Phase::kCells, p.batch);
         if (of.projection_blocks > 0) blocks(Phase::kProject, of.projection_blocks);
+        if (by_rows(p) && of.projection_blocks > 0) blocks(Phase::kEmit, p.batch);
       }
     }
     blocks(Phase::kFinish, 1);
@@ -414,8 +435,14 @@ struct Recurrent {
       work.scratch = scratch.data;
       blocks(Phase::kStart, 1);
       for (work.first_step = p.steps - 1; work.first_step >= 0; --work.first_step) {
-        if (p.w_hr != nullptr) blocks(Phase::kReturn, of.blocks);
-        blocks(Phase::kStep, p.w_hr != nullptr ? of.projection_blocks : of.blocks);
+        if (by_rows(p) || p.w_hr != nullptr) blocks(Phase::kReturn, of.blocks);
+        if (by_rows(p) && p.w_hr != nullptr) blocks(Phase::kEmit, p.batch);
+        if (p.w_hr != nullptr) {
+          blocks(Phase::kStep, of.projection_blocks);
+        } else if (!by_rows(p)) {
+          blocks(Phase::kStep, of.blocks);
+        }
+        if (by_rows(p)) blocks(Phase::kCells, p.batch);
       }
       blocks(Phase::kReturn, of.blocks);
       blocks(Phase::kFinish, 1);
@@ -441,7 +468,7 @@ void test_recurrent(const char* isa) {
       for (const int64_t hidden : {1, 17, 40}) {
         for (const int64_t outputs : {0, 5}) {
           if (outputs > 0 && mode != 0) continue;
-          variant += 7;  // coprime to 32: all options meet
+          variant += 7;  // coprime to 128: all options meet
           const int64_t inputs = variant % 3 == 0 ? 16 : 3, batch = 1 + variant % 9;
           Recurrent whole(CellMode(mode), dtype, 4, batch, inputs, hidden, outputs, variant);
           Recurrent other(CellMode(mode), dtype, 4, batch, inputs, hidden, outputs, variant);
@@ -452,7 +479,7 @@ void test_recurrent(const char* isa) {
               expect_same(*whole.results[i], *other.results[i],
                           std::string(isa) + " recurrent mode " + std::to_string(mode) + " dtype " +
                               std::to_string(int(dtype)) + " hidden " + std::to_string(hidden) + " variant " +
-                              std::to_string(variant % 32) + " result " + std::to_string(i));
+                              std::to_string(variant % 128) + " result " + std::to_string(i));
             }
           }
         }
@@ -529,6 +556,36 @@ void test_cells(const char* isa) {
                         p.gates = kept[run].data;
                         kernels.recurrent_cell(p, begin, end);
                       });
+
+            // With layer norm or zoneout: units give the sums, and then rows the rest.
+            const Rows gains(dtype, 1, gates, 9), of_cell(dtype, 1, hidden, 10);
+            CellParams q = p;
+            q.gates = nullptr;
+            q.zoneout_h = 0.25;
+            if (mode == CellMode::kLstm) {
+              q.zoneout_c = 0.5;
+              if (batch % 2 == 1) {
+                q.norm_ih = q.norm_hh = gains.operand.data;
+                q.norm_c = q.norm_c_bias = of_cell.operand.data;
+                q.norm_eps = 1e-5;
+              }
+            }
+            const size_t all_sums = size_t(batch * cell_row_size(q)) * (dtype == DType::kFloat64 ? 8 : 4);
+            Buffer next_h[2] = {Buffer(state), Buffer(state, 0xCD)}, next_c[2] = {Buffer(state), Buffer(state)};
+            for (int run = 0; run < 2; ++run) {
+              Buffer sums(all_sums);
+              q.sums = sums.data;
+              q.h_1 = next_h[run].data;
+              q.c_1 = next_c[run].data;
+              const int64_t units = (hidden + kCellUnits - 1) / kCellUnits;
+              const int64_t unit = run * (units / 2), row = run * (batch / 2);
+              kernels.recurrent_cell(q, unit, units);
+              kernels.recurrent_cell(q, 0, unit);
+              kernels.recurrent_cell_rows(q, row, batch);
+              kernels.recurrent_cell_rows(q, 0, row);
+            }
+            expect_same(next_h[0], next_h[1], what + " by rows, h");
+            expect_same(next_c[0], next_c[1], what + " by rows, c");
 
             const size_t grad = size_t(batch * gates) * size;
             Buffer to_ih[2] = {Buffer(grad), Buffer(grad, 0xCD)}, to_hh[2] = {Buffer(grad), Buffer(grad)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrent_cases import CELLS, EXAMPLES, Case, taking, without_onednn
+from recurrent_cases import CELLS, EXAMPLES, WHOLE_ROWS, Case, taking, without_onednn
 from support import FLOATS
 from torch.autograd import forward_ad
 
@@ -17,7 +17,7 @@ MODES = list(Mode)
 def leaves_of(case: Case, dtype: torch.dtype = torch.float64):
     """(input, states or None, weights), all requiring gradients, and a function of them in one row."""
     x, hx = case.operands(dtype)
-    weights = [w.detach().requires_grad_() for w in case.module(dtype)._flat_weights]
+    weights = case.weights(dtype)
     count = len(hx or ())
 
     def function(x, *rest):
@@ -42,14 +42,14 @@ def cell_leaves(mode: Mode):
     return function, (normal(2, 4), *states, normal(rows, 4), normal(rows, 3), normal(rows), normal(rows))
 
 
-@pytest.mark.parametrize("case", EXAMPLES, ids=str)
+@pytest.mark.parametrize("case", EXAMPLES + WHOLE_ROWS, ids=str)
 def test_gradcheck(path, case):
     function, leaves = leaves_of(case)
     with taking(path):
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("case", EXAMPLES, ids=str)
+@pytest.mark.parametrize("case", EXAMPLES + WHOLE_ROWS, ids=str)
 def test_gradgradcheck(case):
     """By whatever path the first order goes, the second goes through the reference."""
     function, leaves = leaves_of(case)
@@ -65,7 +65,7 @@ def test_gradients_of_cells(path, mode):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("case", EXAMPLES, ids=str)
+@pytest.mark.parametrize("case", EXAMPLES + WHOLE_ROWS, ids=str)
 def test_a_gradient_is_the_same_with_and_without_a_graph(path, case, dtype):
     """create_graph=True goes another way (the reference) to the same numbers."""
     function, leaves = leaves_of(case, dtype)
@@ -111,7 +111,7 @@ def test_gradient_penalty_through_operands_that_depend_on_each_other(path, mode)
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("case", EXAMPLES[:5] + EXAMPLES[-1:], ids=str)
+@pytest.mark.parametrize("case", EXAMPLES[:5] + EXAMPLES[-1:] + WHOLE_ROWS[1:3], ids=str)
 def test_any_part_of_the_outputs_and_operands(path, case):
     """Gradients that never arrive, and operands that want none: the rest as if all had been asked for."""
     function, leaves = leaves_of(case)
@@ -197,12 +197,12 @@ def test_a_training_step_keeps_no_more_than_torchs(mode, packed, dtype):
 # torch.func and forward mode
 
 
-@pytest.mark.parametrize("case", EXAMPLES, ids=str)
+@pytest.mark.parametrize("case", EXAMPLES + WHOLE_ROWS, ids=str)
 def test_vmap(case):
     """Over every operand at once, and over the weights alone (an ensemble)."""
     function, leaves = leaves_of(case)
     stacks = [torch.stack([x.detach(), 2 * x.detach(), -x.detach()]) for x in leaves]
-    states = len(leaves) - len(case.module()._flat_weights)
+    states = len(leaves) - len(case.weights())
     got = torch.vmap(function)(*stacks)
     want = [function(*(s[i] for s in stacks)) for i in range(3)]
     for a, b in zip(got, zip(*want, strict=True), strict=True):
@@ -215,7 +215,7 @@ def test_vmap(case):
         torch.testing.assert_close(a, torch.stack(b))
 
 
-@pytest.mark.parametrize("case", EXAMPLES, ids=str)
+@pytest.mark.parametrize("case", EXAMPLES + WHOLE_ROWS, ids=str)
 def test_jvp(case):
     """Forward mode, by torch.func and by dual tensors, is the transpose of the backward pass."""
     function, leaves = leaves_of(case)

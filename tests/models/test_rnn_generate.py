@@ -81,6 +81,29 @@ def test_equals_the_naive_loop(cell: str, fields: dict[str, object]) -> None:
         assert torch.equal(got, naive(rnn, prompt, 30, 7, **sampling)), sampling
 
 
+WHOLE_ROWS = [
+    {"layer_norm": True},
+    {"layer_norm": True, "zoneout": (0.3, 0.1)},
+    *({"cell": cell, "zoneout": 0.2} for cell in CELLS),
+]
+
+
+@pytest.mark.parametrize("fields", WHOLE_ROWS, ids=str)
+def test_layer_norm_and_zoneout(fields: dict[str, object]) -> None:
+    """Against the whole text in the sequence form, and, to the bit, against the loop in Python."""
+    rnn = model(**fields)
+    prompt = torch.tensor([1, 5, 2])
+    for sampling in ({"temperature": 0.0}, {}, FILTERED):
+        got = rnn.generate(prompt, 30, seed=7, **sampling)
+        assert torch.equal(got, naive(rnn, prompt, 30, 7, **sampling)), sampling
+    rnn.to(torch.bfloat16)
+    prompts = ["ab", "c", "d e"]
+    looped, state = rnn.generate(prompts, 30, seed=3, logits_processor=lambda _, x: x, return_state=True)
+    native, same = rnn.generate(prompts, 30, seed=3, return_state=True)
+    assert looped == native
+    assert torch.equal(state.h, same.h)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     rnn = model().to(dtype)
@@ -353,6 +376,12 @@ def test_a_series_equals_the_naive_loop(cell: str, temperature: float) -> None:
     prompt = torch.tensor([[5.0, -90.0], [6.0, -130.0], [4.0, -100.0]])
     got = rnn.generate(prompt, 12, seed=4, temperature=temperature)
     torch.testing.assert_close(got, naive_series(rnn, prompt, 12, 4, temperature), rtol=1e-3, atol=1e-3)
+
+
+def test_a_series_with_layer_norm_and_zoneout() -> None:
+    rnn = series_model(layer_norm=True, zoneout=0.2)
+    prompt = torch.tensor([[4.0, -90.0], [6.0, -120.0]])
+    torch.testing.assert_close(rnn.generate(prompt, 6, seed=2), naive_series(rnn, prompt, 6, 2, 1.0))
 
 
 def test_rows_of_series() -> None:

@@ -15,7 +15,7 @@ from fastgen.reference._work import work_dtype
 from fastgen.reference.recurrent import Mode
 
 MODES = list(Mode)
-ALL = 0b11111111
+ALL = 0b111111111111
 FORWARD = {  # name -> does a step exist that other rows do not share, and so on: one example of each kind
     "padded": {},
     "batch_first": {"batch_first": True},
@@ -58,14 +58,22 @@ def sequence_arguments(mode: Mode, dtype: torch.dtype, reverse: bool = False, pr
     )
 
 
+def norm_and_zoneout(mode: Mode, norm: bool, drawn: bool) -> tuple:
+    """What follows `save` in the arguments of `recurrent`."""
+    sizes = (20, 20, 5, 5) if norm else ()
+    weights = [torch.linspace(0.5, 1.5, n) for n in sizes] or [None] * 4
+    zoneout = (0.4 if mode == Mode.LSTM else 0.0, 0.3)
+    return (*weights, torch.tensor([7, 2]) if drawn else None, 1e-5, *zoneout)
+
+
 def backward_arguments(arguments: tuple, needs: int = ALL, absent: tuple[int, ...] = ()) -> tuple:
     """Arguments of `recurrent_backward` after `arguments` of `recurrent`, with ones for all gradients but `absent`."""
-    mode, *operands, batch_first, reverse, _ = arguments
+    mode, *operands, batch_first, reverse, _ = arguments[:14]
     output, h_n, c_n, gates, cells = reference.recurrent(*arguments)
     grads = [torch.ones_like(y) if i not in absent else None for i, y in enumerate((output, h_n, c_n))]
     if mode != Mode.LSTM:
         grads[2] = None
-    return (mode, *grads, *operands, output, gates, cells, batch_first, reverse, needs)
+    return (mode, *grads, *operands, output, gates, cells, batch_first, reverse, needs, *arguments[14:])
 
 
 def cell_arguments(mode: Mode, dtype: torch.dtype, rows: int = 3, bias: bool = True) -> tuple:
@@ -98,6 +106,18 @@ def samples() -> list[tuple[str, tuple]]:
             ("recurrent_cell", cell_arguments(mode, torch.float32, rows=0)),
             ("recurrent_cell_backward", cell_backward_arguments(cell_arguments(mode, torch.float32), absent=(1,))),
         ]
+    for mode, norm, drawn, packed, proj_size in (
+        (Mode.LSTM, True, False, False, 0),
+        (Mode.LSTM, True, True, True, 2),
+        (Mode.LSTM, False, True, False, 2),
+        (Mode.GRU, False, True, True, 0),
+        (Mode.RNN_TANH, False, False, False, 0),
+    ):
+        options = norm_and_zoneout(mode, norm, drawn)
+        arguments = (*sequence_arguments(mode, torch.float32, proj_size=proj_size, packed=packed), *options)
+        out += [("recurrent", arguments), ("recurrent_backward", backward_arguments(arguments))]
+        step = cell_arguments(mode, torch.float32)
+        out += [("recurrent_step", (*step, *options[:4], *options[5:]))]
     for packed in (False, True):
         arguments = sequence_arguments(Mode.LSTM, torch.float32, proj_size=2, packed=packed)
         out += [("recurrent", arguments), ("recurrent_backward", backward_arguments(arguments))]
@@ -136,7 +156,7 @@ def test_the_backward_formulas_are_the_derivative(mode, kind, reverse):
         want = iter(torch.autograd.grad(outputs, present, grads))
         given = list(backward_arguments(tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)))
         given[1 : 1 + len(grads)] = grads
-        for x, found in zip(leaves, reference.recurrent_backward(*given), strict=True):
+        for x, found in zip(leaves, reference.recurrent_backward(*given), strict=False):  # of the norms there are none
             if x is None:
                 assert found.shape == (0,)
             else:

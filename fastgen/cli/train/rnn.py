@@ -100,6 +100,19 @@ def train_rnn(
     weight_dropout: Annotated[
         float | None, option("Of the recurrent weights.", default=_MODEL.weight_dropout, panel="Model")
     ] = None,
+    zoneout: Annotated[
+        str | None,
+        option(
+            "How often a unit of the state keeps its last value; of an LSTM, P_C,P_H for cells and states.",
+            default=str(_MODEL.zoneout),
+            panel="Model",
+            metavar="P",
+        ),
+    ] = None,
+    layer_norm: Annotated[
+        bool | None,
+        typer.Option("--layer-norm", help="Normalise within the LSTM layers.", rich_help_panel="Model"),
+    ] = None,
     epochs: Annotated[int | None, option("Passes over the data.", default=_both("epochs"), panel="Training")] = None,
     max_steps: options.MaxSteps = None,
     max_seconds: options.MaxSeconds = None,
@@ -186,6 +199,8 @@ class _RNN(Family):
         return (RNNSeriesRecipe if _is_series(source) else RNNTextRecipe).training_config(**fields)
 
     def new(self, source: Options, model: Options, report: Options, config: TrainingConfig, quiet: bool) -> RNNRecipe:
+        if "zoneout" in model:
+            model["zoneout"] = _zoneout(model["zoneout"])
         of_recipe = {name: model.pop(name) for name in ("seq_len",) if name in model} | report
         if _is_series(source):
             _refuse("a series", {**source, **report}, ("tokenizer", "vocab_size", "prompt"))
@@ -225,6 +240,17 @@ class _RNN(Family):
     def next_command(self, result: TrainingResult) -> list[str]:
         more = ["--out", "ahead.png"] if "rmse" in result.metrics else ["--temperature", "0.6", "--stream"]
         return ["fastgen", "generate", str(result.out), *more]
+
+
+def _zoneout(value: str) -> float | tuple[float, ...]:
+    """A number, or several with commas between them."""
+    try:
+        numbers = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--zoneout: expected a number, or one for c and one for h such as 0.5,0.05, got {value!r}"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _is_series(source: Mapping[str, Any]) -> bool:
