@@ -76,7 +76,8 @@ def test_a_gradient_is_the_same_with_and_without_a_graph(path, case, dtype):
         graph = torch.autograd.grad(outputs, leaves, grads, create_graph=True)
     for a, b in zip(plain, graph, strict=True):
         assert not a.requires_grad
-        tolerance = 8 * torch.finfo(dtype).eps * max(float(b.detach().abs().max()), 1)
+        roundings = 64 if case.layer_norm else 8  # a norm divides by a deviation, which may be small
+        tolerance = roundings * torch.finfo(dtype).eps * max(float(b.detach().abs().max()), 1)
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
