@@ -1,4 +1,4 @@
-# make demo    set up, build, train a VAE on digits, an RNN and a GPT on Shakespeare (about five minutes on two cores)
+# make demo    set up, build, train a VAE on digits, an RNN and a GPT on Shakespeare (about four minutes on two cores)
 # make test    set up, build, and run the tests
 # make lint    ruff, clang-format, mypy
 # make bench   timings against PyTorch on this machine

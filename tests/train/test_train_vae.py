@@ -187,7 +187,9 @@ def test_models_that_do_not_fit_the_data(
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="model: expected one of VAE, VAEConfig, RNN, RNNConfig, GPT, GPTConfig, got Linear"):
+    with pytest.raises(
+        TypeError, match="model: expected one of VAE, VAEConfig, RNN, RNNConfig, GPT, GPTConfig, got Linear"
+    ):
         fit(torch.nn.Linear(2, 2), images())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="data: expected ImageSet for VAE, got str"):
         fit(VAEConfig(**SMALL), "mnist")  # type: ignore[arg-type]
