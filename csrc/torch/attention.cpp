@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
   if (p.query_sums != nullptr) run(AttentionBackwardPhase::kQueries, p.batch * p.heads, 0);
 
-  if (p.slope_sums != nullptr) {
+  if (slopes && needed(4)) {
     const bool per_batch = slopes->dim() == 2;
     const int64_t size[2] = {per_batch ? p.batch : p.heads, p.heads};
     grad_slopes = empty_cpu(size, per_batch ? 2 : 1, work);

@@ -23,7 +23,8 @@ KINDS = [
     Case(batch=1, lengths=((3, 0, 2), (2, 4, 1)), causal=True, slopes="heads"),
     Case(queries=0),
     Case(keys=0),
-    Case(batch=0, mask="float-0"),
+    Case(batch=0, mask="float-0", slopes="rows"),
+    Case(batch=0, slopes="heads"),
 ]
 
 
