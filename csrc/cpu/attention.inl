@@ -590,8 +590,9 @@ class AttentionForward : Attention<T> {
       load(state.sum + v * kWidth, sum);
       const auto none = less(sum, F(T(0.5)));  // the top alone weighs 1
       const F share = select(none, F(T(0)), F(T(p.kept_weight)) / sum);
-      put(lse + v * kWidth,
-          select(none, F(-T(__builtin_inf())), multiply_add(top, F(Base::kLn2), logarithm<T, U>(sum))), count);
+      // The logarithm is for normal numbers: a NaN has to be led around it.
+      const F log_sum = multiply_add(top, F(Base::kLn2), logarithm<T, U>(sum)) + (sum - sum);
+      put(lse + v * kWidth, select(none, F(-T(__builtin_inf())), log_sum), count);
       const auto write = [&](auto storage) {
         using Storage = decltype(storage);
         for (int64_t k = 0; k < p.value_width; k += kWidth) {

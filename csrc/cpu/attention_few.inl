@@ -274,7 +274,7 @@ class AttentionFew : Attention<typename WorkType<Storage>::T> {
       const int columns = int(at_most(kWidth, p.value_width - k));
       put(out + k, fastgen::take<F>(sums + k, columns) * share, columns);
     }
-    const T lse = top * Base::kLn2 + first_lane(logarithm<T, U>(F(sum)));
+    const T lse = top * Base::kLn2 + first_lane(logarithm<T, U>(F(sum))) + (sum - sum);  // a NaN stays one
     static_cast<T*>(p.lse)[row.head.row + row.i] = none ? -T(__builtin_inf()) : lse;
   }
 };
