@@ -94,8 +94,13 @@ _cpu = _Library("_C.so")
 _cuda = _Library("_C_cuda.so", _why_not_cuda())
 
 if _cpu.handle is not None:
-    for _name in ("fastgen_isa_active", "fastgen_isa_name", "fastgen_cpu_vendor"):
-        getattr(_cpu.handle, _name).restype = ctypes.c_char_p
+    try:
+        for _name in ("fastgen_isa_active", "fastgen_isa_name", "fastgen_cpu_vendor"):
+            getattr(_cpu.handle, _name).restype = ctypes.c_char_p
+    except AttributeError:
+        raise ImportError(
+            f"{_FOLDER / '_C.so'} is older than the Python files beside it: build fastgen again"
+        ) from None
 
 
 def cpu_library() -> ctypes.CDLL | None:

@@ -47,7 +47,7 @@ def words_library(cpp_cache: Path) -> Callable[[str], ctypes.CDLL]:
     flags = setup_script()["SOURCE_FLAGS"]
 
     def load(isa: str) -> ctypes.CDLL:
-        kernel_flags = ["-O2" if f == "-O3" else f for f in flags[f"csrc/cpu/kernels_{isa}.cpp"]]
+        kernel_flags = flags[f"csrc/cpu/kernels_{isa}.cpp"]
         common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", f'-DFASTGEN_VEC="../../csrc/cpu/vec_{isa}.h"']
         unit = [*common, *kernel_flags, "tests/cpp/words.cpp"]
         library = ctypes.CDLL(str(build(cpp_cache, f"words_{isa}.so", [unit], ["-shared"])))

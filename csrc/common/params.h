@@ -285,6 +285,7 @@ struct AttentionParams {
   int64_t queries, keys;    // of every sequence; ragged: of all together
   int64_t width, value_width;
   const int64_t *query_starts, *key_starts;  // ragged: [batch + 1]; otherwise null
+  const int64_t* first_units;                // ragged: of each sequence, [batch + 1]; see AttentionSizes
   Tensor4 query, key, value;                 // ragged: batch stride 0
   Tensor4 mask;                              // bool (true: seen) or added; or null
   const void* slopes;                        // of ALiBi, in the work type; or null
@@ -304,7 +305,8 @@ constexpr int64_t kUnlimited = int64_t(1) << 60;
 // What the kernels of one instruction set need for given parameters. Units are independent of each other, and so are
 // their results of who computes them.
 struct AttentionSizes {
-  int64_t units;
+  int64_t units;        // ragged: heads for each `unit_queries` of a sequence, as first_units says
+  int64_t unit_queries;
   int64_t scratch;     // bytes for a unit at work
   int64_t join_units;  // where the keys of a head are cut into chunks: of the phase that joins their sums
   int64_t sums;        // bytes of these
@@ -328,7 +330,7 @@ struct AttentionBackwardParams : AttentionParams {
 };
 
 struct AttentionBackwardSizes {
-  int64_t units, scratch;
+  int64_t units, scratch;  // ragged: key heads for each `chunk` of a sequence, as first_units says
   int64_t mask_units, mask_scratch;
 };
 
@@ -336,8 +338,8 @@ struct AttentionBackwardSizes {
 // sums of the chunks, a unit for each head of each sequence.
 enum class AttentionBackwardPhase { kMask, kKeys, kQueries };
 
-// out (rows, columns) = left (rows, depth) right (depth, columns) + bias; float32 or float64. Of the two strides of the
-// left side one is 1, and so of the right side; of two with left_step not 1, right_column is.
+// out (rows, columns) = left (rows, depth) right (depth, columns) + bias; float32 or float64. One of the two
+// strides of a side is 1; if left_step is not, right_column is, and there is no bias.
 struct MatrixParams {
   DType dtype;
   int64_t rows, columns, depth;

@@ -51,14 +51,23 @@ __attribute__((noinline)) void read_rows(DType dtype, const void* from, int64_t 
   }
 }
 
-// A row of the mask as what is added to scores.
+// A row of the mask as what is added to scores, in units of log 2. What is finite stays so: the lowest number is a
+// common mask, and a row of nothing else has the mean of all values.
 template <class T>
 __attribute__((noinline)) void read_mask(DType dtype, const void* from, int64_t step, int64_t count, T* out) {
   if (dtype == DType::kBool) {
     const bool* seen = static_cast<const bool*>(from);
     for (int64_t k = 0; k < count; ++k) out[k] = seen[k * step] ? T(0) : -T(__builtin_inf());
-  } else {
-    read_rows<T>(dtype, from, 0, step, 1, count, out, 0);
+    return;
+  }
+  using F = typename Work<T>::F;
+  const F lowest(-std::numeric_limits<T>::max());
+  read_rows<T>(dtype, from, 0, step, 1, count, out, 0);
+  for (int64_t k = 0; k < count; k += kLanes<T>) {
+    F x;
+    load(out + k, x);
+    // A NaN in the second argument passes, and so does -inf, which is less than the lowest number.
+    store(out + k, select(less(x, lowest), x, larger(lowest, x * F(T(1.4426950408889634)))));
   }
 }
 
@@ -179,6 +188,22 @@ class Attention {
     return p.key_starts == nullptr ? p.keys : p.key_starts[sequence + 1] - p.key_starts[sequence];
   }
 
+  // The sequence that a unit belongs to; `unit` becomes its number there.
+  int64_t sequence_of(int64_t& unit, int64_t units_of_each) const {
+    if (p.query_starts == nullptr) {
+      const int64_t sequence = unit / units_of_each;
+      unit -= sequence * units_of_each;
+      return sequence;
+    }
+    int64_t low = 0, high = p.batch;  // first_units[low] <= unit < first_units[high]
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (p.first_units[middle] <= unit ? low : high) = middle;
+    }
+    unit -= p.first_units[low];
+    return low;
+  }
+
   Head head(int64_t sequence, int64_t h) const {
     Head out;
     const int64_t kv = h / (p.heads / p.kv_heads);
@@ -213,7 +238,7 @@ class Attention {
     out.place = first + head.shift;
     return out;
   }
-  int64_t first_seen(const Head&, const Block& b) const { return at_least(0, b.place - p.left); }
+  int64_t first_seen(const Block& b) const { return at_least(0, b.place - p.left); }
   int64_t end_seen(const Head& head, const Block& b) const { return at_most(head.keys, b.place + b.count + p.right); }
 
   // Cuts keys [j, end): where all lanes see all keys into one piece, at the edges of what they see into pieces as high
@@ -281,8 +306,8 @@ class Attention {
     }
   }
 
-  // Calls body(F& score, distance, place in the block, key in the block, whole) for all scores that the strips see, a
-  // vector at a time.
+  // Calls body(F& score, distance, place in the block, key in the block) for all scores that the strips see, a vector
+  // at a time.
   template <class Body>
   FASTGEN_MEMBER void for_scores(const Block& b, const Strips& seen, int64_t j, T* s, const Body& body) const {
     for (const Strip& strip : seen) {
@@ -294,7 +319,7 @@ class Attention {
           const int64_t key = strip.first - j + k, i = key * b.lanes + v * kWidth;
           F score;
           load(s + i, score);
-          body(score, place - F(T(k)), i, key, strip.whole);
+          body(score, place - F(T(k)), i, key);
           store(s + i, score);
         }
       }
@@ -306,46 +331,57 @@ class Attention {
                                         T* s, const Extras& extras) const {
     if (p.softcap > 0) {
       const F cap(T(p.softcap) * kLog2E);
-      for_scores(b, seen, j, s, [&](F& score, F, int64_t i, int64_t, bool) {
+      for_scores(b, seen, j, s, [&](F& score, F, int64_t i, int64_t) {
         const F t = hyperbolic_tangent<T, U>(score);
         if (extras.tangent != nullptr) store(extras.tangent + i, t);
         score = t * cap;
       });
     }
     if (head.mask != nullptr) {
-      const F to_log2(kLog2E);
       const char* from = head.mask + j * p.mask.stride[3] * mask_size;
       if (p.mask.stride[2] == 0) {  // the same for all queries
         read_mask<T>(p.mask_dtype, from, p.mask.stride[3], count, extras.added);
-        for_scores(b, seen, j, s, [&](F& score, F, int64_t, int64_t key, bool) {
-          score = multiply_add(F(extras.added[key]), to_log2, score);
-        });
+        for_scores(b, seen, j, s, [&](F& score, F, int64_t, int64_t key) { score = score + F(extras.added[key]); });
       } else {
         for (int64_t i = 0; i < b.count; ++i) {
           read_mask<T>(p.mask_dtype, from + (b.first + i) * p.mask.stride[2] * mask_size, p.mask.stride[3], count,
                        extras.rows + i * kKeys);
         }
         transpose_rows(b, count, extras);
-        for_scores(b, seen, j, s, [&](F& score, F, int64_t i, int64_t, bool) {
+        for_scores(b, seen, j, s, [&](F& score, F, int64_t i, int64_t) {
           F added;
           load(extras.added + i, added);
-          score = multiply_add(added, to_log2, score);
+          score = score + added;
         });
       }
     }
     if (head.slope != T(0)) {
       const F minus_slope(-head.slope);
-      for_scores(b, seen, j, s, [&](F& score, F distance, int64_t, int64_t, bool) {
+      for_scores(b, seen, j, s, [&](F& score, F distance, int64_t, int64_t) {
         score = multiply_add(absolute(distance), minus_slope, score);
       });
     }
-    bool partial = false;
-    for (const Strip& strip : seen) partial = partial || !strip.whole;
-    if (partial) {
-      const F left(T(p.left)), right(T(-p.right)), unseen(-T(__builtin_inf()));
-      for_scores(b, seen, j, s, [&](F& score, F distance, int64_t, int64_t, bool whole) {
-        if (!whole) score = select(less(left, distance), unseen, select(less(distance, right), unseen, score));
-      });
+    for (const Strip& strip : seen) {
+      if (!strip.whole) hide(b, strip, j, s);
+    }
+  }
+
+  // Sets what is not seen to -inf. Places relative to the ends of the window are small where an end is in sight: exact
+  // in T whatever the size of the window.
+  void hide(const Block& b, const Strip& strip, int64_t j, T* s) const {
+    const int64_t first = b.place - strip.first;
+    const F unseen(-T(__builtin_inf())), zero(T(0));
+    F lane;
+    load(lane_, lane);
+    for (int v = strip.begin; v < strip.end; ++v) {
+      const F behind = lane + F(T(first - p.left + v * kWidth)), ahead = lane + F(T(first + p.right + v * kWidth));
+      for (int64_t k = 0; k < strip.count; ++k) {
+        T* at = s + (strip.first - j + k) * b.lanes + v * kWidth;
+        const F key{T(k)};
+        F score;
+        load(at, score);
+        store(at, select(less(zero, behind - key), unseen, select(less(ahead - key, zero), unseen, score)));
+      }
     }
   }
 
@@ -432,11 +468,8 @@ class AttentionForward : Attention<T> {
 
   AttentionSizes sizes() const {
     AttentionSizes out{};
-    if (p.query_starts == nullptr) {
-      out.units = p.batch * p.heads * groups(p.queries);
-    } else {
-      for (int64_t n = 0; n < p.batch; ++n) out.units += p.heads * groups(this->queries_of(n));
-    }
+    out.units = p.batch * p.heads * groups(p.queries);
+    out.unit_queries = kGroup * kQueries;
     Scratch scratch(nullptr);
     take(scratch);
     out.scratch = scratch.used();
@@ -444,15 +477,7 @@ class AttentionForward : Attention<T> {
   }
 
   void run(int64_t unit, void* memory) const {
-    int64_t sequence = 0;
-    if (p.query_starts == nullptr) {
-      sequence = unit / (p.heads * groups(p.queries));
-      unit %= p.heads * groups(p.queries);
-    } else {
-      while (unit >= p.heads * groups(this->queries_of(sequence))) {
-        unit -= p.heads * groups(this->queries_of(sequence++));
-      }
-    }
+    const int64_t sequence = this->sequence_of(unit, p.heads * groups(p.queries));
     const int64_t per_head = groups(this->queries_of(sequence));
     Scratch scratch(memory);
     run(sequence, unit / per_head, unit % per_head * kGroup * kQueries, take(scratch));
@@ -490,7 +515,7 @@ class AttentionForward : Attention<T> {
       for (int64_t i = 0; i < p.value_width * state.lanes; ++i) state.o[i] = T(0);
       for (int64_t i = 0; i < state.lanes; ++i) state.top[i] = -T(__builtin_inf());
       for (int64_t i = 0; i < state.lanes; ++i) state.sum[i] = T(0);
-      begin = at_most(begin, this->first_seen(head, state));
+      begin = at_most(begin, this->first_seen(state));
       end = at_least(end, this->end_seen(head, state));
     }
     for (int64_t j = begin / kKeys * kKeys; j < end; j += kKeys) {
@@ -505,15 +530,15 @@ class AttentionForward : Attention<T> {
   // A block of queries passes over the keys [j, j + count).
   void pass(const Head& head, State& state, int64_t j, int64_t count, const StridedMatrix<T>& key,
             const StridedMatrix<T>& value, const Memory& m) const {
-    const Strips seen = this->strips(state, at_least(j, this->first_seen(head, state)),
-                                     at_most(j + count, this->end_seen(head, state)));
+    const Strips seen =
+        this->strips(state, at_least(j, this->first_seen(state)), at_most(j + count, this->end_seen(head, state)));
     if (seen.count == 0) return;
     this->multiply_seen(state, seen, j, key, state.q, p.width, m.s);
     this->adjust(head, state, seen, j, count, m.s, m.extras);
     weigh(state, seen, j, m.s);
     if (this->drops()) {
       this->draw(head, state, j, count, m.extras);
-      this->for_scores(state, seen, j, m.s, [&](F& weight, F, int64_t i, int64_t, bool) {
+      this->for_scores(state, seen, j, m.s, [&](F& weight, F, int64_t i, int64_t) {
         F kept;
         load(m.extras.added + i, kept);
         weight = weight * kept;
@@ -545,7 +570,8 @@ class AttentionForward : Attention<T> {
       // A query that has seen no key has no top: its weights are 2^-inf.
       const F base = select(less(top, lowest), F(T(0)), top);
       const F fade = select(less(old, lowest), F(T(1)), power_of_2<T, U>(old - base));
-      F sums[4] = {sum * fade, F(T(0)), F(T(0)), F(T(0))};
+      F sums[4];  // of this block: one chain over very many keys would lose what it adds
+      for (F& part : sums) part = F(T(0));
       for_rows(state, seen, v, j, s, [&](T* row, int lane) {
         F score;
         load(row, score);
@@ -553,7 +579,7 @@ class AttentionForward : Attention<T> {
         store(row, weight);
         sums[lane] = sums[lane] + weight;
       });
-      store(state.sum + v * kWidth, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+      store(state.sum + v * kWidth, multiply_add(sum, fade, (sums[0] + sums[1]) + (sums[2] + sums[3])));
       if (fastgen::sum(F(T(1)) - fade) != T(0)) {
         for (int64_t k = 0; k < p.value_width; ++k) {
           F o;

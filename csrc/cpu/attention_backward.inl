@@ -48,14 +48,7 @@ class AttentionBackward : Attention<T> {
 
   AttentionBackwardSizes sizes() const {
     AttentionBackwardSizes out{0, 0, 0, 0};
-    for (int64_t n = 0; n < p.batch; ++n) {
-      const int64_t all = p.kv_heads * chunks(this->keys_of(n));
-      if (p.query_starts == nullptr) {
-        out.units = p.batch * all;
-        break;
-      }
-      out.units += all;
-    }
+    out.units = p.batch * p.kv_heads * chunks(p.keys);
     out.mask_units = g.grad_mask == nullptr ? 0 : g.mask_size[0] * g.mask_size[1] * mask_blocks(2) * mask_blocks(3);
     Scratch scratch(nullptr);
     take(scratch, g.most_queries, at_most(g.chunk, g.most_keys));
@@ -67,16 +60,7 @@ class AttentionBackward : Attention<T> {
   }
 
   void run(int64_t unit, void* memory) const {
-    int64_t sequence = 0;
-    if (p.query_starts == nullptr) {
-      const int64_t all = p.kv_heads * chunks(p.keys);
-      sequence = unit / all;
-      unit %= all;
-    } else {
-      while (unit >= p.kv_heads * chunks(this->keys_of(sequence))) {
-        unit -= p.kv_heads * chunks(this->keys_of(sequence++));
-      }
-    }
+    const int64_t sequence = this->sequence_of(unit, p.kv_heads * chunks(p.keys));
     const int64_t per_head = chunks(this->keys_of(sequence));
     Scratch scratch(memory);
     run(sequence, unit / per_head, unit % per_head, take(scratch, g.most_queries, at_most(g.chunk, g.most_keys)));
@@ -109,7 +93,7 @@ class AttentionBackward : Attention<T> {
             if (seen.count == 0) return;
             gradient_of_scores(head, state, seen, j, keys, rows(head.key, p.key, p.width, j, keys, m.key),
                                rows(head.value, p.value, p.value_width, j, keys, m.value), m);
-            this->for_scores(state, seen, j, m.ds, [&](F& ds, F, int64_t at, int64_t key, bool) {
+            this->for_scores(state, seen, j, m.ds, [&](F& ds, F, int64_t at, int64_t key) {
               T* to = sums + at + key * (kQueries - state.lanes);
               F sum;
               load(to, sum);
@@ -168,7 +152,7 @@ class AttentionBackward : Attention<T> {
   int64_t query_start(int64_t sequence) const { return p.query_starts == nullptr ? 0 : p.query_starts[sequence]; }
   int64_t key_start(int64_t sequence) const { return p.key_starts == nullptr ? 0 : p.key_starts[sequence]; }
   Strips seen(const Head& head, const Block& b, int64_t j, int64_t count) const {
-    return this->strips(b, at_least(j, this->first_seen(head, b)), at_most(j + count, this->end_seen(head, b)));
+    return this->strips(b, at_least(j, this->first_seen(b)), at_most(j + count, this->end_seen(head, b)));
   }
   StridedMatrix<T> rows(const char* from, const Tensor4& tensor, int64_t width, int64_t first, int64_t count,
                         T* copy) const {
@@ -329,13 +313,13 @@ class AttentionBackward : Attention<T> {
     gradient_of_scores(head, state, seen, j, count, key, value, m);
     if (g.slope_sums != nullptr) {
       F total(T(0));
-      this->for_scores(state, seen, j, m.ds, [&](F& ds, F distance, int64_t, int64_t, bool) {
+      this->for_scores(state, seen, j, m.ds, [&](F& ds, F distance, int64_t, int64_t) {
         total = multiply_add(ds, absolute(distance), total);
       });
       slope -= double(sum(total));
     }
     if (p.softcap > 0) {
-      this->for_scores(state, seen, j, m.ds, [&](F& ds, F, int64_t at, int64_t, bool) {
+      this->for_scores(state, seen, j, m.ds, [&](F& ds, F, int64_t at, int64_t) {
         F t;
         load(m.extras.tangent + at, t);
         ds = ds * (F(T(1)) - t * t);

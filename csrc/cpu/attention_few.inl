@@ -49,7 +49,12 @@ class AttentionFew : Attention<typename WorkType<Storage>::T> {
     Row rows[kRows];
     take(scratch, rows);
     const int64_t sums = chunks() > 1 ? p.batch * p.heads * p.queries * chunks() * sums_size() * int64_t(sizeof(T)) : 0;
-    return {p.batch * p.kv_heads * chunks(), scratch.used(), sums > 0 ? p.batch * p.heads : 0, sums};
+    AttentionSizes out{};
+    out.units = p.batch * p.kv_heads * chunks();
+    out.scratch = scratch.used();
+    out.join_units = sums > 0 ? p.batch * p.heads : 0;
+    out.sums = sums;
+    return out;
   }
 
   void run(int64_t unit, void* memory) const {
@@ -73,8 +78,8 @@ class AttentionFew : Attention<typename WorkType<Storage>::T> {
         place[count] = (h - kv * group) * p.query.stride[1] + i * p.query.stride[2];
       }
     }
-    const int64_t end = at_most(p.keys, (c + 1) * chunk());
-    for (int64_t j = c * chunk(); j < end; j += kBlock) {
+    const int64_t begin = seen_begin() + c * chunk(), end = at_most(seen_end(), begin + chunk());
+    for (int64_t j = begin; j < end; j += kBlock) {
       pass(first, place, rows, count, j, at_most(kBlock, end - j));
     }
     for (int r = 0; r < count; ++r) {
@@ -113,9 +118,13 @@ class AttentionFew : Attention<typename WorkType<Storage>::T> {
   int64_t sums_size() const { return p.value_width + 2; }
   int64_t chunk() const {
     const int64_t heads = p.batch * p.kv_heads, wanted = (kUnitsWanted + heads - 1) / heads;
-    return at_least(kLeastChunk, round_up<int64_t>((p.keys + wanted - 1) / wanted, kBlock));
+    return at_least(kLeastChunk, round_up<int64_t>((seen_end() - seen_begin() + wanted - 1) / wanted, kBlock));
   }
-  int64_t chunks() const { return at_least(1, (p.keys + chunk() - 1) / chunk()); }
+  int64_t chunks() const { return at_least(1, (seen_end() - seen_begin() + chunk() - 1) / chunk()); }
+  // The keys that any of the queries sees.
+  int64_t shift() const { return p.lower_right ? p.keys - p.queries : 0; }
+  int64_t seen_begin() const { return at_most(p.keys, at_least(0, shift() - p.left)); }
+  int64_t seen_end() const { return at_least(seen_begin(), at_most(p.keys, shift() + p.queries + p.right)); }
 
   void take(Scratch& scratch, Row (&rows)[kRows]) const {
     for (Row& row : rows) row.out = scratch.template take<T>(round_up<int64_t>(p.value_width, kWidth));
@@ -161,7 +170,7 @@ class AttentionFew : Attention<typename WorkType<Storage>::T> {
     const int64_t at = row.i + row.head.shift;
     const int64_t begin = at_most(count, at_least(0, at - p.left - j));
     const int64_t end = at_least(begin, at_most(count, at + p.right + 1 - j));
-    const F scale(this->query_scale()), cap(T(p.softcap) * Base::kLog2E), to_log2(Base::kLog2E);
+    const F scale(this->query_scale()), cap(T(p.softcap) * Base::kLog2E);
     const F minus_slope(-row.head.slope);
     alignas(64) T added[kBlock];
     if (row.head.mask != nullptr) {
@@ -178,7 +187,7 @@ class AttentionFew : Attention<typename WorkType<Storage>::T> {
       if (row.head.mask != nullptr) {
         F x;
         load(added + k, x);
-        score = multiply_add(x, to_log2, score);
+        score = score + x;
       }
       if (row.head.slope != T(0)) {
         score = multiply_add(absolute(F(T(at - j - k)) - lane), minus_slope, score);

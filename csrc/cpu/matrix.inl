@@ -1,8 +1,8 @@
 // The product of two matrices, over blocks that stay in cache; the tiles are those of product.inl.
 //
 // Each panel of columns of the right side is packed as deep as L2 holds it and used for many rows of the left side. An
-// element of the result is one chain of multiply-adds in ascending depth, or, with the left side transposed, one for
-// each kDepthBlock, added up in order: its bits do not depend on the split.
+// element of the result is a chain of multiply-adds for each kDepthBlock, added up in order: its bits do not depend on
+// the split, and its error grows with the root of the number of blocks only.
 #pragma once
 
 #include "product.inl"
@@ -38,8 +38,7 @@ class MatrixProduct {
     while (out.unit_rows > kLeastRows && count() < 4 * threads) out.unit_rows /= 2;
     out.units = count();
     const int64_t depth = p.depth < kDepth ? p.depth : kDepth;
-    out.scratch =
-        int64_t(sizeof(T)) * (depth * kColumns + out.unit_rows * kWidth) + int64_t(sizeof(void*)) * out.unit_rows;
+    out.scratch = int64_t(sizeof(T)) * (depth * kColumns + out.unit_rows * kWidth);
     return out;
   }
 

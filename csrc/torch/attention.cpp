@@ -116,6 +116,16 @@ class Arguments {
 
   ScalarType work_dtype() const { return dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
+  // Plans the units of ragged sequences, `heads` for each `length` of rows that begin at `starts`; returns how many.
+  int64_t plan_units(AttentionParams& params, int64_t heads, const int64_t* starts, int64_t length) {
+    first_units_.assign(1, 0);
+    for (int64_t n = 0; n < params.batch; ++n) {
+      first_units_.push_back(first_units_.back() + heads * ((starts[n + 1] - starts[n] + length - 1) / length));
+    }
+    params.first_units = first_units_.data();
+    return first_units_.back();
+  }
+
   // Multiply-adds of the two products, as if everything were seen.
   double products() const {
     double scores = double(p.batch) * double(p.queries) * double(p.keys);
@@ -152,7 +162,7 @@ class Arguments {
   }
 
   ScalarType dtype_;
-  std::vector<int64_t> query_starts_, key_starts_;
+  std::vector<int64_t> query_starts_, key_starts_, first_units_;
 };
 
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
@@ -168,7 +178,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   p.out = operand(out);
   p.lse = lse.mutable_data_ptr();
   const KernelTable& table = kernels();
-  const AttentionSizes sizes = table.attention_sizes(p);
+  AttentionSizes sizes = table.attention_sizes(p);
+  if (cu_q) sizes.units = arguments.plan_units(p, p.heads, p.query_starts, sizes.unit_queries);
   const Tensor sums = bytes(sizes.sums);
   p.sums = sums.mutable_data_ptr();
   const auto run = [&](AttentionPhase phase, int64_t units, int64_t scratch, double products) {
@@ -267,7 +278,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
 
   const KernelTable& table = kernels();
-  const AttentionBackwardSizes sizes = table.attention_backward_sizes(p);
+  AttentionBackwardSizes sizes = table.attention_backward_sizes(p);
+  if (cu_q) sizes.units = arguments.plan_units(p, p.kv_heads, p.key_starts, p.chunk);
   const auto run = [&](AttentionBackwardPhase phase, int64_t units, int64_t scratch) {
     run_units(units, scratch, 2.5 * arguments.products(),
               [&](int64_t unit, void* own) { table.attention_backward(p, phase, unit, own); });

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
 from fastgen import _load, reference
-from fastgen._ops.library import higher_order, plain_only, register
+from fastgen._ops.library import distinct, higher_order, plain_only, register
 
 __all__ = ["SCHEMAS", "linear", "mm_pays", "product"]
 
@@ -30,8 +30,10 @@ register(SCHEMAS, reference, {"mm": _fake_mm})
 
 _mm = torch.ops.fastgen.mm.default
 
-# Below, the call from Python costs more than the product gains; with few rows, packing the weight does.
+# Below, the call from Python costs more than the product gains; with few rows, packing the weight does, and a narrow
+# result or a short sum leaves the tiles empty.
 _LEAST_ROWS = 32
+_LEAST_WIDTH = 16
 _LEAST_PRODUCTS = 1 << 21
 _TYPES = (Tensor, Parameter)
 _DTYPES = (torch.float32, torch.float64)
@@ -81,29 +83,43 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Linear.apply(input, weight, bias)
+        return _Linear.apply(*distinct((input, weight, bias)))
     return _forward(input, weight, bias)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left (M, K) @ right (K, N), by whichever product is faster; without a gradient."""
-    large = left.shape[0] >= _LEAST_ROWS and left.numel() * right.shape[1] >= _LEAST_PRODUCTS
-    if large and mm_pays() and left.dtype in _DTYPES and left.dtype is right.dtype and left.is_cpu:
+    if mm_pays() and _are_dense(left, right) and _is_large(left.shape[0], left.shape[1], right.shape[1]):
         return _mm(left, right, None)
     return left @ right
 
 
+def _is_large(rows: int, depth: int, columns: int) -> bool:
+    return rows >= _LEAST_ROWS and min(depth, columns) >= _LEAST_WIDTH and rows * depth * columns >= _LEAST_PRODUCTS
+
+
+def _are_dense(*operands: Tensor | None) -> bool:
+    """Whether all are plain tensors on the CPU, in one dtype of the kernel."""
+    dtype = None
+    for x in operands:
+        if x is None:
+            continue
+        if type(x) not in _TYPES or x.layout is not torch.strided or not x.is_cpu:
+            return False
+        if (x.dtype not in _DTYPES) if dtype is None else (x.dtype is not dtype):
+            return False
+        dtype = x.dtype
+    return True
+
+
 def _serves(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `mm` takes the operands, and gains by it. What it does not take goes to PyTorch, errors included."""
-    if not mm_pays() or type(input) not in _TYPES or type(weight) not in _TYPES or weight.dim() != 2:
+    if not mm_pays() or not _are_dense(input, weight, bias) or input.dim() < 2 or weight.dim() != 2:
         return False
-    dtype, width = input.dtype, weight.shape[1]
-    if dtype not in _DTYPES or weight.dtype is not dtype or input.dim() < 2 or input.shape[-1] != width:
+    columns, depth = weight.shape
+    if input.shape[-1] != depth or depth == 0 or not _is_large(input.numel() // depth, depth, columns):
         return False
-    size = input.numel()
-    if size < _LEAST_ROWS * width or size * weight.shape[0] < _LEAST_PRODUCTS or not (input.is_cpu and weight.is_cpu):
-        return False
-    if bias is not None and (bias.dtype is not dtype or bias.shape != weight.shape[:1] or type(bias) not in _TYPES):
+    if bias is not None and bias.shape != (columns,):
         return False
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False  # a trace is to hold PyTorch's op

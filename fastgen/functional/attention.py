@@ -293,7 +293,7 @@ def _window(window: int | Sequence[int | None], is_causal: bool) -> tuple[int, i
     sides = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
     if len(sides) != 2:
         raise ValueError(f"window_size: expected an int or a pair (behind, ahead), got {len(sides)} values")
-    left, right = (-1 if side is None else integer("window_size", side, 0) for side in sides)
+    left, right = (-1 if side is None else min(integer("window_size", side, 0), 2**62) for side in sides)
     return left, 0 if is_causal else right
 
 

@@ -785,7 +785,17 @@ void test_attention(const char* isa) {
       Dense4 out[2] = {{dtype, batch, c.heads, c.queries, c.value_width, 0, 8},
                        {dtype, batch, c.heads, c.queries, c.value_width, 0, 9}};
       Buffer lse[2] = {Buffer(rows * size_t(work)), Buffer(rows * size_t(work), 0xCD)};
-      const AttentionSizes sizes = kernels.attention_sizes(p);
+      AttentionSizes sizes = kernels.attention_sizes(p);
+      std::vector<int64_t> first_units;
+      const auto plan = [&](int64_t heads, const std::vector<int64_t>& starts, int64_t length) {
+        first_units.assign(1, 0);
+        for (size_t n = 0; n + 1 < starts.size(); ++n) {
+          first_units.push_back(first_units.back() + heads * ((starts[n + 1] - starts[n] + length - 1) / length));
+        }
+        p.first_units = first_units.data();
+        return first_units.back();
+      };
+      if (ragged) sizes.units = plan(c.heads, c.query_starts, sizes.unit_queries);
       Buffer sums[2] = {Buffer(size_t(sizes.sums)), Buffer(size_t(sizes.sums), 0xCD)};
       const auto forward = [&](AttentionPhase phase, int64_t units, int64_t scratch) {
         in_both_orders(units, scratch, [&](int order, int64_t unit, void* own) {
@@ -833,7 +843,8 @@ void test_attention(const char* isa) {
         p.slope_sums = c.slopes ? reinterpret_cast<double*>(slope_sums[order].data) : nullptr;
       };
       point(0);
-      const AttentionBackwardSizes back = kernels.attention_backward_sizes(p);
+      AttentionBackwardSizes back = kernels.attention_backward_sizes(p);
+      if (ragged) back.units = plan(c.kv_heads, c.key_starts, p.chunk);
       const auto backward = [&](AttentionBackwardPhase phase, int64_t units, int64_t scratch) {
         in_both_orders(units, scratch, [&](int order, int64_t unit, void* own) {
           point(order);

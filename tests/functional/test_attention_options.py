@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -367,6 +369,48 @@ def test_errors(args, options, error, message):
         scaled_dot_product_attention(*args, **options)
     caught.match(f"^{message}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 20])
+def test_what_no_query_sees_is_not_read(path, queries):
+    """Places of a cache that are not filled yet, or forgotten."""
+    q, k, v = torch.randn(1, 4, queries, 8), torch.randn(1, 2, 700, 8), torch.randn(1, 2, 700, 8)
+    options = {"is_causal": True, "window_size": 40, "alignment": "lower_right", "enable_gqa": True}
+    with taking(path):
+        expected = scaled_dot_product_attention(q, k, v, **options)
+        k[:, :, : 600 - queries], v[:, :, : 600 - queries] = 1e9, 1e9
+        assert torch.equal(scaled_dot_product_attention(q, k, v, **options), expected)
+        if path != "reference":
+            k[:, :, :500], v[:, :, :500] = math.nan, math.nan
+            assert torch.equal(scaled_dot_product_attention(q, k, v, **options), expected)
+
+
+@pytest.mark.parametrize("queries", [2, 20])
+def test_lse_of_a_key_that_is_nan(path, queries):
+    k = torch.randn(1, 1, 16, 8)
+    k[0, 0, 7, 3] = math.nan
+    with taking(path):
+        _, lse = scaled_dot_product_attention(torch.randn(1, 1, queries, 8), k, k, return_lse=True)
+    assert lse.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("queries", [2, 20])
+def test_a_row_of_the_lowest_numbers_is_the_mean(path, queries, dtype):
+    q, k = torch.randn(1, 1, queries, 8, dtype=dtype), torch.randn(1, 1, 5, 8, dtype=dtype)
+    mask = torch.zeros(queries, 5, dtype=dtype)
+    mask[0] = torch.finfo(dtype).min
+    with taking(path):
+        out = scaled_dot_product_attention(q, k, k, attn_mask=mask)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, k, attn_mask=mask))
+
+
+def test_many_short_sequences(path):
+    """Their number costs no more than their length."""
+    x = torch.randn(2, 3000, 4)
+    with taking(path if path != "reference" else "generic"):
+        out = scaled_dot_product_attention(x, x, x, cu_seqlens_q=torch.arange(3001))
+    torch.testing.assert_close(out, x)
 
 
 def test_errors_of_nested_tensors():

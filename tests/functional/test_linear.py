@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import ISAS, needs_inductor
+from support import ISAS, assert_same_bits, needs_inductor
 from torch.nn import functional as F
 
 import fastgen.nn as nn
@@ -107,6 +107,11 @@ def test_small_and_foreign_products_are_torchs(monkeypatch):
         linear(x, w[:, :5], b)
     with pytest.raises(RuntimeError):
         linear(x, w.double(), b)
+    with pytest.raises(RuntimeError):
+        linear(x, w, b.to("meta"))
+    torch.testing.assert_close(linear(x.to_sparse(), w), F.linear(x, w))
+    torch.testing.assert_close(linear(x, w[:1], b[:1]), F.linear(x, w[:1], b[:1]))  # a narrow result
+    torch.testing.assert_close(linear(x[:, :1], w[:, :1]), F.linear(x[:, :1], w[:, :1]))  # a short sum
 
 
 @needs_kernels
@@ -127,6 +132,30 @@ def test_module(own):
     torch.testing.assert_close(ours(x), theirs(x))
     x = torch.randn(5, 96)
     assert torch.equal(ours(x), theirs(x))
+
+
+def test_bits_do_not_depend_on_the_threads(own, threads):
+    x, w, b = operands(3000, requires_grad=True)
+    grad = torch.randn(3000, 160)
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        out = linear(x, w, b)
+        results.append((out.detach(), *torch.autograd.grad(out, (x, w, b), grad)))
+    if own:  # else it is PyTorch's affair
+        for other in results[1:]:
+            for one, two in zip(results[0], other, strict=True):
+                assert_same_bits(one, two)
+
+
+@pytest.mark.slow
+@needs_inductor
+@needs_kernels
+def test_one_tensor_twice_compiled(monkeypatch):
+    monkeypatch.setattr(ops, "mm_pays", lambda: True)
+    x = torch.randn(160, 160, requires_grad=True)
+    out = torch.compile(lambda x: linear(x, x), fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(out, F.linear(x, x))
 
 
 @pytest.mark.slow
