@@ -19,8 +19,8 @@ TEXT_RUN = $(RUN)-text
 TEXT = --data shakespeare --test-size 0.01 --num-layers 1 --embedding-dim 64 --seq-len 64 --lr 6e-3 \
 	--max-steps 2400 --evaluate-steps 600
 GPT_RUN = $(RUN)-gpt
-GPT = --data shakespeare --test-size 0.01 --architecture llama --tie-weights --hidden-size 128 --num-layers 4 --num-heads 4 \
-	--seq-len 64 --lr 5e-3 --max-steps 1500 --evaluate-steps 500
+GPT = --data shakespeare --tokenizer chars --test-size 0.01 --architecture llama --tie-weights --hidden-size 128 \
+	--num-layers 4 --num-heads 4 --seq-len 64 --lr 5e-3 --max-steps 1500 --evaluate-steps 500
 demo: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,vae,$(RUN),--data mnist)
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \

@@ -28,7 +28,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(play: Path) -> Path:
     out = play.with_name("run")
-    assert main(["train", "gpt", "--data", str(play), *SMALL, *QUICK, "--out", str(out)]) == 0
+    assert main(["train", "gpt", "--data", str(play), "--tokenizer", "chars", *SMALL, *QUICK, "--out", str(out)]) == 0
     return out
 
 
@@ -49,7 +49,7 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_the_run_folder_tells_everything(run: Path, play: Path) -> None:
     record = read_run(run)
     assert record["model_type"] == "gpt"
-    assert record["source"] == {"data": str(play)}
+    assert record["source"] == {"data": str(play), "tokenizer": "chars"}
     assert record["data"]["seq_len"] == record["model"]["max_position_embeddings"] == 16
     assert record["recipe"]["lora_rank"] == 0
     assert record["model"]["num_attention_heads"] == 2
@@ -71,6 +71,15 @@ def test_text_is_that_of_the_model(run: Path, capsys: pytest.CaptureFixture[str]
     assert "--labels: expected none" in read_error(capsys, "generate", str(run), "--labels", "3")
 
 
+def test_pieces_of_words_by_default(play: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train = ["train", "gpt", "--data", str(play), *SMALL, "--seq-len", "2", *QUICK, "--max-steps", "1"]
+    assert main([*train, "--out", str(out)]) == 0
+    tokenizer = GPT.from_pretrained(out / "model").tokenizer
+    assert tokenizer is not None
+    assert tokenizer.kind == "subwords"
+
+
 def test_llama_with_bpe_goes_on_where_it_stopped(
     play: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,7 +87,7 @@ def test_llama_with_bpe_goes_on_where_it_stopped(
     folder.mkdir()
     for part, text in enumerate((TEXT[:400], TEXT[400:])):
         (folder / f"{part}.txt").write_text(text)
-    more = ["--architecture", "llama", "--num-key-value-heads", "1", "--tokenizer", "bpe", "--vocab-size", "280"]
+    more = ["--architecture", "llama", "--num-key-value-heads", "1", "--vocab-size", "280"]
     arguments = ["--separate-documents", "--gradient-accumulation-steps", "2", "--gradient-checkpointing"]
     out = tmp_path / "run"
     train = ["train", "gpt", "--data", str(folder), *SMALL, *QUICK, *more, *arguments, "--max-steps", "3"]
@@ -140,7 +149,9 @@ def test_train_errors(
         return read_error(capsys, "train", "gpt", "--data", str(data), *more)
 
     assert read_error(capsys, "train", "gpt") == "--data: expected a file, a folder or shakespeare; or --resume RUN"
-    assert error("short.txt").startswith("--seq-len: expected less than the 4 tokens to train on, got 256")
+    assert error("short.txt", "--tokenizer", "chars").startswith(
+        "--seq-len: expected less than the 4 tokens to train on, got 256"
+    )
     assert error(play, "--architecture", "bert") == "--architecture: expected one of gpt2, llama, got 'bert'"
     assert error(play, "--hidden-size", "16", "--num-heads", "3").startswith("--hidden-size: expected a multiple of")
     assert error(play, "--num-layers", "0") == "--num-layers: expected an int of at least 1, got 0"

@@ -51,8 +51,8 @@ def train_gpt(
     tokenizer: Annotated[
         str | None,
         option(
-            "chars (those that occur), bytes, bpe (pieces of words, learned from the text), or a tokenizer.json.",
-            default="chars; with --init-from that of the checkpoint",
+            "bpe (pieces of words, learned from the text), chars (those that occur), bytes, or a tokenizer.json.",
+            default="bpe; with --init-from that of the checkpoint",
             panel="Data",
             metavar="KIND|FILE",
         ),
@@ -186,7 +186,7 @@ def train_gpt(
 
         fastgen train gpt --data shakespeare --seq-len 128 --max-steps 2000
 
-        fastgen train gpt --data notes/ --architecture llama --tokenizer bpe --separate-documents --out runs/notes
+        fastgen train gpt --data notes/ --architecture llama --separate-documents --out runs/notes
 
         fastgen train gpt --data novel.txt --init-from gpt2/ --lr 1e-4 --epochs 1 --out runs/novel
 
@@ -225,7 +225,7 @@ class _GPT(Family):
         if start is None or start.tokenizer is None:
             if start is not None and source.get("tokenizer") is None:
                 raise ValueError(f"--tokenizer: expected one, as {source['init_from']} has none")
-            tokenizer = make_tokenizer(source, *texts)
+            tokenizer = make_tokenizer(source, *texts, "bpe")
         else:
             for name in ("tokenizer", "vocab_size"):
                 if name in source:

@@ -211,7 +211,7 @@ class _RNN(Family):
             return RNNSeriesRecipe(rnn, series, held_out, seed=config.seed, **of_recipe)
         _refuse("text", {**source, **model}, ("columns", "time_column", "num_components"))
         texts = load_texts(source, quiet)
-        tokenizer = make_tokenizer(source, *texts)
+        tokenizer = make_tokenizer(source, *texts, "chars")
         train, test = encode(*texts, tokenizer, quiet)
         rnn = RNNConfig(vocab_size=tokenizer.vocab_size, **model)
         return RNNTextRecipe(rnn, train, test, seed=config.seed, **of_recipe)

@@ -21,8 +21,8 @@ def load_texts(source: Mapping[str, Any], quiet: bool) -> tuple[TextSet, TextSet
     return train, test
 
 
-def make_tokenizer(source: Mapping[str, Any], train: TextSet, test: TextSet) -> Tokenizer:
-    kind = source.get("tokenizer", "chars")
+def make_tokenizer(source: Mapping[str, Any], train: TextSet, test: TextSet, default: str) -> Tokenizer:
+    kind = source.get("tokenizer", default)
     if kind != "bpe" and "vocab_size" in source:
         raise ValueError(f"--vocab-size: expected with --tokenizer bpe only, got it with {kind}")
     if kind == "chars":  # also those that only the held-out text has: it could not be read otherwise
