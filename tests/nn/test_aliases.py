@@ -55,6 +55,7 @@ def test_star_import():
     del ours["__builtins__"], theirs["__builtins__"]
     assert {name for name, value in ours.items() if theirs.get(name) is not value} == OWN | {
         "linear",
+        "lora",
         "recurrent",
         "transformer",
     }
@@ -151,7 +152,7 @@ def test_first_import_of_a_fresh_interpreter(lines):
 import sys
 import torch
 shared = {name: module for name, module in sys.modules.items() if name.startswith("fastgen.nn.")}
-for own in ("_aliases", "_dynamo", "linear", "recurrent", "transformer"):
+for own in ("_aliases", "_dynamo", "linear", "lora", "recurrent", "transformer"):
     del shared["fastgen.nn." + own]
 assert len(shared) > 30
 for name, module in shared.items():
