@@ -1,6 +1,6 @@
-// Exponential and logistic functions, hyperbolic tangent and logarithm of vectors, for kernels that promise accuracy and not bits:
-// multiply-adds are fused where the instruction set has them. Errors stay below 3 units in the last place; limits
-// at infinity are exact, and a NaN passes.
+// Exponential and logistic functions, hyperbolic tangent and logarithm of vectors, for kernels that promise accuracy
+// and not bits: multiply-adds are fused where the instruction set has them. Errors stay below 3 units in the last
+// place; limits at infinity are exact, and a NaN passes, but for the logarithm, which is for positive normal numbers.
 //
 // F, U and what they must offer: see math.h, and multiply_add(a, b, c) = a b + c.
 #pragma once

@@ -305,7 +305,7 @@ constexpr int64_t kUnlimited = int64_t(1) << 60;
 // What the kernels of one instruction set need for given parameters. Units are independent of each other, and so are
 // their results of who computes them.
 struct AttentionSizes {
-  int64_t units;        // ragged: heads for each `unit_queries` of a sequence, as first_units says
+  int64_t units;  // ragged: heads for each `unit_queries` of a sequence, as first_units says
   int64_t unit_queries;
   int64_t scratch;     // bytes for a unit at work
   int64_t join_units;  // where the keys of a head are cut into chunks: of the phase that joins their sums

@@ -35,7 +35,7 @@ struct KernelTable {
   void (*attention_backward)(const AttentionBackwardParams&, AttentionBackwardPhase, int64_t unit, void* scratch);
   MatrixSizes (*matrix_sizes)(const MatrixParams&, int64_t threads);
   void (*matrix_product)(const MatrixParams&, const MatrixSizes&, int64_t unit, void* scratch);
-  void (*draw_tokens)(const DrawParams&, int64_t begin, int64_t end);                      // rows
+  void (*draw_tokens)(const DrawParams&, int64_t begin, int64_t end);  // rows
 };
 
 constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
