@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,21 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     assert not different.any(), (
         f"{int(different.sum())} of {a.numel()} differ, first at {different.nonzero()[0].tolist()}"
     )
+
+
+def assert_threads_change_no_bit(compute: Callable[[], Iterable[Tensor]]) -> None:
+    """`compute` gives the same bits with 1, 2 and 3 threads, and once more with 1."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(tuple(compute()))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_same_bits(a, b)
 
 
 def call(op: str, path: str, *args: Any) -> Any:

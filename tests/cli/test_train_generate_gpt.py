@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import output, read_error
 
 from fastgen.cli import main
 from fastgen.models import GPT, GPTConfig
@@ -30,20 +31,6 @@ def run(play: Path) -> Path:
     out = play.with_name("run")
     assert main(["train", "gpt", "--data", str(play), "--tokenizer", "chars", *SMALL, *QUICK, "--out", str(out)]) == 0
     return out
-
-
-def read_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err.splitlines()[-1].removeprefix("error: ")
-
-
-def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 0
-    return capsys.readouterr().out
 
 
 def test_the_run_folder_tells_everything(run: Path, play: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import output, read_error
 from PIL import Image
 
 from fastgen.cli import main
@@ -44,19 +45,6 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [*QUICK, "--time-column", "date", "--columns", "degrees,weekday"]
     assert main(["train", "rnn", "--data", str(folder / "weather.csv"), *arguments, "--out", str(folder / "run")]) == 0
     return folder / "run"
-
-
-def read_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err.splitlines()[-1].removeprefix("error: ")
-
-
-def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 0
-    return capsys.readouterr().out
 
 
 def test_the_run_folder_tells_everything(run: Path, play: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ALL_ISAS, FLOATS, assert_same_bits
+from support import ALL_ISAS, FLOATS, assert_same_bits, assert_threads_change_no_bit
 from torch import Tensor
 
 from fastgen import random, reference
@@ -149,17 +149,7 @@ def test_only_what_is_needed(call, seed, needs):
 @given(call=calls(), seed=st.integers(0, 99))
 def test_threads_and_repetition_change_no_bit(dtype, call, seed):
     grads = gradients(call, seed, 3)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append((*forward(ops, call, dtype), *backward(ops, call, grads, dtype)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert_same_bits(a, b)
+    assert_threads_change_no_bit(lambda: (*forward(ops, call, dtype), *backward(ops, call, grads, dtype)))
 
 
 @pytest.mark.parametrize("isa", ALL_ISAS)
