@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -29,7 +30,7 @@ class Step:
 
     Attributes:
         index: steps taken before this one, since the run began.
-        rows: (b,) int64, the examples of this process, rows [first_row, first_row + b) of the global batch,
+        rows: (..., b) int64, the examples of this process, rows [first_row, first_row + b) of the global batch,
             as the recipe's `order` has them.
         first_row: place of rows[0] in the global batch.
         batch_size: examples of the global batch.
@@ -37,6 +38,8 @@ class Step:
         noise_seed: names the run's stream of noise.
         update: `update(name, loss)` does one step of the optimiser `name`: backward, clipping, step. Of several
             losses, one after the other, the gradients add up before the step.
+        autocast: a context of the run's mixed precision, for recipes that do not call the forward of `modules`,
+            which brings its own.
     """
 
     index: int
@@ -46,13 +49,16 @@ class Step:
     modules: Mapping[str, nn.Module]
     noise_seed: int
     update: Callable[[str, Tensor | Iterable[Tensor]], None]
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def generator(self, noise_per_sample: int) -> Generator:
+    def generator(self, noise_per_sample: int, key: int | None = None) -> Generator:
         """The noise of these rows, where each row of the global batch takes `noise_per_sample` elements.
 
-        A row gets the same noise however many processes share the batch.
+        A row gets the same noise however many processes share the batch. Different keys give independent streams,
+        for steps that draw several times.
         """
-        return Generator(self.noise_seed, (self.index * self.batch_size + self.first_row) * noise_per_sample)
+        seed = self.noise_seed if key is None else Generator(self.noise_seed).fork(key).seed
+        return Generator(seed, (self.index * self.batch_size + self.first_row) * noise_per_sample)
 
 
 class Recipe(abc.ABC):
@@ -77,6 +83,13 @@ class Recipe(abc.ABC):
     unit: str = "examples"
     """What the speed of training is counted in."""
     units_per_example: int = 1
+    averages_gradients: ClassVar[bool] = False
+    """Whether the trainer leaves the modules as they are and averages gradients itself, after each backward pass.
+
+    `DistributedDataParallel`, which it uses otherwise, wants one forward pass of the whole module before each backward
+    pass. Steps that are made in another way (two networks in turn, gradients of gradients) say True here: then each
+    process calls the module itself, under `Step.autocast`.
+    """
     progress: Callable[[int, int], None] = staticmethod(lambda done, total: None)
     """Called in a final evaluation that takes long, with what is done of how much; a trainer shows it."""
     sample_suffix: str = ".png"
@@ -93,10 +106,11 @@ class Recipe(abc.ABC):
         """Examples to train on."""
 
     def order(self, batch_size: int, generator: Generator) -> Tensor:
-        """(num_examples // batch_size, batch_size) int64: the rows of each step of an epoch.
+        """(num_examples // batch_size, ..., batch_size) int64: the rows of each step of an epoch.
 
         Here: all examples in a new order, without what is left over. The generator is that of the epoch,
-        the same on all processes.
+        the same on all processes. A step that reads several batches has them side by side: what is counted as an
+        example of `num_examples` is then as many.
         """
         rows = permutation(self.num_examples, generator=generator)
         return rows[: self.num_examples // batch_size * batch_size].view(-1, batch_size)
@@ -123,6 +137,20 @@ class Recipe(abc.ABC):
     @abc.abstractmethod
     def train_step(self, step: Step) -> dict[str, Tensor]:
         """Train on `step.rows`; returns detached scalars, means over the rows, for some or all of `metrics`."""
+
+    def figures(self) -> dict[str, float]:
+        """More of `metrics` for a row of training metrics, of the model as the last step left it. Here: none.
+
+        Taken by one process, every `log_every` steps.
+        """
+        return {}
+
+    def remarks(self, row: Mapping[str, float]) -> list[str]:
+        """What to tell the user in view of a row of training metrics: `step`, means of `train_step`, `figures`.
+
+        Called with each row of the run in its turn, also, when it is resumed, with those of before; of one process.
+        """
+        return []
 
     @abc.abstractmethod
     def evaluate(self, accelerator: Accelerator, generator: Generator, *, final: bool = False) -> dict[str, float]:

@@ -157,7 +157,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]  # torch's name for the rate before any schedule
         prepare = self.accelerator.prepare
-        self._wrapped: dict[str, nn.Module] = {name: prepare(module) for name, module in self._modules.items()}
+        wrap = self._placed if recipe.averages_gradients else prepare
+        self._wrapped: dict[str, nn.Module] = {name: wrap(module) for name, module in self._modules.items()}
         self._optimizers: dict[str, Optimizer] = optimizers
         if self.accelerator.scaler is not None:  # else the wrapper would only cost 0.2 ms a step
             self._optimizers = {name: prepare(optimizer) for name, optimizer in optimizers.items()}
@@ -256,12 +257,13 @@ class Trainer:
         metrics = self.recipe.train_step(
             Step(
                 index=self._step,
-                rows=batch[share],
+                rows=batch[..., share],
                 first_row=share.start,
                 batch_size=self.batch_size,
                 modules=self._wrapped,
                 noise_seed=self._noise_stream.seed,
                 update=self._update,
+                autocast=self.accelerator.autocast,
             )
         )
         self._names = list(metrics)
@@ -279,10 +281,20 @@ class Trainer:
         optimizer.zero_grad()
         for part in (loss,) if isinstance(loss, Tensor) else loss:
             self.accelerator.backward(part)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.recipe.averages_gradients and self.accelerator.num_processes > 1:
+            self._average_gradients(parameters)
         if self.config.max_grad_norm is not None:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
         optimizer.step()
+
+    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Mean over the processes, in one message."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        mean: Tensor = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, part in zip(gradients, mean.split(sizes), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def _stop(self) -> _Stop:
         """Whether to leave the loop, the same answer on all processes."""
@@ -314,7 +326,12 @@ class Trainer:
         units = (self._step - self._clock_step) * self.batch_size * self.recipe.units_per_example
         rate = units / max(time.monotonic() - self._clock, 1e-9)
         metrics = dict(zip(self._names, window.double().mean(0).tolist(), strict=True))
+        if self._main:
+            metrics.update(self.recipe.figures())
         self._record("train", self._step, metrics, rate)
+        if self._main:
+            for remark in self.recipe.remarks({"step": self._step, **metrics}):
+                self._progress.message(remark)
         self._restart_clock()
 
     def _averaged_window(self) -> Tensor:
@@ -437,6 +454,16 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------
     # Beginning and end
 
+    def _placed(self, module: nn.Module) -> nn.Module:
+        """The module itself on the device of this process, with the weights of the first one."""
+        with extra("train"):
+            from accelerate.utils import broadcast
+        module.to(self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            for tensor in module.state_dict().values():
+                tensor.copy_(broadcast(tensor.clone()))
+        return module
+
     def _open_folder(self, out: str | os.PathLike[str] | None, resume: bool, record: Mapping[str, Any]) -> Path:
         """The run folder, with its config.json; the same on all processes."""
         with extra("train"):
@@ -496,6 +523,9 @@ class Trainer:
         speed = f"{self.recipe.unit}_per_second"
         columns = ("split", "epoch", "step", *self.recipe.metrics, "learning_rate", speed, "seconds")
         self._metrics = MetricsFile(self.out / "metrics.csv", columns, self._step)
+        for row in read_metrics(self._metrics.path):
+            if row["split"] == "train":
+                self.recipe.remarks({name: float(row[name]) for name in ("step", *self.recipe.metrics) if row[name]})
         if self.config.tensorboard:
             self._events = EventLog(self.out / "events", self._step)
         try:

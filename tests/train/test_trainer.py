@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
+import re
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from toys import Leaky, Regression
 
+from fastgen.random import Generator, normal
 from fastgen.train import Interrupted, NonFiniteLossError, Step, Trainer, TrainingConfig, read_metrics, read_run
 
 TIMES = ("seconds", "examples_per_second", "values_per_second")
@@ -434,3 +439,78 @@ def test_events_are_those_of_the_table(tmp_path: Path) -> None:
     got = [(event.step, event.value) for event in events.Scalars("test/loss")]
     assert [step for step, _ in got] == [step for step, _ in expected]
     assert [value for _, value in got] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+class Observed(Regression):
+    """Takes a figure at log points and remarks on every second row."""
+
+    metrics = ("loss", "penalty", "bias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[dict[str, float]] = []
+
+    def figures(self) -> dict[str, float]:
+        return {"bias": float(self.head.bias.detach())}
+
+    def remarks(self, row: Mapping[str, float]) -> list[str]:
+        self.heard.append(dict(row))
+        return [f"row {len(self.heard)}"] if len(self.heard) % 2 == 0 else []
+
+
+def test_figures_and_remarks_of_each_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(name: str, resume: bool = False, **options: Any) -> Observed:
+        recipe = Observed()
+        config = TrainingConfig(batch_size=5, log_every=2, tensorboard=False, device="cpu", epochs=2, **options)
+        Trainer(recipe, config, out=tmp_path / name, resume=resume, progress="lines").fit()
+        return recipe
+
+    whole = run("whole")
+    assert [row["step"] for row in whole.heard] == [2, 4, 6, 7, 9, 11, 13, 14]
+    assert re.findall(r"^row \d", capsys.readouterr().err, re.MULTILINE) == ["row 2", "row 4", "row 6", "row 8"]
+    table = [row for row in read_metrics(tmp_path / "whole" / "metrics.csv") if row["split"] == "train"]
+    assert [float(row["bias"]) for row in table] == [row["bias"] for row in whole.heard]
+    assert len({row["bias"] for row in whole.heard}) == 8
+
+    # A resumed run hears of the rows before, and repeats no remark.
+    run("parts", max_steps=7, schedule="constant", warmup_steps=0)
+    capsys.readouterr()
+    again = run("parts", resume=True, schedule="constant", warmup_steps=0)
+    assert [row["step"] for row in again.heard] == [row["step"] for row in whole.heard]
+    assert re.findall(r"^row \d", capsys.readouterr().err, re.MULTILINE) == ["row 6", "row 8"]
+
+
+class TwoBatches(Regression):
+    """Reads two batches a step."""
+
+    def __init__(self) -> None:
+        super().__init__(40)
+        self.shapes: list[tuple[int, ...]] = []
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.x) // 2
+
+    def order(self, batch_size: int, generator: Generator) -> Tensor:
+        return torch.arange(40).view(-1, 2, batch_size)
+
+    def train_step(self, step: Step) -> dict[str, Tensor]:
+        self.shapes.append(tuple(step.rows.shape))
+        return super().train_step(dataclasses.replace(step, rows=step.rows[1]))
+
+
+def test_a_step_may_read_several_batches(tmp_path: Path) -> None:
+    recipe = TwoBatches()
+    assert train(recipe, tmp_path / "run", epochs=1).fit().step == 4
+    assert recipe.shapes == [(2, 5)] * 4
+    assert [rows for _, rows in recipe.steps] == [list(range(first, first + 5)) for first in (5, 15, 25, 35)]
+
+
+def test_streams_of_a_step() -> None:
+    def step(first_row: int, rows: int) -> Step:
+        return Step(3, torch.arange(rows), first_row, 4, {}, 17, lambda name, loss: None)
+
+    whole = normal(4, 5, generator=step(0, 4).generator(5, key=2))
+    assert normal(2, 5, generator=step(2, 2).generator(5, key=2)).equal(whole[2:])
+    assert step(0, 4).generator(5).seed == 17
+    assert len({step(0, 4).generator(5, key=key).seed for key in (None, 0, 1)}) == 3
