@@ -1,5 +1,14 @@
 """Functions of fastgen; the same kernels stand behind `fastgen.nn` and `fastgen.models`."""
 
+from fastgen.functional.adversarial import (
+    ADVERSARIAL_LOSSES,
+    augmentation_size,
+    diff_augment,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    zero_centered_gradient_penalty,
+)
 from fastgen.functional.attention import scaled_dot_product_attention
 from fastgen.functional.cross_entropy import linear_cross_entropy
 from fastgen.functional.linear import linear
@@ -16,6 +25,12 @@ from fastgen.functional.recurrent import (
 from fastgen.functional.reparameterize import reparameterize, reparameterize_kl
 
 __all__ = [
+    "ADVERSARIAL_LOSSES",
+    "augmentation_size",
+    "diff_augment",
+    "discriminator_loss",
+    "generator_loss",
+    "gradient_penalty",
     "gru",
     "gru_cell",
     "linear",
@@ -29,4 +44,5 @@ __all__ = [
     "rnn_tanh",
     "rnn_tanh_cell",
     "scaled_dot_product_attention",
+    "zero_centered_gradient_penalty",
 ]

@@ -1,6 +1,7 @@
 """Generative models: each family is one file, one configuration dataclass and one `torch.nn.Module`."""
 
 from fastgen.models._pretrained import PretrainedConfig, PretrainedModel, from_pretrained
+from fastgen.models.gan import GAN, GANConfig, GANOutput
 from fastgen.models.gpt import GPT, GPTConfig, GPTOutput, GPTState, RopeScaling
 from fastgen.models.rnn import (
     RNN,
@@ -14,9 +15,12 @@ from fastgen.models.rnn import (
 from fastgen.models.vae import VAE, VAEConfig, VAEOutput
 
 __all__ = [
+    "GAN",
     "GPT",
     "RNN",
     "VAE",
+    "GANConfig",
+    "GANOutput",
     "GPTConfig",
     "GPTOutput",
     "GPTState",

@@ -161,23 +161,33 @@ class PretrainedModel(nn.Module):
             ValueError: for a damaged file, another model type, or weights that do not fit the configuration.
             ImportError: without safetensors.
         """
-        folder = Path(directory)
+        return cls._from_folder(Path(directory), device, dtype)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, device: Device, dtype: torch.dtype | None, **modules: nn.Module) -> Self:
+        """`from_pretrained`, with the modules that the constructor wants beside a configuration."""
         fields = read_config(folder)
         try:
             config = cls.config_class.from_dict(fields)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
         path = existing(folder, WEIGHTS_FILE)
-        return cls._loaded(config, path, read_tensors(path, torch.device("cpu" if device is None else device)), dtype)
+        state = read_tensors(path, torch.device("cpu" if device is None else device))
+        return cls._loaded(config, path, state, dtype, **modules)
 
     @classmethod
     def _loaded(
-        cls, config: PretrainedConfig, path: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None
+        cls,
+        config: PretrainedConfig,
+        path: Path,
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype | None,
+        **modules: nn.Module,
     ) -> Self:
         """The model of these weights, which came from `path`."""
         # On the meta device nothing is initialised, so torch's generator stays where it was.
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config, **modules)
         check_state(path, state, model.state_dict())
         model.load_state_dict(state, assign=True)
         return model.to(dtype=dtype).eval()

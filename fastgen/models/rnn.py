@@ -26,6 +26,7 @@ from typing_extensions import Self
 
 import fastgen.nn as nn
 from fastgen import _validate, functional
+from fastgen._dtypes import at_least_float32
 from fastgen.models._pretrained import PretrainedConfig
 from fastgen.models._sampling import (
     Generation,
@@ -325,7 +326,7 @@ class RNN(TextModel):
         if self.is_text:
             if targets is not None:
                 self._check_targets(inputs, targets)
-                loss = F.cross_entropy(_at_least_float32(predicted).flatten(0, 1), targets.flatten())
+                loss = F.cross_entropy(at_least_float32(predicted).flatten(0, 1), targets.flatten())
             return RNNOutput(loss, predicted, None, state)
         distribution = self.density(predicted)
         if targets is not None:
@@ -439,7 +440,7 @@ class RNN(TextModel):
     def standardised(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Values (..., input_size) as the layers take them, in `dtype` (default: the model's)."""
         # In the dtype of the data: a half type would lose digits before the mean is gone.
-        values = _at_least_float32(values)
+        values = at_least_float32(values)
         standardised = (values - self.mean.to(values.dtype)) / self.scale.to(values.dtype)
         return standardised.to(self.dtype if dtype is None else dtype)
 
@@ -534,7 +535,7 @@ class _MixtureHead(nn.Linear):
         """K logits, K F means and K F scales, which a softplus keeps above `min_scale`."""
         components, features = self.shape
         sizes = (components, components * features, components * features)
-        logits, means, scales = _at_least_float32(parameters).split(sizes, dim=-1)
+        logits, means, scales = at_least_float32(parameters).split(sizes, dim=-1)
         return GaussianMixture(
             torch.log_softmax(logits, dim=-1),
             means.unflatten(-1, self.shape),
@@ -547,10 +548,6 @@ def detach_state(state: State) -> State:
     if isinstance(state, tuple):
         return state[0].detach(), state[1].detach()
     return state.detach()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _dtype_name(x: Tensor) -> str:

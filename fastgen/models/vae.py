@@ -25,24 +25,25 @@ from torch.nn import functional as F
 
 import fastgen.nn as nn
 from fastgen import _validate
+from fastgen._dtypes import at_least_float32
 from fastgen.functional import reparameterize, reparameterize_kl
+from fastgen.models._layers import (
+    ACTIVATIONS,
+    ConditionalLinear,
+    Labels,
+    check_data,
+    check_tensor,
+    conv_channels,
+    no_channels,
+    one_hot,
+    pyramid,
+)
 from fastgen.models._pretrained import PretrainedConfig, PretrainedModel
 from fastgen.random import AnyGenerator, Generator, normal, seed_offset_for
 
 __all__ = ["VAE", "VAEConfig", "VAEOutput"]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "leaky_relu": nn.LeakyReLU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-}
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LOG_2PI = math.log(2 * math.pi)
-
-Labels = Tensor | Sequence[int] | int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,26 +112,15 @@ class VAEConfig(PretrainedConfig):
         convolutional = self.architecture == "conv"
         hidden = ((256,) if convolutional else (512, 256)) if self.hidden_sizes is None else self.hidden_sizes
         checked["hidden_sizes"] = _validate.integers("hidden_sizes", hidden, 1, allow_empty=True)
-        checked["channels"] = self._conv_channels(checked["input_shape"]) if convolutional else self._no_channels()
+        shape = checked["input_shape"]
+        if convolutional:
+            if len(shape) != 3 or min(shape[1:]) < 8:
+                raise ValueError(f"input_shape: expected (C, H, W) with H, W of at least 8 for 'conv', got {shape}")
+            checked["channels"] = conv_channels(self.channels, shape, shape[1:])
+        else:
+            checked["channels"] = no_channels(self.channels, self.architecture)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-
-    def _conv_channels(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if len(shape) != 3 or min(shape[1:]) < 8:
-            raise ValueError(f"input_shape: expected (C, H, W) with H, W of at least 8 for 'conv', got {shape}")
-        side = min(shape[1:])
-        if self.channels is None:
-            halvings = side.bit_length() - 3  # leaves 4 <= side < 8
-            return tuple(min(32 << level, 256) for level in range(halvings))
-        channels = _validate.integers("channels", self.channels, 1)
-        if side >> len(channels) == 0:
-            raise ValueError(f"channels: expected at most {side.bit_length() - 1} for {shape}, got {len(channels)}")
-        return channels
-
-    def _no_channels(self) -> tuple[int, ...]:
-        if self.channels:
-            raise ValueError(f"channels: expected none for 'mlp', got {self.channels!r}")
-        return ()
 
 
 @dataclasses.dataclass
@@ -251,7 +241,7 @@ class VAE(PretrainedModel):
 
     def decode(self, z: Tensor, labels: Labels = None) -> Tensor:
         """(B, *input_shape): the means of p(x | z) for z (B, latent_dim)."""
-        _check_tensor("z", z)
+        check_tensor("z", z)
         if z.dim() != 2 or z.shape[1] != self.config.latent_dim:
             raise ValueError(f"z: expected shape (B, {self.config.latent_dim}), got {tuple(z.shape)}")
         return _means(self._decode(z, self._condition(labels, len(z))), self.config.likelihood)
@@ -378,7 +368,7 @@ class VAE(PretrainedModel):
             return torch.logsumexp(log_weights, dim=1) - math.log(num_samples)
 
     def _encode(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        mu, logvar = _at_least_float32(self.encoder(x.to(self.dtype), condition)).chunk(2, dim=-1)
+        mu, logvar = at_least_float32(self.encoder(x.to(self.dtype), condition)).chunk(2, dim=-1)
         return mu, logvar
 
     def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
@@ -387,50 +377,20 @@ class VAE(PretrainedModel):
 
     def _reconstruction_loss(self, x: Tensor, decoded: Tensor) -> Tensor:
         """(B,): -log p(x | z)."""
-        decoded = _at_least_float32(decoded.flatten(1))
+        decoded = at_least_float32(decoded.flatten(1))
         x = x.flatten(1).to(decoded.dtype)
         if self.config.likelihood == "bernoulli":
             return F.binary_cross_entropy_with_logits(decoded, x, reduction="none").sum(-1)
-        log_variance = _at_least_float32(self.log_variance)
+        log_variance = at_least_float32(self.log_variance)
         squares = (x - decoded).square().sum(-1)
         return 0.5 * (squares * torch.exp(-log_variance) + x.shape[1] * (_LOG_2PI + log_variance))
 
     def _check_input(self, name: str, x: Tensor) -> None:
-        _check_tensor(name, x)
-        if x.shape[1:] != self.config.input_shape or x.dim() == 0:
-            expected = ", ".join(str(extent) for extent in ("B", *self.config.input_shape))
-            raise ValueError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected floating-point values, got {str(x.dtype).removeprefix('torch.')}")
-        if self.config.likelihood == "bernoulli" and _may_look_at(x) and x.numel():
-            low, high = (float(value) for value in torch.aminmax(x))
-            if not (low >= 0 and high <= 1):
-                raise ValueError(f"{name}: expected values in [0, 1] for 'bernoulli', got {low:g} to {high:g}")
+        bernoulli = self.config.likelihood == "bernoulli"
+        check_data(name, x, self.config.input_shape, (0.0, 1.0) if bernoulli else None, " for 'bernoulli'")
 
     def _condition(self, labels: Labels, batch: int) -> Tensor | None:
-        """(B, num_classes): the labels, one-hot so that they can be blended; None for an unconditional model."""
-        classes = self.config.num_classes
-        if classes == 0:
-            if labels is not None:
-                raise ValueError("labels: expected None, the model is unconditional (num_classes is 0)")
-            return None
-        if labels is None:
-            raise ValueError(f"labels: expected {batch} labels for a conditional model, got None")
-        if isinstance(labels, int):
-            labels = [labels] * batch
-        try:
-            labels = torch.as_tensor(labels, device=self.device)
-        except (TypeError, ValueError):
-            raise TypeError(f"labels: expected ints, got {labels!r}") from None
-        if labels.dtype not in _INTEGERS:
-            raise TypeError(f"labels: expected ints, got {str(labels.dtype).removeprefix('torch.')}")
-        if labels.shape != (batch,):
-            raise ValueError(f"labels: expected shape ({batch},), got {tuple(labels.shape)}")
-        if _may_look_at(labels) and batch:
-            low, high = (int(value) for value in torch.aminmax(labels))
-            if low < 0 or high >= classes:
-                raise ValueError(f"labels: expected 0 to {classes - 1}, got {low if low < 0 else high}")
-        return F.one_hot(labels.long(), classes).to(self.dtype)
+        return one_hot(labels, batch, self.config.num_classes, next(self.parameters()))
 
 
 class _Encoder(nn.Module):
@@ -438,7 +398,7 @@ class _Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        shapes = _pyramid(config)
+        shapes = pyramid(config.input_shape, config.channels or ())
         self.features = nn.Sequential()
         for before, after in itertools.pairwise(shapes):
             self.features.append(nn.Conv2d(before[0], after[0], kernel_size=4, stride=2, padding=1))
@@ -456,7 +416,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        shapes = _pyramid(config)[::-1]
+        shapes = pyramid(config.input_shape, config.channels or ())[::-1]
         sizes = (config.latent_dim, *reversed(config.hidden_sizes or ()), math.prod(shapes[0]))
         self.head = _Dense(sizes, config)
         self.features = nn.Sequential(nn.Unflatten(1, shapes[0]))
@@ -478,7 +438,7 @@ class _Dense(nn.Module):
     def __init__(self, sizes: Sequence[int], config: VAEConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            _ConditionalLinear(size, following, config.num_classes) for size, following in itertools.pairwise(sizes)
+            ConditionalLinear(size, following, config.num_classes) for size, following in itertools.pairwise(sizes)
         )
         self.between = nn.Sequential(ACTIVATIONS[config.activation](), nn.Dropout(config.dropout))
 
@@ -486,38 +446,6 @@ class _Dense(nn.Module):
         for depth, layer in enumerate(self.layers):
             x = layer(self.between(x) if depth else x, condition)
         return x
-
-
-class _ConditionalLinear(nn.Linear):
-    """Linear layer that adds an embedding of the label, given as one-hot.
-
-    Every layer has one, initialised as `torch.nn.Embedding` does. A label that is only a few more inputs
-    of the first layer starts far too faint beside the rest: the latent then goes on carrying the class,
-    and samples of one class come out as another.
-    """
-
-    def __init__(self, in_features: int, out_features: int, num_classes: int) -> None:
-        super().__init__(in_features, out_features)
-        self.embedding = nn.Embedding(num_classes, out_features) if num_classes else None
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        x = super().forward(x)
-        if self.embedding is None or condition is None:
-            return x
-        return x + condition @ self.embedding.weight
-
-
-def _pyramid(config: VAEConfig) -> list[tuple[int, ...]]:
-    """Shapes of an example before the first convolution and after each; only the first for "mlp".
-
-    Kernels of 4 with stride 2 and padding 1 halve a side, rounding down. A kernel that the stride divides
-    touches every pixel equally often, so the transposed one draws no checkerboard (Odena et al.,
-    "Deconvolution and checkerboard artifacts", 2016).
-    """
-    shapes = [config.input_shape]
-    for width in config.channels or ():
-        shapes.append((width, *(side // 2 for side in shapes[-1][1:])))
-    return shapes
 
 
 def _means(decoded: Tensor, likelihood: str) -> Tensor:
@@ -533,17 +461,3 @@ def _log_prior_ratio(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """(B,): log p(z) - log q(z | x)."""
     noise_square = (z - mu).square() * torch.exp(-logvar)
     return 0.5 * (noise_square + logvar - z.square()).sum(-1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _check_tensor(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-
-
-def _may_look_at(x: Tensor) -> bool:
-    """Whether the values are at hand: not on a device that would have to be waited for, nor being traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -115,7 +115,7 @@ def truncate(folder: Path, size: int) -> None:
         (lambda d: (d / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
         (lambda d: (d / "config.json").write_bytes(b"\xff"), ValueError, "config.json: not valid JSON"),
         (lambda d: (d / "config.json").write_text("[]"), ValueError, "config.json: expected a JSON object, got list"),
-        (lambda d: rewrite_config(d, model_type="gan"), ValueError, "config.json: model_type: expected"),
+        (lambda d: rewrite_config(d, model_type="flow"), ValueError, "config.json: model_type: expected"),
         (lambda d: rewrite_config(d, model_type=["vae"]), ValueError, "config.json: model_type: expected"),
         (lambda d: rewrite_config(d, latent_dim=0), ValueError, "config.json: latent_dim: expected an int"),
         (lambda d: rewrite_config(d, colour=1), ValueError, "config.json: VAEConfig: no field 'colour'"),

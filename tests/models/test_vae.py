@@ -15,7 +15,7 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_diverg
 from fastgen.data import load_images
 from fastgen.functional import reparameterize
 from fastgen.models import VAE, VAEConfig
-from fastgen.models.vae import ACTIVATIONS
+from fastgen.models._layers import ACTIVATIONS
 from fastgen.random import Generator
 
 SMALL = {"input_shape": (1, 8, 9), "latent_dim": 3, "hidden_sizes": (16,)}
