@@ -13,11 +13,11 @@ __all__ = ["CHANGEABLE", "TrainingConfig"]
 
 SCHEDULES = ("cosine", "constant")
 DEVICES = ("auto", "cpu", "cuda")
-MIXED_PRECISIONS = ("no", "bf16", "fp16")
+DTYPES = ("float32", "bfloat16", "float16")
 # Fields that may differ when a run is resumed.
 CHANGEABLE = (
     *("epochs", "max_steps", "max_seconds", "patience"),
-    *("device", "save_every", "keep_checkpoints", "tensorboard"),
+    *("device", "compile", "save_every", "keep_checkpoints", "tensorboard"),
 )
 
 
@@ -42,7 +42,10 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this Euclidean norm; None: never.
         seed: decides the initial weights, the order of the data and all noise, 0 <= seed < 2**64.
         device: "auto" (CUDA if there is any), "cpu" or "cuda".
-        mixed_precision: "no", "bf16" or "fp16", the dtype of autocast.
+        dtype: "float32", "bfloat16" or "float16": what products and convolutions compute in (autocast), while weights,
+            their updates and what is saved stay float32. float16 scales the loss.
+        compile: whether `torch.compile` makes one graph of each module's training step. It needs a C++ compiler, and
+            an error stops the run: nothing falls back. Losses are the same to rounding.
         log_every: steps between two rows of training metrics, counted anew in every epoch, which ends with one.
         evaluate_every: epochs between two evaluations, each followed by a sample and a checkpoint.
         evaluate_steps: steps between further evaluations within an epoch, for long ones; None: none.
@@ -66,7 +69,8 @@ class TrainingConfig:
     max_grad_norm: float | None = None
     seed: int = 0
     device: str = "auto"
-    mixed_precision: str = "no"
+    dtype: str = "float32"
+    compile: bool = False
     log_every: int = 50
     evaluate_every: int = 1
     evaluate_steps: int | None = None
@@ -81,7 +85,8 @@ class TrainingConfig:
             "weight_decay": _validate.number("weight_decay", self.weight_decay, minimum=0),
             "schedule": _validate.choice("schedule", self.schedule, SCHEDULES),
             "device": _validate.choice("device", self.device, DEVICES),
-            "mixed_precision": _validate.choice("mixed_precision", self.mixed_precision, MIXED_PRECISIONS),
+            "dtype": _validate.choice("dtype", self.dtype, DTYPES),
+            "compile": _validate.boolean("compile", self.compile),
             "seed": Generator(self.seed).seed,
             "tensorboard": _validate.boolean("tensorboard", self.tensorboard),
         }

@@ -10,10 +10,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastgen._version import __version__
 from fastgen.train.config import CHANGEABLE
 
-__all__ = ["check_new_folder", "check_same_run", "new_folder", "read_run", "remove_leftovers"]
+__all__ = ["RUN_FORMAT", "check_new_folder", "check_same_run", "new_folder", "read_run", "remove_leftovers"]
 
+RUN_FORMAT = 1
+"""The layout of a run folder, in its config.json. Run folders of older formats are read as if they had this one."""
+
+# Before there was a number: the dtype of autocast by Accelerate's names.
+_OLD_DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # The temporary names of fastgen._files.
 _LEFTOVER = re.compile(r"\..+-\w{8}\.(safetensors|json|csv|png|txt)")
 
@@ -23,7 +29,7 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such folder, or not that of a run.
-        ValueError: config.json is damaged.
+        ValueError: config.json is damaged, or of a newer fastgen.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
@@ -36,6 +42,18 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged ({error})") from None
     if not isinstance(record, dict) or "training" not in record:
         raise ValueError(f"{folder}: not a run folder, its config.json is that of a model")
+    found = record.get("format", 0)
+    if not isinstance(found, int) or found > RUN_FORMAT:
+        versions = record.get("versions")
+        version = versions.get("fastgen", "?") if isinstance(versions, dict) else "?"
+        raise ValueError(
+            f"{path}: expected a run folder of format {RUN_FORMAT} or older, as this is fastgen {__version__}, "
+            f"got format {found!r} of fastgen {version}"
+        )
+    training = record["training"]
+    if found < 1 and isinstance(training, dict) and "mixed_precision" in training:
+        precision = training.pop("mixed_precision")
+        training["dtype"] = _OLD_DTYPES.get(precision, precision)
     return record
 
 

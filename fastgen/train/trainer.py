@@ -7,8 +7,10 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 import textwrap
 import threading
 import time
@@ -33,12 +35,15 @@ from fastgen.train.config import TrainingConfig
 from fastgen.train.logging import EventLog, MetricsFile, ProgressMode, make_progress, read_metrics
 from fastgen.train.memory import kept_memory
 from fastgen.train.recipe import Recipe, Step
-from fastgen.train.run_folder import check_same_run, new_folder, read_run, remove_leftovers
+from fastgen.train.run_folder import RUN_FORMAT, check_same_run, new_folder, read_run, remove_leftovers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["Interrupted", "NonFiniteLossError", "Trainer", "TrainingResult"]
+
+_CHANGING = ("format", "training", "evaluation", "options")  # entries of config.json that a resumed run writes anew
+_MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # Accelerate's names
 
 
 class _Stream(IntEnum):
@@ -141,6 +146,8 @@ class Trainer:
         packages = ("accelerate", "matplotlib", "PIL", "rich", "safetensors")
         require("train", *packages, *(("tensorboard",) if config.tensorboard else ()))
         self.accelerator = _accelerator(config)
+        if config.compile:
+            _prepare_compiler(self.accelerator.device)
         self._main = self.accelerator.is_main_process
         self._progress = make_progress(progress if self._main else "quiet", recipe.unit)
         recipe.progress = self._progress.evaluate
@@ -159,6 +166,8 @@ class Trainer:
         prepare = self.accelerator.prepare
         wrap = self._placed if recipe.averages_gradients else prepare
         self._wrapped: dict[str, nn.Module] = {name: wrap(module) for name, module in self._modules.items()}
+        if config.compile:
+            self._wrapped = {name: _compiled(module) for name, module in self._wrapped.items()}
         self._optimizers: dict[str, Optimizer] = optimizers
         if self.accelerator.scaler is not None:  # else the wrapper would only cost 0.2 ms a step
             self._optimizers = {name: prepare(optimizer) for name, optimizer in optimizers.items()}
@@ -254,18 +263,22 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         share = self._share()
-        metrics = self.recipe.train_step(
-            Step(
-                index=self._step,
-                rows=batch[..., share],
-                first_row=share.start,
-                batch_size=self.batch_size,
-                modules=self._wrapped,
-                noise_seed=self._noise_stream.seed,
-                update=self._update,
-                autocast=self.accelerator.autocast,
-            )
+        step = Step(
+            index=self._step,
+            rows=batch[..., share],
+            first_row=share.start,
+            batch_size=self.batch_size,
+            modules=self._wrapped,
+            noise_seed=self._noise_stream.seed,
+            update=self._update,
+            autocast=self.accelerator.autocast,
         )
+        try:
+            metrics = self.recipe.train_step(step)
+        except RuntimeError as error:
+            if self.config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise ValueError(f"compile: expected False, as torch.compile fails here: {error}") from error
+            raise
         self._names = list(metrics)
         self._window.append(torch.stack(list(metrics.values())))
         self._step += 1
@@ -471,6 +484,7 @@ class Trainer:
         folder = None
         if self._main:
             description = {
+                "format": RUN_FORMAT,
                 "model_type": self.recipe.model_type,
                 **self.recipe.describe(),
                 "training": dataclasses.asdict(self.config),
@@ -485,7 +499,7 @@ class Trainer:
                 folder = Path(out)
                 before = read_run(folder)
                 check_same_run(folder, before, description)
-                now = {name: description[name] for name in ("training", "evaluation") if name in description}
+                now = {name: description[name] for name in _CHANGING if name in description}
                 description = {**before, **now}
             else:
                 folder = new_folder(out, f"{self.recipe.model_type}-{self.recipe.data_name}")
@@ -586,10 +600,10 @@ class Trainer:
     def _not_finite(self, what: str) -> NonFiniteLossError:
         latest = self._checkpoints.latest()
         kept = f"the last good checkpoint is {latest}" if latest else "no checkpoint had been saved"
-        return NonFiniteLossError(
-            f"{what}; {kept}; try a lower learning_rate ({self.config.learning_rate:g} now), max_grad_norm, "
-            f"or mixed_precision 'no'"
-        )
+        advice = f"try a lower learning_rate ({self.config.learning_rate:g} now) or max_grad_norm"
+        if self.config.dtype != "float32":
+            advice += f", or float32 rather than {self.config.dtype}"
+        return NonFiniteLossError(f"{what}; {kept}; {advice}")
 
 
 class _Best(TypedDict):
@@ -606,7 +620,24 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     # Accelerate keeps the settings of its first use for the whole process; each run has its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = config.device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, mixed_precision=config.mixed_precision)
+    return Accelerator(cpu=cpu, mixed_precision=_MIXED_PRECISION[config.dtype])
+
+
+def _prepare_compiler(device: torch.device) -> None:
+    """Raise ValueError where torch.compile is known to fail, before the run begins."""
+    if device.type == "cpu":
+        compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_paths()["include"]) / "Python.h"
+        if shutil.which(compiler) is None:
+            raise ValueError(f"compile: expected the C++ compiler {compiler} (apt install g++, or set CXX), found none")
+        if not header.is_file():
+            raise ValueError(f"compile: expected {header} (apt install python3-dev), found none")
+    # Graphs of earlier runs would count towards the limit of recompilations of the forward that they share.
+    torch.compiler.reset()
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    """`module` as one graph, or an error; random numbers are those that torch draws without it."""
+    return torch.compile(module, fullgraph=True, options={"fallback_random": True})  # type: ignore[return-value]
 
 
 def _evaluations(count: int) -> str:

@@ -295,7 +295,7 @@ def test_fine_tuning_goes_on_from_the_checkpoint(lora_rank: int, tmp_path: Path)
 
 
 def test_bf16_autocast(tmp_path: Path) -> None:
-    result = run(recipe(), tmp_path / "run", epochs=4, learning_rate=0.01, evaluate_every=4, mixed_precision="bf16")
+    result = run(recipe(), tmp_path / "run", epochs=4, learning_rate=0.01, evaluate_every=4, dtype="bfloat16")
     assert result.metrics["loss"] < 1.5
     assert from_pretrained(tmp_path / "run" / "model").dtype == torch.float32
 

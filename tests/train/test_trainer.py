@@ -47,7 +47,7 @@ def rows(out: Path) -> list[dict[str, str]]:
         ("max_seconds", -3, "max_seconds: expected a finite number above 0, got -3"),
         ("max_steps", 0, "max_steps: expected an int of at least 1, got 0"),
         ("device", "tpu", "device: expected one of auto, cpu, cuda, got 'tpu'"),
-        ("mixed_precision", "fp8", "mixed_precision: expected one of no, bf16, fp16, got 'fp8'"),
+        ("dtype", "fp8", "dtype: expected one of float32, bfloat16, float16, got 'fp8'"),
         ("seed", -1, "seed: expected 0 <= seed < 2**64, got -1"),
         ("keep_checkpoints", 0, "keep_checkpoints: expected an int of at least 1, got 0"),
     ],
@@ -409,12 +409,12 @@ def test_batches_are_not_larger_than_the_data(tmp_path: Path) -> None:
     assert (trainer.batch_size, trainer.total_steps) == (4, 1)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_mixed_precision_goes_on_after_a_stop_and_leaves_the_model_as_it_was(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast_goes_on_after_a_stop_and_leaves_the_model_as_it_was(dtype: str, tmp_path: Path) -> None:
     whole, recipe = Regression(), Regression()
-    train(whole, tmp_path / "whole", epochs=2, mixed_precision=dtype, schedule="constant").fit()
-    train(Regression(), tmp_path / "run", epochs=1, mixed_precision=dtype, schedule="constant").fit()
-    train(recipe, tmp_path / "run", epochs=2, mixed_precision=dtype, schedule="constant", resume=True).fit()
+    train(whole, tmp_path / "whole", epochs=2, dtype=dtype, schedule="constant").fit()
+    train(Regression(), tmp_path / "run", epochs=1, dtype=dtype, schedule="constant").fit()
+    train(recipe, tmp_path / "run", epochs=2, dtype=dtype, schedule="constant", resume=True).fit()
     assert all(torch.equal(a, b) for a, b in zip(whole.weights(), recipe.weights(), strict=True))
     for module in recipe.modules().values():
         assert "forward" not in vars(module)  # nothing of autocast's wrapper is left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from fastgen.cli.command import Command
+from fastgen.cli.train.config_file import configurable
 from fastgen.cli.train.gpt import train_gpt
 from fastgen.cli.train.rnn import train_rnn
 from fastgen.cli.train.vae import train_vae
@@ -12,6 +13,5 @@ from fastgen.cli.train.vae import train_vae
 __all__ = ["train"]
 
 train = typer.Typer(no_args_is_help=True, help="Train a model.")
-train.command("vae", cls=Command)(train_vae)
-train.command("rnn", cls=Command)(train_rnn)
-train.command("gpt", cls=Command)(train_gpt)
+for name, command in (("vae", train_vae), ("rnn", train_rnn), ("gpt", train_gpt)):
+    train.command(name, cls=Command)(configurable(command))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from fastgen.cli.train import options
 from fastgen.cli.train.options import option
 from fastgen.cli.train.run import Family, Options, run
-from fastgen.cli.train.text import encode, load_texts, make_tokenizer, text_summary
+from fastgen.cli.train.text import TOKENIZERS, encode, load_texts, make_tokenizer, text_summary
 from fastgen.models import GPT, GPTConfig
 from fastgen.models import from_pretrained as load_model
 from fastgen.tokenizers import TOKENIZER_FILE, load_tokenizer
@@ -60,11 +60,7 @@ def train_gpt(
     vocab_size: Annotated[int | None, option("Tokens of bpe at most.", default=1024, panel="Data")] = None,
     separate_documents: Annotated[
         bool | None,
-        typer.Option(
-            "--separate-documents",
-            help="Let no file of the folder see the one before it.",
-            rich_help_panel="Data",
-        ),
+        option("Let no file of the folder see the one before it.", default="no", panel="Data"),
     ] = None,
     init_from: Annotated[
         Path | None,
@@ -100,12 +96,7 @@ def train_gpt(
     ] = None,
     tie_weights: Annotated[
         bool | None,
-        typer.Option(
-            "--tie-weights/--no-tie-weights",
-            help="Let the output use the embedding.  [default: gpt2 yes, llama no]",
-            show_default=False,
-            rich_help_panel="Model",
-        ),
+        option("Let the output use the embedding.", default="gpt2 yes, llama no", panel="Model"),
     ] = None,
     dropout: Annotated[
         float | None,
@@ -146,17 +137,16 @@ def train_gpt(
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
-        typer.Option(
-            "--gradient-checkpointing",
-            help="Save memory: run each layer again in the backward pass.",
-            rich_help_panel="Training",
-        ),
+        option("Save memory: run each layer again in the backward pass.", default="no", panel="Training"),
     ] = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    mixed_precision: options.MixedPrecision = None,
+    dtype: options.DType = None,
+    compile: options.Compile = None,
     out: options.Out = None,
     resume: options.Resume = None,
+    config: options.Config = None,
+    print_config: options.PrintConfig = False,
     log_every: options.LogEvery = None,
     evaluate_every: options.EvaluateEvery = None,
     evaluate_steps: Annotated[
@@ -202,7 +192,7 @@ def train_gpt(
 class _GPT(Family):
     recipe = GPTRecipe
     expected_data = "a file, a folder or shakespeare"
-    built_in = ("shakespeare",)
+    paths: ClassVar = {"data": ("shakespeare",), "tokenizer": TOKENIZERS, "init_from": ()}
     source = ("data", "test_size", "tokenizer", "vocab_size", "init_from")
     report = ("prompt", "sample_length")
 
@@ -211,7 +201,6 @@ class _GPT(Family):
         dropout = model.pop("dropout", None)
         start = None
         if "init_from" in source:
-            source["init_from"] = str(Path(source["init_from"]).absolute())
             for name in _NEW_MODEL:
                 if name in model:
                     raise ValueError(f"{name}: expected none with --init-from, got {model[name]!r}")

@@ -10,6 +10,9 @@ import typer
 from fastgen.train import TrainingConfig
 
 __all__ = [
+    "Compile",
+    "Config",
+    "DType",
     "Device",
     "EvaluateEvery",
     "EvaluateSteps",
@@ -17,9 +20,9 @@ __all__ = [
     "LogEvery",
     "MaxSeconds",
     "MaxSteps",
-    "MixedPrecision",
     "Out",
     "Patience",
+    "PrintConfig",
     "Quiet",
     "Resume",
     "SaveEvery",
@@ -35,7 +38,10 @@ _DEFAULT = TrainingConfig()
 
 
 def option(help: str, *, default: object = None, panel: str, metavar: str | None = None) -> Any:
-    """An option that is None unless it is given; `default` is what the library then takes."""
+    """An option that is None unless it is given; `default` is what the library then takes.
+
+    An option of bools is a pair of switches, --name and --no-name.
+    """
     if default is not None:
         help += f"  [default: {default}]"
     return typer.Option(help=help, show_default=False, rich_help_panel=panel, metavar=metavar)
@@ -58,11 +64,39 @@ WarmupSteps = Annotated[
 WeightDecay = Annotated[float | None, option("Of AdamW, decoupled.", default=_DEFAULT.weight_decay, panel="Training")]
 Seed = Annotated[int | None, option("Of weights, split, order and noise.", default=_DEFAULT.seed, panel="Training")]
 Device = Annotated[str | None, option("auto, cpu or cuda.", default=_DEFAULT.device, panel="Training")]
-MixedPrecision = Annotated[str | None, option("no, bf16 or fp16.", default=_DEFAULT.mixed_precision, panel="Training")]
+DType = Annotated[
+    str | None,
+    option(
+        "What to compute products in: float32, bfloat16 or float16; weights stay float32.",
+        default=_DEFAULT.dtype,
+        panel="Training",
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    option("Put the training step through torch.compile (needs a C++ compiler).", default="no", panel="Training"),
+]
 Out = Annotated[Path | None, option("New folder for the run.", default="runs/MODEL-DATA-TIME", panel="Run")]
 Resume = Annotated[
     Path | None,
     option("Continue the run in this folder, with its own data and settings.", panel="Run", metavar="RUN"),
+]
+Config = Annotated[
+    Path | None,
+    option(
+        "Take the options of this file (TOML, see --print-config), or those that a run was started with. What else is "
+        "on the command line comes before them.",
+        panel="Run",
+        metavar="FILE|RUN",
+    ),
+]
+PrintConfig = Annotated[
+    bool,
+    typer.Option(
+        "--print-config",
+        help="Print all options as such a file, with the values they have, and end.",
+        rich_help_panel="Run",
+    ),
 ]
 LogEvery = Annotated[int | None, option("Steps between rows of metrics.", default=_DEFAULT.log_every, panel="Run")]
 EvaluateEvery = Annotated[
@@ -73,8 +107,5 @@ SaveEvery = Annotated[int | None, option("Steps between checkpoints.", default="
 KeepCheckpoints = Annotated[
     int | None, option("Latest checkpoints to keep.", default=_DEFAULT.keep_checkpoints, panel="Run")
 ]
-Tensorboard = Annotated[
-    bool | None,
-    typer.Option("--tensorboard/--no-tensorboard", help="Write events.  [default: yes]", rich_help_panel="Run"),
-]
+Tensorboard = Annotated[bool | None, option("Write events.", default="yes", panel="Run")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.", rich_help_panel="Run")]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from fastgen.cli.train import options
 from fastgen.cli.train.options import option
 from fastgen.cli.train.run import Family, Options, run, size, tell
-from fastgen.cli.train.text import encode, load_texts, make_tokenizer, text_summary
+from fastgen.cli.train.text import TOKENIZERS, encode, load_texts, make_tokenizer, text_summary
 from fastgen.data import SeriesSet, load_series
 from fastgen.models import RNNConfig
 from fastgen.tokenizers import TOKENIZER_FILE, load_tokenizer
@@ -78,7 +78,7 @@ def train_rnn(
     ] = None,
     tie_weights: Annotated[
         bool | None,
-        typer.Option("--tie-weights", help="Let the output use the embedding.", rich_help_panel="Model"),
+        option("Let the output use the embedding.", default="no", panel="Model"),
     ] = None,
     num_components: Annotated[
         int | None,
@@ -92,7 +92,7 @@ def train_rnn(
     ] = None,
     locked_dropout: Annotated[
         bool | None,
-        typer.Option("--locked-dropout", help="Keep its mask over a window.", rich_help_panel="Model"),
+        option("Keep its mask over a window.", default="no", panel="Model"),
     ] = None,
     state_dropout: Annotated[
         float | None, option("Of the state between steps, locked.", default=_MODEL.state_dropout, panel="Model")
@@ -111,7 +111,7 @@ def train_rnn(
     ] = None,
     layer_norm: Annotated[
         bool | None,
-        typer.Option("--layer-norm", help="Normalise within the LSTM layers.", rich_help_panel="Model"),
+        option("Normalise within the LSTM layers.", default="no", panel="Model"),
     ] = None,
     epochs: Annotated[int | None, option("Passes over the data.", default=_both("epochs"), panel="Training")] = None,
     max_steps: options.MaxSteps = None,
@@ -138,9 +138,12 @@ def train_rnn(
     ] = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    mixed_precision: options.MixedPrecision = None,
+    dtype: options.DType = None,
+    compile: options.Compile = None,
     out: options.Out = None,
     resume: options.Resume = None,
+    config: options.Config = None,
+    print_config: options.PrintConfig = False,
     log_every: options.LogEvery = None,
     evaluate_every: Annotated[
         int | None, option("Epochs between evaluations.", default=_both("evaluate_every"), panel="Run")
@@ -191,7 +194,7 @@ def train_rnn(
 class _RNN(Family):
     recipe = RNNRecipe
     expected_data = "a file, a folder, shakespeare, sine or mackey-glass"
-    built_in = ("shakespeare", *_FORMULAS)
+    paths: ClassVar = {"data": ("shakespeare", *_FORMULAS), "tokenizer": TOKENIZERS}
     source = ("data", "test_size", "tokenizer", "vocab_size", "columns", "time_column")
     report = ("prompt", "sample_length")
 

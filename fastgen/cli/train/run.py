@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,8 @@ __all__ = ["Family", "Options", "integers", "run", "size", "tell"]
 
 Options = dict[str, Any]
 
+# Options about the command, not about the run.
+_NOT_OF_THE_RUN = ("config", "print_config", "resume", "out", "quiet")
 _TRAINING = {field.name for field in dataclasses.fields(TrainingConfig)}
 
 
@@ -31,8 +33,8 @@ class Family(abc.ABC):
     recipe: ClassVar[type[Recipe]]
     expected_data: ClassVar[str]
     """What `--data` may be, in words."""
-    built_in: ClassVar[tuple[str, ...]]
-    """Names that `--data` takes for data of other packages."""
+    paths: ClassVar[Mapping[str, tuple[str, ...]]]
+    """The options that take a path, `--data` among them, and the names that stand for something else there."""
     source: ClassVar[tuple[str, ...]]
     """The options that say what the data is: a run keeps them to find it again."""
     report: ClassVar[tuple[str, ...]]
@@ -66,29 +68,20 @@ class Family(abc.ABC):
 def run(family: Family, options: Mapping[str, Any]) -> None:
     """Train as the options of the command say; those not given are None."""
     quiet, out, resume = options["quiet"], options["out"], options["resume"]
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in ("quiet", "out", "resume"):
-        given.pop(name, None)
-    fields = {FIELDS.get(name, name): value for name, value in given.items()}
-    training = {name: value for name, value in fields.items() if name in _TRAINING}
-    source = {name: value for name, value in fields.items() if name in family.source}
-    report = {name: value for name, value in fields.items() if name in family.report}
-    model = {name: value for name, value in fields.items() if not {name} & {*training, *source, *report}}
+    given = {name: value for name, value in options.items() if value is not None and name not in _NOT_OF_THE_RUN}
+    for name, words in family.paths.items():  # so that they are found again from elsewhere
+        value = given.get(name)
+        if value is not None and value not in words and (name == "data" or Path(value).exists()):
+            given[name] = str(Path(value).absolute())
     if resume is None:
-        if "data" not in source:
-            raise ValueError(f"--data: expected {family.expected_data}; or --resume RUN")
-        if out is not None:
-            check_new_folder(out)  # before the data is read, which may take minutes
-        if source["data"] not in family.built_in:
-            source["data"] = str(Path(source["data"]).absolute())
-        trainer = _new(family, source, model, report, training, out, quiet)
+        trainer = _new(family, given, out, quiet)
     else:
         changeable = {*CHANGEABLE, *family.report}
         for name in (*given, *(["out"] if out is not None else [])):
             if FIELDS.get(name, name) not in changeable:
                 option = name.replace("_", "-")
                 raise ValueError(f"--resume: goes on with the run as it was started, but --{option} was given too")
-        trainer = _resumed(family, resume, training, report, quiet)
+        trainer = _resumed(family, given, resume, quiet)
     try:
         result = trainer.fit()
     except Interrupted as stopped:
@@ -103,35 +96,41 @@ def run(family: Family, options: Mapping[str, Any]) -> None:
         typer.echo(f"next: {shlex.join(family.next_command(result))}")
 
 
-def _new(
-    family: Family,
-    source: Options,
-    model: Options,
-    report: Options,
-    training: Options,
-    out: Path | None,
-    quiet: bool,
-) -> Trainer:
+def _new(family: Family, given: Options, out: Path | None, quiet: bool) -> Trainer:
+    fields = {FIELDS.get(name, name): value for name, value in given.items()}
+    training = _of(fields, _TRAINING)
+    source, report = _of(fields, family.source), _of(fields, family.report)
+    model = _of(fields, fields.keys() - {*training, *source, *report})
+    if "data" not in source:
+        raise ValueError(f"--data: expected {family.expected_data}; or --resume RUN")
+    if out is not None:
+        check_new_folder(out)  # before the data is read, which may take minutes
     config = family.training_config(source, training)
+    record = {"source": source, "options": given, "command": ["fastgen", *sys.argv[1:]]}
     recipe = family.new(source, model, report, config, quiet)
-    record = {"source": source, "command": ["fastgen", *sys.argv[1:]]}
     return Trainer(recipe, config, out=out, record=record, progress="quiet" if quiet else "auto")
 
 
-def _resumed(family: Family, folder: Path, training: Options, report: Options, quiet: bool) -> Trainer:
+def _resumed(family: Family, given: Options, folder: Path, quiet: bool) -> Trainer:
     record = read_run(folder)
     if "source" not in record:
         raise ValueError(f"{folder}: was started from Python; continue it there, with fit(..., out=..., resume=True)")
     if record.get("model_type", family.recipe.model_type) != family.recipe.model_type:
         command = shlex.join(["fastgen", "train", str(record["model_type"]), "--resume", str(folder)])
         raise ValueError(f"{folder}: holds a run of another model; continue it with: {command}")
+    fields = {FIELDS.get(name, name): value for name, value in given.items()}
     try:
-        config = TrainingConfig(**{**record["training"], **training})
-        record["evaluation"].update(report)
+        config = TrainingConfig(**{**record["training"], **_of(fields, _TRAINING)})
+        record["evaluation"].update(_of(fields, family.report))
         recipe = family.again(folder, record, config, quiet)
-    except (KeyError, TypeError) as error:
+        options = {"options": {**record.get("options", {}), **given}}
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: its config.json is not of this version of fastgen ({error})") from None
-    return Trainer(recipe, config, out=folder, resume=True, progress="quiet" if quiet else "auto")
+    return Trainer(recipe, config, out=folder, resume=True, record=options, progress="quiet" if quiet else "auto")
+
+
+def _of(fields: Options, names: Collection[str]) -> Options:
+    return {name: value for name, value in fields.items() if name in names}
 
 
 def tell(text: str, quiet: bool) -> None:

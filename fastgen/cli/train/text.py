@@ -10,7 +10,9 @@ from fastgen.data import TextSet, TokenSet, load_text
 from fastgen.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from fastgen.train import TrainingResult
 
-__all__ = ["encode", "load_texts", "make_tokenizer", "text_summary"]
+__all__ = ["TOKENIZERS", "encode", "load_texts", "make_tokenizer", "text_summary"]
+
+TOKENIZERS = ("chars", "bytes", "bpe")
 
 
 def load_texts(source: Mapping[str, Any], quiet: bool) -> tuple[TextSet, TextSet]:

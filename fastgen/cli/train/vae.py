@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -91,11 +91,7 @@ def train_vae(
     ] = None,
     conditional: Annotated[
         bool | None,
-        typer.Option(
-            "--conditional",
-            help="Tell the model the labels: generate can then be asked for a class.",
-            rich_help_panel="Model",
-        ),
+        option("Tell the model the labels: generate can then be asked for a class.", default="no", panel="Model"),
     ] = None,
     epochs: Annotated[int | None, option("Passes over the data.", default=_TRAINING.epochs, panel="Training")] = None,
     max_steps: options.MaxSteps = None,
@@ -116,9 +112,12 @@ def train_vae(
     ] = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    mixed_precision: options.MixedPrecision = None,
+    dtype: options.DType = None,
+    compile: options.Compile = None,
     out: options.Out = None,
     resume: options.Resume = None,
+    config: options.Config = None,
+    print_config: options.PrintConfig = False,
     log_every: options.LogEvery = None,
     evaluate_every: options.EvaluateEvery = None,
     evaluate_steps: options.EvaluateSteps = None,
@@ -159,7 +158,7 @@ def train_vae(
 class _VAE(Family):
     recipe = VAERecipe
     expected_data = "a folder, a file, mnist or digits"
-    built_in = ("mnist", "digits")
+    paths: ClassVar = {"data": ("mnist", "digits")}
     source = ("data", "image_size", "image_channels", "test_size")
     report = ("num_importance_samples", "num_importance_images")
 
