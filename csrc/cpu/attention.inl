@@ -7,6 +7,9 @@
 // is again a right side, of O^T += V^T P^T, whose left side, the columns of V, is read where it stands. Nothing of the
 // size of all scores exists.
 //
+// The sides of a product are elements of its arithmetic A (Multiply in product.inl): T, or pairs of bfloat16 along the
+// depth. Scores, sums and everything between two products are T.
+//
 // Scores are kept in units of log 2. What a block of queries computes depends on nothing but the block: not on the
 // thread, nor on the blocks that share its keys.
 #pragma once
@@ -37,11 +40,23 @@ FASTGEN_FN void read_rows_of(const Storage* from, int64_t row, int64_t step, int
     }
   }
 }
+// The same as they are, zeros up to the end of the row.
+inline void read_rows_of(const BFloat16* from, int64_t row, int64_t step, int64_t rows, int64_t width, BFloat16* out,
+                         int64_t out_row) {
+  for (int64_t r = 0; r < rows; ++r, from += row, out += out_row) {
+    if (step == 1) {
+      memcpy(out, from, size_t(width) * sizeof *out);
+    } else {
+      for (int64_t k = 0; k < width; ++k) out[k] = from[k * step];
+    }
+    for (int64_t k = width; k < out_row; ++k) out[k] = {};
+  }
+}
 template <class T>
 __attribute__((noinline)) void read_rows(DType dtype, const void* from, int64_t row, int64_t step, int64_t rows,
                                          int64_t width, T* out, int64_t out_row) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    read_rows_of(static_cast<const double*>(from), row, step, rows, width, out, out_row);
+  if constexpr (sizeof(T) != sizeof(float)) {  // double, or bfloat16 as it is
+    read_rows_of(static_cast<const T*>(from), row, step, rows, width, out, out_row);
   } else if (dtype == DType::kBFloat16) {
     read_rows_of(static_cast<const BFloat16*>(from), row, step, rows, width, out, out_row);
   } else if (dtype == DType::kFloat16) {
@@ -67,7 +82,7 @@ __attribute__((noinline)) void read_mask(DType dtype, const void* from, int64_t 
     F x;
     load(out + k, x);
     // A NaN in the second argument passes, and so does -inf, which is less than the lowest number.
-    store(out + k, select(less(x, lowest), x, larger(lowest, x * F(T(1.4426950408889634)))));
+    store(out + k, select(less(x, lowest), x, larger(lowest, x * F(Constants<T>::kLog2E))));
   }
 }
 
@@ -98,9 +113,6 @@ FASTGEN_FN void with_element(DType dtype, const Body& body) {
   }
 }
 
-FASTGEN_FN int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTGEN_FN int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Memory for the work of one unit, handed out piece by piece; with null, only counted.
 class Scratch {
  public:
@@ -129,17 +141,19 @@ struct AttentionHead {
   T slope;            // of ALiBi, in units of log 2
 };
 
-template <class T>
+template <class A_>
 class Attention {
  protected:
-  using A = Multiply<T>;
+  using A = A_;
+  using T = typename A::T;
+  using Element = typename A::Left;  // of either side of a product
   using F = typename Work<T>::F;
   using U = typename Work<T>::U;
   using Head = AttentionHead<T>;
-  static constexpr int kWidth = kLanes<T>, kVectors = 4;
+  static constexpr int kWidth = kLanes<T>, kVectors = 4, kDepth = A::kDepth;
   static constexpr int64_t kQueries = kVectors * kWidth;  // of a block
   static constexpr int64_t kKeys = 128;                   // of a block
-  static constexpr T kLog2E = T(1.4426950408889634), kLn2 = T(0.69314718055994531);
+  static constexpr T kLog2E = Constants<T>::kLog2E, kLn2 = T(0.69314718055994531);
 
   // A block of queries: `lanes` of them, the last ones behind `count` without meaning.
   struct Block {
@@ -149,7 +163,8 @@ class Attention {
     int64_t place;  // of its first query among the keys
   };
 
-  // Keys of a block that the vectors [begin, end) of its queries see; whole: all of them by all lanes.
+  // Keys of a block that the vectors [begin, end) of its queries see, from a whole step of the depth on; whole: all of
+  // them by all lanes.
   struct Strip {
     int64_t first;
     int64_t count;
@@ -241,15 +256,21 @@ class Attention {
   int64_t first_seen(const Block& b) const { return at_least(0, b.place - p.left); }
   int64_t end_seen(const Head& head, const Block& b) const { return at_most(head.keys, b.place + b.count + p.right); }
 
+  // What the block sees of the keys [j, j + count).
+  Strips seen(const Head& head, const Block& b, int64_t j, int64_t count) const {
+    const int64_t begin = at_least(j, first_seen(b)) / kDepth * kDepth;
+    return strips(b, begin, at_most(j + count, end_seen(head, b)));
+  }
   // Cuts keys [j, end): where all lanes see all keys into one piece, at the edges of what they see into pieces as high
   // as a vector is wide, so that vectors which see none of one are left out.
   Strips strips(const Block& b, int64_t j, int64_t end) const {
     const int64_t first = b.place - p.left, last = b.place + p.right;  // what lane 0 sees; lane i sees i further
+    const int64_t cut = last - (last % kDepth + kDepth) % kDepth;
     Strips out;
     while (j < end) {
       int64_t stop = end;
       if (j < first + b.lanes - 1) stop = at_most(stop, j + kWidth);
-      stop = at_most(stop, j < last ? last : last + ((j - last) / kWidth + 1) * kWidth);
+      stop = at_most(stop, j < cut ? cut : cut + ((j - cut) / kWidth + 1) * kWidth);
       Strip strip;
       strip.first = j;
       strip.count = stop - j;
@@ -262,48 +283,67 @@ class Attention {
     return out;
   }
 
-  // Rows of a matrix of `width` columns from `first` on, transposed: [width][lanes], times `factor`. Lanes behind
-  // `count` are zero. staging: [kWidth][width in whole vectors].
-  void pack_transposed_rows(const char* from, const int64_t (&stride)[4], int64_t width, const Block& b, T factor,
-                            T* staging, T* out) const {
+  // Rows of a matrix of `width` columns from the first of the block on, transposed: a right side [width][lanes]. Lanes
+  // behind `count` are zero. staging: [kWidth][width in whole vectors].
+  void pack_rows(const char* from, const int64_t (&stride)[4], int64_t width, const Block& b, Element* staging,
+                 Element* out) const {
     const int64_t row = round_up<int64_t>(width, kWidth);
     for (int v = 0; v < b.vectors; ++v) {
       const int64_t rows = at_most(kWidth, b.count - v * kWidth);
-      read_rows<T>(p.dtype, from + (b.first + v * kWidth) * stride[2] * size, stride[2], stride[3], rows, width,
-                   staging, row);
-      const T* pointers[kWidth];
+      read_rows<Element>(p.dtype, from + (b.first + v * kWidth) * stride[2] * size, stride[2], stride[3], rows, width,
+                         staging, row);
+      const Element* pointers[kWidth];
       for (int i = 0; i < kWidth; ++i) pointers[i] = i < rows ? staging + i * row : nullptr;
-      pack_transposed<F>(pointers, width, b.lanes, out + v * kWidth);
-    }
-    if (factor == T(1)) return;
-    for (int64_t i = 0; i < width * b.lanes; i += kWidth) {
-      F x;
-      load(out + i, x);
-      store(out + i, x * F(factor));
+      A::pack(pointers, width, b.lanes, out + v * kWidth * kDepth);
     }
   }
 
   // Rows [first, first + count) as the left side of a product: where they stand, or, where they are not dense rows of
-  // T, copied. A copy costs a hundredth of a product; rows far apart would fight for the same lines of the cache.
-  StridedMatrix<T> rows_of(const char* from, const int64_t (&stride)[4], int64_t width, int64_t first, int64_t count,
-                           T* copy) const {
+  // whole steps, copied. A copy costs a hundredth of a product; rows far apart would fight for the same lines of the
+  // cache.
+  StridedMatrix<Element> rows_of(const char* from, const int64_t (&stride)[4], int64_t width, int64_t first,
+                                 int64_t count, Element* copy) const {
     from += first * stride[2] * size;
-    if (size == int64_t(sizeof(T)) && stride[3] == 1 && stride[2] == width) {
-      return {reinterpret_cast<const T*>(from), width, 1};
+    if (size == int64_t(sizeof(Element)) && stride[3] == 1 && stride[2] == width && width % kDepth == 0) {
+      return {reinterpret_cast<const Element*>(from), width, 1};
     }
     const int64_t row = round_up<int64_t>(width, kWidth);
-    read_rows<T>(p.dtype, from, stride[2], stride[3], count, width, copy, row);
+    read_rows<Element>(p.dtype, from, stride[2], stride[3], count, width, copy, row);
     return {copy, row, 1};
   }
 
-  // S^T = K Q^T on what the strips see; row 0 of s is key j.
-  void multiply_seen(const Block& b, const Strips& seen, int64_t j, const StridedMatrix<T>& k, const T* q,
-                     int64_t width, T* s) const {
+  // The columns of these rows as the left side of a product whose depth are the rows: where they stand or, in pairs, in
+  // `copy`, [rows / 2][width][2].
+  StridedMatrix<Element> columns_of(const StridedMatrix<Element>& rows, int64_t width, int64_t count,
+                                    Element* copy) const {
+    if constexpr (kDepth == 1) {
+      return {rows.data, rows.step, rows.row};
+    } else {
+      const int64_t row = round_up<int64_t>(width, kWidth);
+      A::pair_rows(rows.data, rows.row, 1, count, width, copy, row);
+      return {copy, kDepth, row};
+    }
+  }
+
+  // S^T = factor K Q^T on what the strips see; row 0 of s is key j.
+  void multiply_seen(const Block& b, const Strips& seen, int64_t j, const StridedMatrix<Element>& k, const Element* q,
+                     int64_t width, T factor, T* s) const {
     for (const Strip& strip : seen) {
       const int64_t row = strip.first - j, first = strip.begin * kWidth;
-      multiply_strided<A>(strip.count, strip.end - strip.begin, {k.data + row * k.row, k.row, k.step}, q + first,
-                          b.lanes, width, false, s + row * b.lanes + first, b.lanes);
+      multiply_strided<A>(strip.count, strip.end - strip.begin, {k.data + row * k.row, k.row, k.step},
+                          q + first * kDepth, b.lanes * kDepth, width, factor, false, s + row * b.lanes + first,
+                          b.lanes);
     }
+  }
+
+  // out += left . s on what a strip sees, where s, [keys][lanes], has become a right side in place; `left` are columns
+  // whose depth are the keys.
+  void add_seen(const Block& b, const Strip& strip, int64_t j, const StridedMatrix<Element>& left, int64_t width,
+                const T* s, T* out) const {
+    const int64_t row = strip.first - j, first = strip.begin * kWidth;
+    const Element* right = reinterpret_cast<const Element*>(s) + row * b.lanes + first * kDepth;
+    multiply_strided<A>(width, strip.end - strip.begin, {left.data + row * left.step, left.row, left.step}, right,
+                        b.lanes * kDepth, strip.count, T(1), true, out + first, b.lanes);
   }
 
   // Calls body(F& score, distance, place in the block, key in the block) for all scores that the strips see, a vector
@@ -432,9 +472,10 @@ class Attention {
   PhiloxKey key_;
 };
 
-template <class T>
-class AttentionForward : Attention<T> {
-  using Base = Attention<T>;
+template <class A_>
+class AttentionForward : Attention<A_> {
+  using Base = Attention<A_>;
+  using Base::kDepth;
   using Base::kKeys;
   using Base::kQueries;
   using Base::kVectors;
@@ -442,24 +483,27 @@ class AttentionForward : Attention<T> {
   using Base::p;
   using typename Base::A;
   using typename Base::Block;
+  using typename Base::Element;
   using typename Base::Extras;
   using typename Base::F;
   using typename Base::Head;
   using typename Base::Strip;
   using typename Base::Strips;
+  using typename Base::T;
   using typename Base::U;
 
   static constexpr int kGroup = 4;  // blocks of queries that pass over the keys together
 
   // A block at work. O^T and the sums are relative to 2^top.
   struct State : Block {
-    T *q, *o;      // [D][lanes], [Dv][lanes]
-    T *top, *sum;  // [lanes]
+    Element* q;        // [D][lanes]
+    T *o, *top, *sum;  // [Dv][lanes], [lanes]
   };
 
   struct Memory {
     State state[kGroup];
-    T *key, *value, *s, *staging;
+    Element *key, *value, *columns, *staging;
+    T* s;
     Extras extras;
   };
 
@@ -491,15 +535,16 @@ class AttentionForward : Attention<T> {
     Memory m;
     const int64_t width = round_up<int64_t>(p.width, kWidth), value_width = round_up<int64_t>(p.value_width, kWidth);
     for (State& state : m.state) {
-      state.q = scratch.take<T>(p.width * kQueries);
+      state.q = scratch.take<Element>(width * kQueries);
       state.o = scratch.take<T>(value_width * kQueries);
       state.top = scratch.take<T>(kQueries);
       state.sum = scratch.take<T>(kQueries);
     }
-    m.key = scratch.take<T>(kKeys * width);
-    m.value = scratch.take<T>(kKeys * value_width);
+    m.key = scratch.take<Element>(kKeys * width);
+    m.value = scratch.take<Element>(kKeys * value_width);
+    m.columns = scratch.take<Element>(kDepth == 1 ? 0 : kKeys * value_width);
+    m.staging = scratch.take<Element>(kWidth * width);
     m.s = scratch.take<T>(kKeys * kQueries);
-    m.staging = scratch.take<T>(kWidth * width);
     m.extras = this->take_extras(scratch, false);
     return m;
   }
@@ -511,7 +556,7 @@ class AttentionForward : Attention<T> {
     for (; count < kGroup && first + count * kQueries < head.queries; ++count) {
       State& state = m.state[count];
       static_cast<Block&>(state) = this->block(head, first + count * kQueries);
-      this->pack_transposed_rows(head.query, p.query.stride, p.width, state, this->query_scale(), m.staging, state.q);
+      this->pack_rows(head.query, p.query.stride, p.width, state, m.staging, state.q);
       for (int64_t i = 0; i < p.value_width * state.lanes; ++i) state.o[i] = T(0);
       for (int64_t i = 0; i < state.lanes; ++i) state.top[i] = -T(__builtin_inf());
       for (int64_t i = 0; i < state.lanes; ++i) state.sum[i] = T(0);
@@ -520,50 +565,47 @@ class AttentionForward : Attention<T> {
     }
     for (int64_t j = begin / kKeys * kKeys; j < end; j += kKeys) {
       const int64_t keys = at_most(kKeys, head.keys - j);
-      const StridedMatrix<T> key = this->rows_of(head.key, p.key.stride, p.width, j, keys, m.key);
-      const StridedMatrix<T> value = this->rows_of(head.value, p.value.stride, p.value_width, j, keys, m.value);
-      for (int i = 0; i < count; ++i) pass(head, m.state[i], j, keys, key, value, m);
+      const StridedMatrix<Element> key = this->rows_of(head.key, p.key.stride, p.width, j, keys, m.key);
+      const StridedMatrix<Element> value = this->rows_of(head.value, p.value.stride, p.value_width, j, keys, m.value);
+      const StridedMatrix<Element> columns = this->columns_of(value, p.value_width, keys, m.columns);
+      for (int i = 0; i < count; ++i) pass(head, m.state[i], j, keys, key, columns, m);
     }
     for (int i = 0; i < count; ++i) finish(head, sequence, h, m.state[i]);
   }
 
-  // A block of queries passes over the keys [j, j + count).
-  void pass(const Head& head, State& state, int64_t j, int64_t count, const StridedMatrix<T>& key,
-            const StridedMatrix<T>& value, const Memory& m) const {
-    const Strips seen =
-        this->strips(state, at_least(j, this->first_seen(state)), at_most(j + count, this->end_seen(head, state)));
+  // A block of queries passes over the keys [j, j + count); `value` are their columns.
+  void pass(const Head& head, State& state, int64_t j, int64_t count, const StridedMatrix<Element>& key,
+            const StridedMatrix<Element>& value, const Memory& m) const {
+    const Strips seen = this->seen(head, state, j, count);
     if (seen.count == 0) return;
-    this->multiply_seen(state, seen, j, key, state.q, p.width, m.s);
+    this->multiply_seen(state, seen, j, key, state.q, p.width, this->query_scale(), m.s);
     this->adjust(head, state, seen, j, count, m.s, m.extras);
-    weigh(state, seen, j, m.s);
     if (this->drops()) {
       this->draw(head, state, j, count, m.extras);
-      this->for_scores(state, seen, j, m.s, [&](F& weight, F, int64_t i, int64_t) {
-        F kept;
-        load(m.extras.added + i, kept);
-        weight = weight * kept;
-      });
+      weigh<true>(state, seen, j, m.s, m.extras.added);
+    } else {
+      weigh<false>(state, seen, j, m.s, nullptr);
     }
-    for (const Strip& strip : seen) {
-      const int64_t row = strip.first - j, first = strip.begin * kWidth;
-      multiply_strided<A>(p.value_width, strip.end - strip.begin, {value.data + row * value.row, value.step, value.row},
-                          m.s + row * state.lanes + first, state.lanes, strip.count, true, state.o + first,
-                          state.lanes);
-    }
+    for (const Strip& strip : seen) this->add_seen(state, strip, j, value, p.value_width, m.s, state.o);
   }
 
-  // Scores to weights, 2^(score - top). Where a top rises, what was summed up under the old one fades.
-  __attribute__((noinline)) void weigh(State& state, const Strips& seen, int64_t j, T* s) const {
+  // Scores to weights, 2^(score - top), as the right side of a product, in place. Where a top rises, what was summed up
+  // under the old one fades. kept: [keys][lanes], 1 or 0.
+  template <bool kDrops>
+  __attribute__((noinline)) void weigh(State& state, const Strips& seen, int64_t j, T* s, const T* kept) const {
     const F lowest(-std::numeric_limits<T>::max());
     for (int v = 0; v < state.vectors; ++v) {
       F old, sum, highest[4];
       load(state.top + v * kWidth, old);
       load(state.sum + v * kWidth, sum);
       for (F& top : highest) top = old;
-      for_rows(state, seen, v, j, s, [&](T* row, int lane) {
-        F score;
-        load(row, score);
-        highest[lane] = larger(highest[lane], score);
+      for_rows(seen, v, j, [&](auto rows, int64_t row) {
+        FASTGEN_UNROLL
+        for (int i = 0; i < rows.value; ++i) {
+          F score;
+          load(s + (row + i) * state.lanes + v * kWidth, score);
+          highest[i] = larger(highest[i], score);
+        }
       });
       const F top = larger(larger(highest[0], highest[1]), larger(highest[2], highest[3]));
       store(state.top + v * kWidth, top);
@@ -572,12 +614,32 @@ class AttentionForward : Attention<T> {
       const F fade = select(less(old, lowest), F(T(1)), power_of_2<T, U>(old - base));
       F sums[4];  // of this block: one chain over very many keys would lose what it adds
       for (F& part : sums) part = F(T(0));
-      for_rows(state, seen, v, j, s, [&](T* row, int lane) {
-        F score;
-        load(row, score);
-        const F weight = power_of_2<T, U>(score - base);
-        store(row, weight);
-        sums[lane] = sums[lane] + weight;
+      for_rows(seen, v, j, [&](auto rows, int64_t row) {
+        constexpr int kSteps = (rows.value + kDepth - 1) / kDepth;
+        F weight[kSteps][kDepth];
+        FASTGEN_UNROLL
+        for (int i = 0; i < kSteps * kDepth; ++i) {
+          F& to = weight[i / kDepth][i % kDepth];
+          if (i >= rows.value) {
+            to = F(T(0));
+            continue;
+          }
+          const int64_t at = (row + i) * state.lanes + v * kWidth;
+          F score;
+          load(s + at, score);
+          to = power_of_2<T, U>(score - base);
+          sums[i] = sums[i] + to;
+          if constexpr (kDrops) {
+            F keep;
+            load(kept + at, keep);
+            to = to * keep;
+          }
+        }
+        FASTGEN_UNROLL
+        for (int i = 0; i < kSteps; ++i) {
+          A::put_step(weight[i],
+                      reinterpret_cast<Element*>(s) + (row + i * kDepth) * state.lanes + v * kWidth * kDepth);
+        }
       });
       store(state.sum + v * kWidth, multiply_add(sum, fade, (sums[0] + sums[1]) + (sums[2] + sums[3])));
       if (fastgen::sum(F(T(1)) - fade) != T(0)) {
@@ -590,18 +652,21 @@ class AttentionForward : Attention<T> {
     }
   }
 
-  // Calls body(row, lane of 4) for the rows of a block of scores that vector v sees.
+  template <int kCount>
+  struct Rows {
+    static constexpr int value = kCount;
+  };
+  // Calls body(Rows of 1 to 4, the first of them) for the rows of a block of scores that vector v sees, in whole steps
+  // of the depth but for the last.
   template <class Body>
-  static FASTGEN_MEMBER void for_rows(const Block& b, const Strips& seen, int v, int64_t j, T* s, const Body& body) {
+  static FASTGEN_MEMBER void for_rows(const Strips& seen, int v, int64_t j, const Body& body) {
     for (const Strip& strip : seen) {
       if (v < strip.begin || v >= strip.end) continue;
-      T* row = s + (strip.first - j) * b.lanes + v * kWidth;
-      int64_t k = 0;
-      for (; k + 4 <= strip.count; k += 4) {
-        FASTGEN_UNROLL
-        for (int lane = 0; lane < 4; ++lane, row += b.lanes) body(row, lane);
-      }
-      for (; k < strip.count; ++k, row += b.lanes) body(row, 0);
+      int64_t row = strip.first - j;
+      const int64_t end = row + strip.count;
+      for (; row + 4 <= end; row += 4) body(Rows<4>(), row);
+      for (; row + kDepth <= end; row += kDepth) body(Rows<kDepth>(), row);
+      if (row < end) body(Rows<1>(), row);
     }
   }
 
@@ -641,12 +706,6 @@ class AttentionForward : Attention<T> {
     }
   }
 };
-
-template <class Params, class Body>
-FASTGEN_FN void with_work_type(const Params& p, const Body& body) {
-  if (p.dtype == DType::kFloat64) return body(double());
-  body(float());
-}
 
 }  // namespace
 }  // namespace fastgen

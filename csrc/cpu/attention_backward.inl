@@ -11,9 +11,10 @@
 namespace fastgen {
 namespace {
 
-template <class T>
-class AttentionBackward : Attention<T> {
-  using Base = Attention<T>;
+template <class A_>
+class AttentionBackward : Attention<A_> {
+  using Base = Attention<A_>;
+  using Base::kDepth;
   using Base::kKeys;
   using Base::kQueries;
   using Base::kVectors;
@@ -21,25 +22,38 @@ class AttentionBackward : Attention<T> {
   using Base::p;
   using typename Base::A;
   using typename Base::Block;
+  using typename Base::Element;
   using typename Base::Extras;
   using typename Base::F;
   using typename Base::Head;
   using typename Base::Strip;
   using typename Base::Strips;
+  using typename Base::T;
   using typename Base::U;
+
+  // Keys and values at work.
+  struct Keys {
+    int64_t first, count;
+    StridedMatrix<Element> key, value, key_columns;
+  };
 
   // A block of queries. Panels are [width][lanes], rows are those of the head from the block on.
   struct State : Block {
-    T *q, *go, *dq;  // panels
-    T *lse, *delta;  // [lanes]: in units of log 2; dO . O - d lse
-    StridedMatrix<T> q_rows, go_rows;
+    Element *q, *go;  // panels
+    T* dq;            // panel
+    T *lse, *delta;   // [lanes]; the latter dO . O - d lse
+    StridedMatrix<Element> q_rows, go_rows;
   };
 
   // The blocks of one head, and the gradients of a chunk of keys.
   struct Memory {
-    T *q, *go, *dq, *q_rows, *go_rows, *lse, *delta;
+    Element *q, *go, *q_rows, *go_rows;
+    T *dq, *lse, *delta;
     T *dk, *dv;  // [chunk][width]
-    T *key, *value, *s, *ds, *staging, *out;
+    Element *key, *value, *key_columns, *staging;
+    T *s, *ds;                   // [keys][lanes]
+    Element *weights, *ds_rows;  // the same as left sides
+    T* rows[2];                  // of dO and O
     Extras extras;
   };
 
@@ -59,7 +73,16 @@ class AttentionBackward : Attention<T> {
     return out;
   }
 
-  void run(int64_t unit, void* memory) const {
+  void run(AttentionBackwardPhase phase, int64_t unit, void* memory) const {
+    switch (phase) {
+      case AttentionBackwardPhase::kMask: return run_mask(unit, memory);
+      case AttentionBackwardPhase::kKeys: return run_keys(unit, memory);
+      case AttentionBackwardPhase::kQueries: return add_chunks(unit / p.heads, unit % p.heads);
+    }
+  }
+
+ private:
+  void run_keys(int64_t unit, void* memory) const {
     const int64_t sequence = this->sequence_of(unit, p.kv_heads * chunks(p.keys));
     const int64_t per_head = chunks(this->keys_of(sequence));
     Scratch scratch(memory);
@@ -86,13 +109,13 @@ class AttentionBackward : Attention<T> {
       range(g.mask_size[1], mask_h, p.heads, [&](int64_t h) {
         const Head head = this->head(b, h);
         range(g.mask_size[2], bi, (p.queries + kQueries - 1) / kQueries, [&](int64_t i) {
-          State state = this->state(head, b, h, i * kQueries, m, 0);
+          State state = placed(head, i * kQueries, m, 0);
+          pack(head, b, h, state, m);
           range(g.mask_size[3], bj, (p.keys + kKeys - 1) / kKeys, [&](int64_t jb) {
             const int64_t j = jb * kKeys, keys = at_most(kKeys, p.keys - j);
             const Strips seen = this->seen(head, state, j, keys);
             if (seen.count == 0) return;
-            gradient_of_scores(head, state, seen, j, keys, rows(head.key, p.key, p.width, j, keys, m.key),
-                               rows(head.value, p.value, p.value_width, j, keys, m.value), m);
+            gradient_of_scores(head, state, seen, this->keys(head, j, keys, m), m, false);
             this->for_scores(state, seen, j, m.ds, [&](F& ds, F, int64_t at, int64_t key) {
               T* to = sums + at + key * (kQueries - state.lanes);
               F sum;
@@ -143,7 +166,6 @@ class AttentionBackward : Attention<T> {
     }
   }
 
- private:
   int64_t chunks(int64_t keys) const { return (keys + g.chunk - 1) / g.chunk; }
   int64_t mask_blocks(int d) const {
     const int64_t block = d == 2 ? kQueries : kKeys;
@@ -151,12 +173,14 @@ class AttentionBackward : Attention<T> {
   }
   int64_t query_start(int64_t sequence) const { return p.query_starts == nullptr ? 0 : p.query_starts[sequence]; }
   int64_t key_start(int64_t sequence) const { return p.key_starts == nullptr ? 0 : p.key_starts[sequence]; }
-  Strips seen(const Head& head, const Block& b, int64_t j, int64_t count) const {
-    return this->strips(b, at_least(j, this->first_seen(b)), at_most(j + count, this->end_seen(head, b)));
-  }
-  StridedMatrix<T> rows(const char* from, const Tensor4& tensor, int64_t width, int64_t first, int64_t count,
-                        T* copy) const {
-    return this->rows_of(from, tensor.stride, width, first, count, copy);
+  Keys keys(const Head& head, int64_t j, int64_t count, const Memory& m) const {
+    Keys out;
+    out.first = j;
+    out.count = count;
+    out.key = this->rows_of(head.key, p.key.stride, p.width, j, count, m.key);
+    out.value = this->rows_of(head.value, p.value.stride, p.value_width, j, count, m.value);
+    out.key_columns = this->columns_of(out.key, p.width, count, m.key_columns);
+    return out;
   }
   char* out_row(const Tensor4& tensor, int64_t a, int64_t b, int64_t c) const {
     return const_cast<char*>(this->at(tensor, this->size, a, b, c));
@@ -166,71 +190,85 @@ class AttentionBackward : Attention<T> {
     const int64_t width = round_up<int64_t>(p.width, kWidth), value_width = round_up<int64_t>(p.value_width, kWidth);
     const int64_t lanes = round_up<int64_t>(queries, kQueries);
     Memory m;
-    m.q = scratch.take<T>(p.width * lanes);
-    m.go = scratch.take<T>(p.value_width * lanes);
+    const int64_t pairs = kDepth == 1 ? 0 : 1;  // what only pairs need
+    m.q = scratch.take<Element>(width * lanes);
+    m.go = scratch.take<Element>(value_width * lanes);
+    m.q_rows = scratch.take<Element>(width * lanes);
+    m.go_rows = scratch.take<Element>(value_width * lanes);
     m.dq = scratch.take<T>(width * lanes);
-    m.q_rows = scratch.take<T>(width * queries);
-    m.go_rows = scratch.take<T>(value_width * queries);
     m.lse = scratch.take<T>(lanes);
     m.delta = scratch.take<T>(lanes);
     // run_mask has a block of sums in their place.
     m.dk = scratch.take<T>(at_least(keys * width, g.grad_mask == nullptr ? 0 : kKeys * kQueries));
     m.dv = scratch.take<T>(keys * value_width);
-    m.key = scratch.take<T>(kKeys * width);
-    m.value = scratch.take<T>(kKeys * value_width);
+    m.key = scratch.take<Element>(kKeys * width);
+    m.value = scratch.take<Element>(kKeys * value_width);
+    m.key_columns = scratch.take<Element>(pairs * kKeys * width);
+    m.staging = scratch.take<Element>(kWidth * at_least(width, value_width));
     m.s = scratch.take<T>(kKeys * kQueries);
     m.ds = scratch.take<T>(kKeys * kQueries);
-    m.staging = scratch.take<T>(kWidth * at_least(width, value_width));
-    m.out = scratch.take<T>(value_width);
+    m.weights = kDepth == 1 ? reinterpret_cast<Element*>(m.s) : scratch.take<Element>(kKeys * kQueries);
+    m.ds_rows = kDepth == 1 ? reinterpret_cast<Element*>(m.ds) : scratch.take<Element>(kKeys * kQueries);
+    for (T*& row : m.rows) row = scratch.take<T>(value_width);
     m.extras = this->take_extras(scratch, true);
     return m;
   }
 
-  // Rows of the right side of a product, in vectors of columns: where they stand, or copied.
-  StridedMatrix<T> right_rows(const char* from, const Tensor4& tensor, int64_t width, int64_t count, T* copy) const {
-    if (width % kWidth == 0) return rows(from, tensor, width, 0, count, copy);
+  // Rows of a head as the right side of a product whose depth they are, in vectors of columns: where they stand, or
+  // copied.
+  StridedMatrix<Element> right_rows(const char* from, const Tensor4& tensor, int64_t width, int64_t count,
+                                    Element* copy) const {
     const int64_t row = round_up<int64_t>(width, kWidth);
-    read_rows<T>(p.dtype, from, tensor.stride[2], tensor.stride[3], count, width, copy, row);
+    if constexpr (kDepth == 1) {
+      if (width == row) return this->rows_of(from, tensor.stride, width, 0, count, copy);
+      read_rows<Element>(p.dtype, from, tensor.stride[2], tensor.stride[3], count, width, copy, row);
+    } else {
+      A::pair_rows(reinterpret_cast<const Element*>(from), tensor.stride[2], tensor.stride[3], count, width, copy, row);
+    }
     return {copy, row, 1};
   }
 
-  // The block of queries from `first` on, packed; `at` is its place in the memory.
-  State state(const Head& head, int64_t sequence, int64_t h, int64_t first, const Memory& m, int64_t at) const {
+  // The block of queries from `first` on, at place `at` of the memory.
+  State placed(const Head& head, int64_t first, const Memory& m, int64_t at) const {
     State out;
     static_cast<Block&>(out) = this->block(head, first);
-    out.q = m.q + at * p.width;
-    out.go = m.go + at * p.value_width;
+    out.q = m.q + at * round_up<int64_t>(p.width, kWidth);
+    out.go = m.go + at * round_up<int64_t>(p.value_width, kWidth);
     out.dq = m.dq + at * round_up<int64_t>(p.width, kWidth);
     out.lse = m.lse + at;
     out.delta = m.delta + at;
-    this->pack_transposed_rows(head.query, p.query.stride, p.width, out, this->query_scale(), m.staging, out.q);
+    return out;
+  }
+
+  void pack(const Head& head, int64_t sequence, int64_t h, const State& state, const Memory& m) const {
+    this->pack_rows(head.query, p.query.stride, p.width, state, m.staging, state.q);
     const bool has_grad = g.grad_out.data != nullptr;
     const char* grad = has_grad ? this->at(g.grad_out, this->size, sequence, h, query_start(sequence)) : nullptr;
     if (has_grad) {
-      this->pack_transposed_rows(grad, g.grad_out.stride, p.value_width, out, T(1), m.staging, out.go);
+      this->pack_rows(grad, g.grad_out.stride, p.value_width, state, m.staging, state.go);
     } else {
-      for (int64_t i = 0; i < p.value_width * out.lanes; ++i) out.go[i] = T(0);
+      const int64_t depth = round_up<int64_t>(p.value_width, kDepth);
+      for (int64_t i = 0; i < depth * state.lanes; ++i) state.go[i] = {};
     }
-    const T* lse = static_cast<const T*>(p.lse) + head.row + first;
-    const T* grad_lse = g.grad_lse == nullptr ? nullptr : static_cast<const T*>(g.grad_lse) + head.row + first;
+    const T* lse = static_cast<const T*>(p.lse) + head.row + state.first;
+    const T* grad_lse = g.grad_lse == nullptr ? nullptr : static_cast<const T*>(g.grad_lse) + head.row + state.first;
     const T infinity = T(__builtin_inf());
-    for (int64_t i = 0; i < out.lanes; ++i) {
+    for (int64_t i = 0; i < state.lanes; ++i) {
       // A query that sees no key, and a lane without a query: weights of 2^-inf, and no gradient.
-      const bool sees = i < out.count && lse[i] != -infinity;
-      out.lse[i] = sees ? lse[i] * Base::kLog2E : infinity;
-      out.delta[i] = T(0);
+      const bool sees = i < state.count && lse[i] != -infinity;
+      state.lse[i] = sees ? lse[i] : infinity;
+      state.delta[i] = T(0);
       if (!sees) continue;
       if (has_grad) {
-        const int64_t row = first + i;
+        const int64_t row = state.first + i;
         read_rows<T>(p.dtype, grad + row * g.grad_out.stride[2] * this->size, 0, g.grad_out.stride[3], 1, p.value_width,
-                     m.staging, 0);
+                     m.rows[0], 0);
         read_rows<T>(p.dtype, this->at(p.out, this->size, sequence, h, query_start(sequence) + row), 0, p.out.stride[3],
-                     1, p.value_width, m.out, 0);
-        out.delta[i] = dot(m.staging, m.out, p.value_width);
+                     1, p.value_width, m.rows[1], 0);
+        state.delta[i] = dot(m.rows[0], m.rows[1], p.value_width);
       }
-      if (grad_lse != nullptr) out.delta[i] -= grad_lse[i];
+      if (grad_lse != nullptr) state.delta[i] -= grad_lse[i];
     }
-    return out;
   }
 
   // Of vectors with zeros behind the last element.
@@ -278,39 +316,33 @@ class AttentionBackward : Attention<T> {
                 double& slope) const {
     const int64_t width = round_up<int64_t>(p.width, kWidth), value_width = round_up<int64_t>(p.value_width, kWidth);
     for (int64_t i = 0; i < width * round_up<int64_t>(head.queries, kWidth); ++i) m.dq[i] = T(0);
-    StridedMatrix<T> go_rows{m.go_rows, value_width, 1};
+    StridedMatrix<Element> go_rows{m.go_rows, value_width, 1};
     if (g.grad_out.data != nullptr) {
       go_rows = right_rows(this->at(g.grad_out, this->size, sequence, h, query_start(sequence)), g.grad_out,
                            p.value_width, head.queries, m.go_rows);
     }
-    const StridedMatrix<T> q_rows = right_rows(head.query, p.query, p.width, head.queries, m.q_rows);
-    for (int64_t i = 0; i < head.queries; i += kQueries) state(head, sequence, h, i, m, i);
+    const StridedMatrix<Element> q_rows = right_rows(head.query, p.query, p.width, head.queries, m.q_rows);
+    for (int64_t i = 0; i < head.queries; i += kQueries) pack(head, sequence, h, placed(head, i, m, i), m);
 
     for (int64_t j = first_key; j < end_key; j += kKeys) {
-      const int64_t keys = at_most(kKeys, end_key - j);
-      const StridedMatrix<T> key = rows(head.key, p.key, p.width, j, keys, m.key);
-      const StridedMatrix<T> value = rows(head.value, p.value, p.value_width, j, keys, m.value);
+      const Keys keys = this->keys(head, j, at_most(kKeys, end_key - j), m);
       T *dk = m.dk + (j - first_key) * width, *dv = m.dv + (j - first_key) * value_width;
       for (int64_t i = 0; i < head.queries; i += kQueries) {
-        State s;
-        static_cast<Block&>(s) = this->block(head, i);
-        s.q = m.q + i * p.width;
-        s.go = m.go + i * p.value_width;
-        s.dq = m.dq + i * width;
-        s.lse = m.lse + i;
-        s.delta = m.delta + i;
-        s.q_rows = {q_rows.data + i * q_rows.row, q_rows.row, 1};
-        s.go_rows = {go_rows.data + i * go_rows.row, go_rows.row, 1};
-        pass(head, s, j, keys, key, value, dk, dv, m, slope);
+        State state = placed(head, i, m, i);
+        state.q_rows = {q_rows.data + i * q_rows.row, q_rows.row, 1};
+        state.go_rows = {go_rows.data + i * go_rows.row, go_rows.row, 1};
+        pass(head, state, keys, dk, dv, m, slope);
       }
     }
   }
 
-  void pass(const Head& head, const State& state, int64_t j, int64_t count, const StridedMatrix<T>& key,
-            const StridedMatrix<T>& value, T* dk, T* dv, const Memory& m, double& slope) const {
-    const Strips seen = this->seen(head, state, j, count);
+  void pass(const Head& head, const State& state, const Keys& keys, T* dk, T* dv, const Memory& m,
+            double& slope) const {
+    const int64_t j = keys.first;
+    const Strips seen = this->seen(head, state, j, keys.count);
     if (seen.count == 0) return;
-    gradient_of_scores(head, state, seen, j, count, key, value, m);
+    const bool changes = g.slope_sums != nullptr || p.softcap > 0;  // before it enters products
+    gradient_of_scores(head, state, seen, keys, m, !changes);
     if (g.slope_sums != nullptr) {
       F total(T(0));
       this->for_scores(state, seen, j, m.ds, [&](F& ds, F distance, int64_t, int64_t) {
@@ -325,71 +357,97 @@ class AttentionBackward : Attention<T> {
         ds = ds * (F(T(1)) - t * t);
       });
     }
+    if (kDepth > 1 && changes) for_steps(state, seen, j, m, true, [](int, int64_t, F&, F&) {});
     for (const Strip& strip : seen) {
       const int64_t row = strip.first - j, at = row * state.lanes + strip.begin * kWidth;
       const int64_t first = strip.begin * kWidth, lanes = at_most(strip.end * kWidth, state.count) - first;
       if (g.grad_value.data != nullptr && g.grad_out.data != nullptr) {
-        add_rows(strip.count, {m.s + at, state.lanes, 1}, state.go_rows, first, lanes, p.value_width, dv, row);
+        add_rows(strip.count, {m.weights + at, state.lanes, 1}, state.go_rows, first, lanes, p.value_width, dv, row);
       }
       if (g.grad_key.data != nullptr) {
-        add_rows(strip.count, {m.ds + at, state.lanes, 1}, state.q_rows, first, lanes, p.width, dk, row);
+        add_rows(strip.count, {m.ds_rows + at, state.lanes, 1}, state.q_rows, first, lanes, p.width, dk, row);
       }
-      if (g.grad_query.data != nullptr) {
-        multiply_strided<A>(p.width, strip.end - strip.begin, {key.data + row * key.row, key.step, key.row}, m.ds + at,
-                            state.lanes, strip.count, true, state.dq + first, state.lanes);
-      }
+      if (g.grad_query.data != nullptr) this->add_seen(state, strip, j, keys.key_columns, p.width, m.ds, state.dq);
     }
   }
 
   // Rows from `row` on of out, [keys][width], += left . rows [first, first + depth) of right.
-  void add_rows(int64_t count, const StridedMatrix<T>& left, const StridedMatrix<T>& right, int64_t first,
+  void add_rows(int64_t count, const StridedMatrix<Element>& left, const StridedMatrix<Element>& right, int64_t first,
                 int64_t depth, int64_t width, T* out, int64_t row) const {
     const int64_t padded = round_up<int64_t>(width, kWidth);
     for (int64_t k = 0; k < padded; k += kVectors * kWidth) {
       const int vectors = int(at_most(kVectors, (padded - k) / kWidth));
-      multiply_strided<A>(count, vectors, left, right.data + first * right.row + k, right.row, depth, true,
-                          out + row * padded + k, padded);
+      multiply_strided<A>(count, vectors, left, right.data + first * right.row + k * kDepth, right.row * kDepth, depth,
+                          T(1), true, out + row * padded + k, padded);
     }
   }
 
-  // The weights after dropout, P^T, in m.s, and the gradients of the scores, dS^T = P (dP - delta), in m.ds.
-  __attribute__((noinline)) void gradient_of_scores(const Head& head, const State& state, const Strips& seen, int64_t j,
-                                                    int64_t count, const StridedMatrix<T>& key,
-                                                    const StridedMatrix<T>& value, const Memory& m) const {
-    this->multiply_seen(state, seen, j, key, state.q, p.width, m.s);
-    this->multiply_seen(state, seen, j, value, state.go, p.value_width, m.ds);
-    this->adjust(head, state, seen, j, count, m.s, m.extras);
+  // The weights after dropout, P^T, in m.s, and the gradients of the scores, dS^T = P (dP - delta), in m.ds; or both as
+  // the sides of products: in m.weights and m.ds_rows, and dS^T as a right side in place of m.ds.
+  __attribute__((noinline)) void gradient_of_scores(const Head& head, const State& state, const Strips& seen,
+                                                    const Keys& keys, const Memory& m, bool sides) const {
+    const int64_t j = keys.first;
+    this->multiply_seen(state, seen, j, keys.key, state.q, p.width, this->query_scale(), m.s);
+    this->multiply_seen(state, seen, j, keys.value, state.go, p.value_width, T(1), m.ds);
+    this->adjust(head, state, seen, j, keys.count, m.s, m.extras);
     if (this->drops()) {
-      this->draw(head, state, j, count, m.extras);
-      differentiate<true>(state, seen, j, m);
+      this->draw(head, state, j, keys.count, m.extras);
+      differentiate<true>(state, seen, j, m, sides);
     } else {
-      differentiate<false>(state, seen, j, m);
+      differentiate<false>(state, seen, j, m, sides);
     }
   }
   template <bool kDrops>
-  void differentiate(const State& state, const Strips& seen, int64_t j, const Memory& m) const {
-    const F kept_weight{T(p.kept_weight)};
+  void differentiate(const State& state, const Strips& seen, int64_t j, const Memory& m, bool sides) const {
+    const F kept_weight{T(p.kept_weight)}, minus_log2e(-Base::kLog2E);
+    for_steps(state, seen, j, m, sides, [&](int v, int64_t at, F& weight, F& ds) {
+      F lse, delta;
+      load(state.lse + v * kWidth, lse);
+      load(state.delta + v * kWidth, delta);
+      weight = power_of_2<T, U>(multiply_add(lse, minus_log2e, weight));
+      if constexpr (kDrops) {
+        F kept;
+        load(m.extras.added + at, kept);
+        kept = kept * kept_weight;
+        ds = weight * (ds * kept - delta);
+        weight = weight * kept;
+      } else {
+        ds = weight * (ds - delta);
+      }
+    });
+  }
+
+  // Calls body(vector, place, a vector of m.s, the one of m.ds) for all that the strips see, and puts both back: as
+  // they are, or as the sides of products.
+  template <class Body>
+  FASTGEN_MEMBER void for_steps(const State& state, const Strips& seen, int64_t j, const Memory& m, bool sides,
+                                const Body& body) const {
     for (const Strip& strip : seen) {
       for (int v = strip.begin; v < strip.end; ++v) {
-        F lse, delta;
-        load(state.lse + v * kWidth, lse);
-        load(state.delta + v * kWidth, delta);
-        int64_t at = (strip.first - j) * state.lanes + v * kWidth;
-        for (int64_t k = 0; k < strip.count; ++k, at += state.lanes) {
-          F score, dp;
-          load(m.s + at, score);
-          load(m.ds + at, dp);
-          const F weight = power_of_2<T, U>(score - lse);
-          if constexpr (kDrops) {
-            F kept;
-            load(m.extras.added + at, kept);
-            kept = kept * kept_weight;
-            store(m.s + at, weight * kept);
-            store(m.ds + at, weight * (dp * kept - delta));
-          } else {
-            store(m.s + at, weight);
-            store(m.ds + at, weight * (dp - delta));
+        for (int64_t k = 0; k < strip.count; k += kDepth) {
+          const int64_t row = (strip.first - j + k) * state.lanes, at = row + v * kWidth;
+          F weight[kDepth], ds[kDepth];
+          FASTGEN_UNROLL
+          for (int i = 0; i < kDepth; ++i) {
+            if (i > 0 && k + i == strip.count) {  // half a pair
+              weight[i] = ds[i] = F(T(0));
+              continue;
+            }
+            load(m.s + at + i * state.lanes, weight[i]);
+            load(m.ds + at + i * state.lanes, ds[i]);
+            body(v, at + i * state.lanes, weight[i], ds[i]);
           }
+          FASTGEN_UNROLL
+          for (int i = 0; i < kDepth; ++i) {
+            if (sides) {
+              store(m.weights + at + i * state.lanes, weight[i]);
+              store(m.ds_rows + at + i * state.lanes, ds[i]);
+            } else {
+              store(m.s + at + i * state.lanes, weight[i]);
+              store(m.ds + at + i * state.lanes, ds[i]);
+            }
+          }
+          if (kDepth > 1 && sides) A::put_step(ds, reinterpret_cast<Element*>(m.ds) + row + v * kWidth * kDepth);
         }
       }
     }
@@ -436,22 +494,6 @@ class AttentionBackward : Attention<T> {
 
   const AttentionBackwardParams& g;
 };
-
-AttentionBackwardSizes attention_backward_sizes(const AttentionBackwardParams& p) {
-  AttentionBackwardSizes sizes{};
-  with_work_type(p, [&](auto t) { sizes = AttentionBackward<decltype(t)>(p).sizes(); });
-  return sizes;
-}
-void attention_backward(const AttentionBackwardParams& p, AttentionBackwardPhase phase, int64_t unit, void* scratch) {
-  with_work_type(p, [&](auto t) {
-    const AttentionBackward<decltype(t)> kernel(p);
-    switch (phase) {
-      case AttentionBackwardPhase::kMask: return kernel.run_mask(unit, scratch);
-      case AttentionBackwardPhase::kKeys: return kernel.run(unit, scratch);
-      case AttentionBackwardPhase::kQueries: return kernel.add_chunks(unit / p.heads, unit % p.heads);
-    }
-  });
-}
 
 }  // namespace
 }  // namespace fastgen

@@ -12,9 +12,9 @@ namespace fastgen {
 namespace {
 
 template <class Storage>
-class AttentionFew : Attention<typename WorkType<Storage>::T> {
+class AttentionFew : Attention<Multiply<typename WorkType<Storage>::T>> {
   using T = typename WorkType<Storage>::T;
-  using Base = Attention<T>;
+  using Base = Attention<Multiply<T>>;
   using Base::kWidth;
   using Base::p;
   using typename Base::F;
@@ -287,30 +287,6 @@ class AttentionFew : Attention<typename WorkType<Storage>::T> {
     static_cast<T*>(p.lse)[row.head.row + row.i] = none ? -T(__builtin_inf()) : lse;
   }
 };
-
-// Calls body(kernel) with the kernel that serves the call.
-template <class Body>
-FASTGEN_FN void with_attention(const AttentionParams& p, const Body& body) {
-  if (!AttentionFew<float>::serves(p)) {
-    return with_work_type(p, [&](auto t) { body(AttentionForward<decltype(t)>(p)); });
-  }
-  switch (p.dtype) {
-    case DType::kFloat64: return body(AttentionFew<double>(p));
-    case DType::kBFloat16: return body(AttentionFew<BFloat16>(p));
-    case DType::kFloat16: return body(AttentionFew<Float16>(p));
-    default: return body(AttentionFew<float>(p));
-  }
-}
-
-AttentionSizes attention_sizes(const AttentionParams& p) {
-  AttentionSizes sizes{};
-  with_attention(p, [&](const auto& kernel) { sizes = kernel.sizes(); });
-  return sizes;
-}
-void attention(const AttentionParams& p, AttentionPhase phase, int64_t unit, void* scratch) {
-  with_attention(
-      p, [&](const auto& kernel) { phase == AttentionPhase::kKeys ? kernel.run(unit, scratch) : kernel.join(unit); });
-}
 
 }  // namespace
 }  // namespace fastgen

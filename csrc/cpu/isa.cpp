@@ -42,6 +42,10 @@ const KernelTable kAvx512Bf16Kernels = [] {
   table.recurrent = recurrent_bf16;
   table.recurrent_backward_sizes = recurrent_backward_sizes_bf16;
   table.recurrent_backward = recurrent_backward_bf16;
+  table.attention_sizes = attention_sizes_bf16;
+  table.attention = attention_bf16;
+  table.attention_backward_sizes = attention_backward_sizes_bf16;
+  table.attention_backward = attention_backward_bf16;
   return table;
 }();
 

@@ -51,6 +51,10 @@ RecurrentSizes recurrent_sizes_bf16(const RecurrentParams&, int64_t rows);
 void recurrent_bf16(const RecurrentParams&, const RecurrentWork&);
 RecurrentBackwardSizes recurrent_backward_sizes_bf16(const RecurrentBackwardParams&, int64_t rows);
 void recurrent_backward_bf16(const RecurrentBackwardParams&, const RecurrentBackwardWork&);
+AttentionSizes attention_sizes_bf16(const AttentionParams&);
+void attention_bf16(const AttentionParams&, AttentionPhase, int64_t unit, void* scratch);
+AttentionBackwardSizes attention_backward_sizes_bf16(const AttentionBackwardParams&);
+void attention_backward_bf16(const AttentionBackwardParams&, AttentionBackwardPhase, int64_t unit, void* scratch);
 #endif
 
 }  // namespace fastgen

@@ -1,8 +1,7 @@
 // All kernels of an instruction set and their table (after a vec_*.h, which defines Isa).
 #pragma once
 
-#include "attention_backward.inl"
-#include "attention_few.inl"
+#include "attention_kernels.inl"
 #include "cell.inl"
 #include "generate.inl"
 #include "kernel_table.h"

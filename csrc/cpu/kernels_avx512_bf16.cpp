@@ -1,8 +1,10 @@
-// The recurrent layers of bfloat16 on a CPU that multiplies pairs of it; everything else is as in
+// Recurrent layers and attention of bfloat16 on a CPU that multiplies pairs of it; everything else is as in
 // kernels_avx512.cpp. Compiled with its own -m flags, and only called where isa.cpp finds the CPU able.
 #include "kernel_table.h"
 #include "vec_avx512_bf16.h"
 // After vec_avx512_bf16.h, which defines Isa:
+#include "attention_backward.inl"
+#include "attention_few.inl"
 #include "probe.inl"
 #include "recurrent_backward.inl"
 
@@ -29,6 +31,28 @@ RecurrentBackwardSizes recurrent_backward_sizes_bf16(const RecurrentBackwardPara
 void recurrent_backward_bf16(const RecurrentBackwardParams& p, const RecurrentBackwardWork& work) {
   if (p.dtype != DType::kBFloat16) return kAvx512Kernels.recurrent_backward(p, work);
   with_mode<BFloat16, MultiplyPairs>(p, [&](const auto& kernel) { kernel.run(work); });
+}
+
+// A few queries are bound by the bytes of the keys and stay with the widened kernel.
+namespace {
+bool in_pairs(const AttentionParams& p) { return p.dtype == DType::kBFloat16 && !AttentionFew<BFloat16>::serves(p); }
+}  // namespace
+
+AttentionSizes attention_sizes_bf16(const AttentionParams& p) {
+  return in_pairs(p) ? AttentionForward<MultiplyPairs>(p).sizes() : kAvx512Kernels.attention_sizes(p);
+}
+void attention_bf16(const AttentionParams& p, AttentionPhase phase, int64_t unit, void* scratch) {
+  if (!in_pairs(p)) return kAvx512Kernels.attention(p, phase, unit, scratch);
+  AttentionForward<MultiplyPairs>(p).run(unit, scratch);
+}
+AttentionBackwardSizes attention_backward_sizes_bf16(const AttentionBackwardParams& p) {
+  if (p.dtype != DType::kBFloat16) return kAvx512Kernels.attention_backward_sizes(p);
+  return AttentionBackward<MultiplyPairs>(p).sizes();
+}
+void attention_backward_bf16(const AttentionBackwardParams& p, AttentionBackwardPhase phase, int64_t unit,
+                             void* scratch) {
+  if (p.dtype != DType::kBFloat16) return kAvx512Kernels.attention_backward(p, phase, unit, scratch);
+  AttentionBackward<MultiplyPairs>(p).run(phase, unit, scratch);
 }
 
 }  // namespace fastgen

@@ -46,18 +46,18 @@ class MatrixProduct {
     if (transposed()) {
       const int64_t across = (p.columns + sizes.unit_columns - 1) / sizes.unit_columns;
       const int64_t row = unit / across * sizes.unit_rows, column = unit % across * sizes.unit_columns;
-      return run_transposed(row, least(sizes.unit_rows, p.rows - row), column,
-                            least(sizes.unit_columns, p.columns - column), scratch);
+      return run_transposed(row, at_most(sizes.unit_rows, p.rows - row), column,
+                            at_most(sizes.unit_columns, p.columns - column), scratch);
     }
     const int64_t panels = panel_count(), row = unit / panels * sizes.unit_rows;
-    const int64_t rows = least(sizes.unit_rows, p.rows - row), full = p.columns / kColumns;
+    const int64_t rows = at_most(sizes.unit_rows, p.rows - row), full = p.columns / kColumns;
     T* panel = static_cast<T*>(scratch);
-    T* tail = panel + least(p.depth, kDepth) * kColumns;
+    T* tail = panel + at_most(p.depth, kDepth) * kColumns;
     if (unit % panels < full) {
       run_panel<kFlatVectors>(row, rows, unit % panels * kColumns, kColumns, panel, tail);
     } else {
       const int64_t first = full * kColumns + (unit % panels - full) * kWidth;
-      run_panel<1>(row, rows, first, least(kWidth, p.columns - first), panel, tail);
+      run_panel<1>(row, rows, first, at_most(kWidth, p.columns - first), panel, tail);
     }
   }
 
@@ -70,7 +70,6 @@ class MatrixProduct {
     FASTGEN_MEMBER F operator()(int64_t k, int64_t j, int count) const { return take<F>(data + k * stride + j, count); }
   };
 
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   bool transposed() const { return p.left_step != 1; }
   // Whole panels, and a vector each for what is left.
   int64_t panel_count() const { return p.columns / kColumns + (p.columns % kColumns + kWidth - 1) / kWidth; }
@@ -91,12 +90,12 @@ class MatrixProduct {
       }
     }
     for (int64_t k = 0; k < p.depth; k += kDepth) {
-      const int64_t depth = least(kDepth, p.depth - k);
+      const int64_t depth = at_most(kDepth, p.depth - k);
       pack<kVectors>(k, depth, first, columns, panel);
       for (int64_t d = 0; d < depth; d += kDepthBlock) {
         multiply_strided_panel<A, kVectors>(rows, {left() + row * p.left_row + k + d, p.left_row, 1}, panel + d * kWide,
-                                            kWide, least(kDepthBlock, depth - d), k + d > 0 || p.bias != nullptr, to,
-                                            stride);
+                                            kWide, at_most(kDepthBlock, depth - d), T(1),
+                                            k + d > 0 || p.bias != nullptr, to, stride);
       }
     }
     if (whole) return;

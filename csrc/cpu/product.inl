@@ -77,6 +77,8 @@ template <class T>
 constexpr int64_t round_up(T count, T unit) {
   return (count + unit - 1) / unit * unit;
 }
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Rows of a tile: as many as the registers hold sums for.
 template <int kVectors>
@@ -215,10 +217,12 @@ constexpr int kStridedRows = kTileRows<kVectors> < 12 ? kTileRows<kVectors> : 12
 template <class A, int kVectors, int kRows = kStridedRows<kVectors>>
 __attribute__((noinline)) void multiply_strided_rows(int rows, const StridedMatrix<typename A::Left>& left,
                                                      const typename A::Right* right, int64_t right_step, int64_t depth,
-                                                     bool add, typename A::T* out, int64_t out_stride) {
+                                                     typename A::T factor, bool add, typename A::T* out,
+                                                     int64_t out_stride) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return multiply_strided_rows<A, kVectors, kRows - 1>(rows, left, right, right_step, depth, add, out, out_stride);
+      return multiply_strided_rows<A, kVectors, kRows - 1>(rows, left, right, right_step, depth, factor, add, out,
+                                                           out_stride);
     }
   }
   using F = typename A::F;
@@ -237,22 +241,22 @@ __attribute__((noinline)) void multiply_strided_rows(int rows, const StridedMatr
       typename A::T* to = out + r * out_stride + v * kWidth;
       F before(typename A::T(0));
       if (add) load(to, before);
-      store(to, before + sum[r][v]);
+      store(to, multiply_add(sum[r][v], F(factor), before));
     }
   }
 }
 
-// out = left . right, or out += left . right with a sum of its own, nothing packed: for a right side of `kVectors`
-// vectors of columns that stays in L1.
+// out = factor left . right, or out += factor left . right with a sum of its own, nothing packed: for a right side of
+// `kVectors` vectors of columns that stays in L1.
 template <class A, int kVectors>
 FASTGEN_FN void multiply_strided_panel(int64_t rows, StridedMatrix<typename A::Left> left,
-                                       const typename A::Right* right, int64_t right_step, int64_t depth, bool add,
-                                       typename A::T* out, int64_t out_stride) {
+                                       const typename A::Right* right, int64_t right_step, int64_t depth,
+                                       typename A::T factor, bool add, typename A::T* out, int64_t out_stride) {
   constexpr int kMost = kStridedRows<kVectors>;
   while (rows > 0) {
     const int64_t tiles = (rows + kMost - 1) / kMost;
     const int count = int((rows + tiles - 1) / tiles);
-    multiply_strided_rows<A, kVectors>(count, left, right, right_step, depth, add, out, out_stride);
+    multiply_strided_rows<A, kVectors>(count, left, right, right_step, depth, factor, add, out, out_stride);
     left.data += count * left.row;
     out += count * out_stride;
     rows -= count;
@@ -260,13 +264,13 @@ FASTGEN_FN void multiply_strided_panel(int64_t rows, StridedMatrix<typename A::L
 }
 template <class A>
 FASTGEN_FN void multiply_strided(int64_t rows, int vectors, const StridedMatrix<typename A::Left>& left,
-                                 const typename A::Right* right, int64_t right_step, int64_t depth, bool add,
-                                 typename A::T* out, int64_t out_stride) {
+                                 const typename A::Right* right, int64_t right_step, int64_t depth,
+                                 typename A::T factor, bool add, typename A::T* out, int64_t out_stride) {
   switch (vectors) {
-    case 1: return multiply_strided_panel<A, 1>(rows, left, right, right_step, depth, add, out, out_stride);
-    case 2: return multiply_strided_panel<A, 2>(rows, left, right, right_step, depth, add, out, out_stride);
-    case 3: return multiply_strided_panel<A, 3>(rows, left, right, right_step, depth, add, out, out_stride);
-    case 4: return multiply_strided_panel<A, 4>(rows, left, right, right_step, depth, add, out, out_stride);
+    case 1: return multiply_strided_panel<A, 1>(rows, left, right, right_step, depth, factor, add, out, out_stride);
+    case 2: return multiply_strided_panel<A, 2>(rows, left, right, right_step, depth, factor, add, out, out_stride);
+    case 3: return multiply_strided_panel<A, 3>(rows, left, right, right_step, depth, factor, add, out, out_stride);
+    case 4: return multiply_strided_panel<A, 4>(rows, left, right, right_step, depth, factor, add, out, out_stride);
   }
 }
 

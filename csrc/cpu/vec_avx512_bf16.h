@@ -50,6 +50,27 @@ struct MultiplyPairs {
       for (int i = 0; i < 16 && 2 * i < left; ++i) _mm512_storeu_ps(out + (k + 2 * i) * step, square[i].v);
     }
   }
+  // Rows 2i and 2i + 1 as pairs, [rows / 2][out_row][2], with zeros for a row or a column that is not there; element
+  // (r, k) stands at from[r * row + k * step].
+  static __attribute__((noinline)) void pair_rows(const BFloat16* from, int64_t row, int64_t step, int64_t rows,
+                                                  int64_t width, BFloat16* out, int64_t out_row) {
+    const auto take_row = [&](const BFloat16* at, int64_t k) {
+      if (step == 1) {
+        const int64_t left = width - k;
+        const __mmask16 mask = left >= 16 ? __mmask16(-1) : __mmask16((1u << left) - 1u);
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at + k));
+      }
+      alignas(64) uint32_t bits[16] = {};
+      for (int64_t i = k; i < k + 16 && i < width; ++i) memcpy(bits + (i - k), at + i * step, sizeof *at);
+      return _mm512_load_si512(bits);
+    };
+    for (int64_t r = 0; r < rows; r += 2, from += 2 * row, out += 2 * out_row) {
+      for (int64_t k = 0; k < out_row; k += 16) {
+        const __m512i even = take_row(from, k), odd = r + 1 < rows ? take_row(from + row, k) : _mm512_setzero_si512();
+        _mm512_storeu_si512(out + 2 * k, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+    }
+  }
   static FASTGEN_MEMBER void copy_row(const BFloat16* from, int64_t count, Left* out) {
     memcpy(out, from, size_t(count) * sizeof *from);
     if (count % 2 != 0) out[count] = {};
