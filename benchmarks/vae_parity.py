@@ -21,49 +21,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastgen.benchmark.vae import PlainVAE
 from fastgen.data import ImageSet, load_images
 from fastgen.models import VAE, VAEConfig
 from fastgen.random import Generator, normal
 
 CONFIG = VAEConfig(input_shape=(1, 28, 28))
-
-
-class PlainVAE(nn.Module):
-    """The default `fastgen.models.VAE` for 28x28 pictures, written out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, 32, 4, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(32, 64, 4, stride=2, padding=1),
-            nn.GELU(),
-            nn.Flatten(),
-            nn.Linear(64 * 7 * 7, 256),
-            nn.GELU(),
-            nn.Linear(256, 2 * 16),
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(16, 256),
-            nn.GELU(),
-            nn.Linear(256, 64 * 7 * 7),
-            nn.Unflatten(1, (64, 7, 7)),
-            nn.GELU(),
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),
-            nn.GELU(),
-            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),
-        )
-
-    def forward(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
-        mu, logvar = self.encoder(x).chunk(2, dim=-1)
-        eps = torch.randn_like(mu) if eps is None else eps
-        z = mu + torch.exp(0.5 * logvar) * eps
-        kl = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(dim=-1)
-        reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="none").flatten(1).sum(-1)
-        loss: Tensor = (reconstruction + kl).mean()
-        return loss
 
 
 def as_fastgen(plain: PlainVAE) -> VAE:
@@ -129,8 +93,8 @@ def compare(
     train: Tensor, test: Tensor, seed: int, args: argparse.Namespace, advance: Callable[[], None]
 ) -> dict[str, Score]:
     torch.manual_seed(seed)
-    ours, plain, noise = VAE(CONFIG), PlainVAE(), Generator(seed)
-    plain.load_state_dict(dict(zip(plain.state_dict(), ours.state_dict().values(), strict=True)))
+    ours, noise = VAE(CONFIG), Generator(seed)
+    plain = PlainVAE(ours)
     steps = args.epochs * (len(train) // args.batch_size)
     runs = {
         "fastgen": Run(ours, lambda x: ours(x, generator=noise).loss, steps, args),

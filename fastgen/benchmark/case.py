@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class Case(ABC):
         shape, dtype: of the tensors.
         threads: of PyTorch's pool; None for as many as the run is given.
     """
+
+    keeps_memory: ClassVar[bool] = False
+    """Whether rivals run as in a training of `fastgen.train`, where what a step frees stays in the heap."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32

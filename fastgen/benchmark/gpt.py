@@ -32,6 +32,8 @@ class GPTCase(ProductCase):
         layers, heads: of the model.
     """
 
+    keeps_memory = True
+
     layers: int = 6
     heads: int = 6
 
@@ -173,10 +175,11 @@ class PlainGPT(nn.Module):
 
 
 def cases(*, full: bool) -> list[GPTCase]:
-    """The cases of `fastgen bench`: a small model on characters; GPT-2 with 124 M weights, and both under autocast."""
+    """The cases of `fastgen bench`: a small model on characters; a smaller one, GPT-2 (124 M weights), autocast."""
     characters = GPTCase(shape=(12, 256, 65, 384))  # nanoGPT's for Shakespeare
     chosen = [characters]
     if full:
         gpt2 = GPTCase(shape=(4, 64, 50257, 768), layers=12, heads=12)  # llm.c's on a CPU
-        chosen += [gpt2, *(replace(case, dtype=torch.bfloat16) for case in (characters, gpt2))]
+        demo = GPTCase(shape=(16, 64, 100, 128), layers=4, heads=4)  # of the size that `make demo` trains
+        chosen += [demo, gpt2, *(replace(case, dtype=torch.bfloat16) for case in (characters, gpt2))]
     return chosen

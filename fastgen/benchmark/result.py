@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +13,7 @@ from fastgen.benchmark import machine
 from fastgen.benchmark.bounds import bounds_of
 from fastgen.benchmark.case import COMPILED, OURS, Case, WrongResult
 from fastgen.benchmark.timing import Spread, interleave, ratio, use_threads
+from fastgen.train.memory import kept_memory
 
 __all__ = ["Result", "measure"]
 
@@ -69,7 +71,7 @@ def measure(case: Case, *, threads: int, budget: float = 1.0, min_rounds: int = 
     threads = case.threads or threads
     functions: dict[str, Callable[[], object]] = {}
     failures: dict[str, str] = {}
-    with use_threads(threads):
+    with use_threads(threads), kept_memory() if case.keeps_memory else contextlib.nullcontext():
         inputs = case.inputs()
         for name, function in case.rivals().items():
             if name == COMPILED and not compile:

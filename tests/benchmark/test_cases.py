@@ -1,5 +1,6 @@
 """Checks let right rivals pass and stop wrong ones; the cases say what they measure."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -292,3 +293,21 @@ def test_cases_are_values():
     assert case == RandomCase(distribution="normal", shape=(8,))
     with pytest.raises(dataclasses.FrozenInstanceError):
         case.shape = (9,)
+
+
+def test_training_steps_are_timed_with_memory_kept(monkeypatch):
+    states = []
+
+    @contextlib.contextmanager
+    def kept():
+        states.append("kept")
+        yield
+        states.append("given back")
+
+    monkeypatch.setattr(result_module, "kept_memory", kept)
+    measure(SMALL, threads=1, budget=0, min_rounds=2, compile=False)
+    assert states == []
+    case = next(case for case in select(full=False, filter="training") if case.keeps_memory)
+    result = measure(case.shrunk(), threads=1, budget=0, min_rounds=2, compile=False)
+    assert states == ["kept", "given back"]
+    assert result.speedups.keys() >= {EAGER}
