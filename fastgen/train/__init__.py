@@ -21,6 +21,9 @@ So does a GPT, from scratch or from a checkpoint:
     >>> fit(GPTConfig(vocab_size=tokenizer.vocab_size), train, test, out="runs/gpt", epochs=2)
     >>> fit(GPT.from_pretrained("gpt2/"), train, test, out="runs/tuned", lora_rank=8)  # tokens of its own tokenizer
 
+A GAN takes images, or windows of a series; a watch warns where its samples are all alike:
+    >>> fit(GANConfig(), load_images("mnist"), out="runs/gan", epochs=30)
+
 The run folder then holds the model (`VAE.from_pretrained("runs/digits/model")`), metrics.csv, pictures and
 checkpoints. A program that calls `fit` trains data-parallel when it is started by `torchrun` or
 `accelerate launch`.
@@ -33,8 +36,9 @@ import os
 from typing import Any
 
 from fastgen.data import ImageSet, SeriesSet, TokenSet
-from fastgen.models import GPT, RNN, VAE, GPTConfig, RNNConfig, VAEConfig
+from fastgen.models import GAN, GPT, RNN, VAE, GANConfig, GPTConfig, RNNConfig, VAEConfig
 from fastgen.train.config import TrainingConfig
+from fastgen.train.gan import GANRecipe
 from fastgen.train.gpt import GPTRecipe
 from fastgen.train.logging import ProgressMode, read_metrics
 from fastgen.train.recipe import Recipe, Step
@@ -44,6 +48,7 @@ from fastgen.train.trainer import Interrupted, NonFiniteLossError, Trainer, Trai
 from fastgen.train.vae import VAERecipe
 
 __all__ = [
+    "GANRecipe",
     "GPTRecipe",
     "Interrupted",
     "NonFiniteLossError",
@@ -63,7 +68,7 @@ __all__ = [
 
 
 def fit(
-    model: VAE | VAEConfig | RNN | RNNConfig | GPT | GPTConfig,
+    model: VAE | VAEConfig | GAN | GANConfig | RNN | RNNConfig | GPT | GPTConfig,
     data: ImageSet | TokenSet | SeriesSet,
     test: ImageSet | TokenSet | SeriesSet | None = None,
     *,
@@ -76,14 +81,15 @@ def fit(
 
     Args:
         model: a model, or a configuration: then the weights are drawn from `seed`.
-        data: what to train on: images for a VAE, tokens or a series for an RNN, tokens for a GPT.
+        data: what to train on: images for a VAE, images or a series for a GAN, tokens or a series for an RNN, tokens
+            for a GPT.
         test: held-out data; default the split that images bring, or a tenth of them, or the last tenth of a
             series. Tokens need it: split the text (`TextSet.split`).
         out: run folder, default `runs/<model>-<data>-<time>`. An existing one is never overwritten.
         resume: continue the run in `out`; all else as it was started, except what `Trainer` lets change.
         progress: "auto", "bar", "lines" or "quiet".
         options: fields of `TrainingConfig`, such as epochs, learning_rate, batch_size, seed, device, and arguments
-            of the recipe (`VAERecipe`, `RNNTextRecipe`, `RNNSeriesRecipe`, `GPTRecipe`), such as seq_len.
+            of the recipe (`VAERecipe`, `GANRecipe`, `RNNTextRecipe`, `RNNSeriesRecipe`, `GPTRecipe`), such as seq_len.
 
     Raises:
         TypeError, ValueError, OSError, ImportError: for arguments that do not fit; see `Trainer`.
@@ -105,6 +111,7 @@ def _family(model: object, data: object) -> Any:
     """The recipe for a model and its data."""
     kinds: dict[tuple[type, ...], dict[type, type[Recipe]]] = {
         (VAE, VAEConfig): {ImageSet: VAERecipe},
+        (GAN, GANConfig): {ImageSet: GANRecipe, SeriesSet: GANRecipe},
         (RNN, RNNConfig): {TokenSet: RNNTextRecipe, SeriesSet: RNNSeriesRecipe},
         (GPT, GPTConfig): {TokenSet: GPTRecipe},
     }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fastgen._extras import extra
 from fastgen._files import atomic_path
 
-__all__ = ["readable_limits", "save_continuation", "save_curves"]
+__all__ = ["readable_limits", "save_continuation", "save_curves", "save_windows"]
 
 
 def save_curves(
@@ -27,9 +29,13 @@ def save_curves(
     """
     with extra("train"):
         from matplotlib.figure import Figure
-    figure = Figure(figsize=(4.5 * len(titles), 3.6), dpi=100, layout="constrained")
-    panels = figure.subplots(1, len(titles), squeeze=False)[0]
-    for panel, (name, label) in zip(panels, titles.items(), strict=True):
+    columns = len(titles) if len(titles) <= 4 else 3
+    lines = math.ceil(len(titles) / columns)
+    figure = Figure(figsize=(4.5 * columns, 3.6 * lines), dpi=100, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for panel in panels[len(titles) :]:
+        panel.set_axis_off()
+    for panel, (name, label) in zip(panels[: len(titles)], titles.items(), strict=True):
         shown: list[tuple[int, float]] = []
         for split, style in (("train", {"color": "tab:blue"}), ("test", {"color": "tab:orange", "marker": "."})):
             points = [(int(row["step"]), float(row[name])) for row in rows if row["split"] == split and row[name]]
@@ -79,6 +85,42 @@ def save_continuation(
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     panels[-1].set(xlabel="steps ahead")
     figure.suptitle(title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def save_windows(
+    path: Path, windows: Tensor, columns: Sequence[str], across: int | None = None, title: str = ""
+) -> None:
+    """Draw windows of a series as small curves in rows, all to one scale, a colour for each of eight columns, as PNG.
+
+    Args:
+        windows: (n, T, F) floats on the CPU.
+        columns: the names of the F columns.
+        across: windows a row; default about a square.
+    """
+    with extra("train"):
+        from matplotlib.figure import Figure
+    windows = windows[..., :8].float()
+    count, steps, features = windows.shape
+    across = across or math.ceil(math.sqrt(count))
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(1.2 * across, 0.8 * down + 0.8), dpi=100, layout="constrained")
+    panel = figure.subplots()
+    # One panel for all, each curve shifted to its place: hundreds of panels would take a minute.
+    low, high = float(windows.min()), float(windows.max())
+    heights = (windows - low) / max(high - low, 1e-30)
+    place = torch.arange(count).view(-1, 1)
+    x = place % across * 1.15 + torch.linspace(0, 1, steps)
+    gap = torch.full((count, 1), math.nan)
+    for feature, name in zip(range(features), columns, strict=False):
+        y = heights[..., feature] - place // across * 1.2
+        lines = (torch.cat((axis, gap), 1).flatten().numpy() for axis in (x, y))
+        panel.plot(*lines, linewidth=0.8, label=name)
+    panel.set_axis_off()
+    if features > 1:
+        figure.legend(loc="outside lower center", ncols=4)
+    figure.suptitle(f"{title}  (from {low:.4g} to {high:.4g})")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 

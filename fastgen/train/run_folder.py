@@ -101,7 +101,7 @@ def check_new_folder(out: str | os.PathLike[str]) -> None:
 
 def check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError where a run would go on with other data, another model or other settings."""
-    for section in ("model_type", "model", "data", "training"):
+    for section in ("model_type", "model", "data", "recipe", "training"):
         old, new = before.get(section), now.get(section)
         if old == new:
             continue

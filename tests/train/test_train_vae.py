@@ -188,7 +188,8 @@ def test_models_that_do_not_fit_the_data(
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(
-        TypeError, match="model: expected one of VAE, VAEConfig, RNN, RNNConfig, GPT, GPTConfig, got Linear"
+        TypeError,
+        match="model: expected one of VAE, VAEConfig, GAN, GANConfig, RNN, RNNConfig, GPT, GPTConfig, got Linear",
     ):
         fit(torch.nn.Linear(2, 2), images())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="data: expected ImageSet for VAE, got str"):
