@@ -130,6 +130,14 @@ class Recipe(abc.ABC):
     def modules(self) -> dict[str, nn.Module]:
         """The modules to train, by name. The name is the prefix of their tensors in a checkpoint."""
 
+    def compilable(self) -> tuple[nn.Module, ...]:
+        """The modules whose forward passes become graphs with `TrainingConfig.compile`. Here: those of `modules`.
+
+        Raises:
+            ValueError: naming `compile`, where torch.compile cannot take the step.
+        """
+        return tuple(self.modules().values())
+
     @abc.abstractmethod
     def optimizers(self, config: TrainingConfig) -> dict[str, Optimizer]:
         """Optimisers by name, at their full learning rate: the trainer applies the schedule to all of them."""

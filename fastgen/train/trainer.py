@@ -147,7 +147,7 @@ class Trainer:
         require("train", *packages, *(("tensorboard",) if config.tensorboard else ()))
         self.accelerator = _accelerator(config)
         if config.compile:
-            _prepare_compiler(self.accelerator.device)
+            _check_compiler(self.accelerator.device)
         self._main = self.accelerator.is_main_process
         self._progress = make_progress(progress if self._main else "quiet", recipe.unit)
         recipe.progress = self._progress.evaluate
@@ -166,8 +166,6 @@ class Trainer:
         prepare = self.accelerator.prepare
         wrap = self._placed if recipe.averages_gradients else prepare
         self._wrapped: dict[str, nn.Module] = {name: wrap(module) for name, module in self._modules.items()}
-        if config.compile:
-            self._wrapped = {name: _compiled(module) for name, module in self._wrapped.items()}
         self._optimizers: dict[str, Optimizer] = optimizers
         if self.accelerator.scaler is not None:  # else the wrapper would only cost 0.2 ms a step
             self._optimizers = {name: prepare(optimizer) for name, optimizer in optimizers.items()}
@@ -199,7 +197,7 @@ class Trainer:
             NonFiniteLossError: the loss or a weight became infinite or NaN; earlier checkpoints stay.
             OSError: a file could not be written; earlier checkpoints stay.
         """
-        with kept_memory(), self._torch_generators(), self._plain_forward_afterwards(), self._logs():
+        with kept_memory(), self._torch_generators(), self._plain_forward_afterwards(), self._compiled(), self._logs():
             with self._signals():
                 self._train()
             try:
@@ -273,15 +271,40 @@ class Trainer:
             update=self._update,
             autocast=self.accelerator.autocast,
         )
-        try:
-            metrics = self.recipe.train_step(step)
-        except RuntimeError as error:
-            if self.config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise ValueError(f"compile: expected False, as torch.compile fails here: {error}") from error
-            raise
+        metrics = self._run_compiled(step) if self.config.compile else self.recipe.train_step(step)
         self._names = list(metrics)
         self._window.append(torch.stack(list(metrics.values())))
         self._step += 1
+
+    def _run_compiled(self, step: Step) -> dict[str, Tensor]:
+        with torch.compiler.set_stance("default"):
+            try:
+                return self.recipe.train_step(step)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise ValueError(f"compile: expected False, as torch.compile fails here: {error}") from error
+
+    @contextlib.contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Make graphs of what training steps call, if the run asks for it; evaluations and samples go without."""
+        if not self.config.compile:
+            yield
+            return
+        # Graphs of earlier runs would count towards the limit of recompilations of the forward that they share.
+        torch.compiler.reset()
+        before = [(module, vars(module).get("forward")) for module in self.recipe.compilable()]
+        for module, _ in before:
+            # One graph or an error; random numbers are those that torch draws without it.
+            options: dict[str, Any] = {"fullgraph": True, "options": {"fallback_random": True}}
+            vars(module)["forward"] = torch.compile(module.forward, **options)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for module, forward in before:
+                if forward is None:
+                    del module.forward
+                else:  # that of mixed precision
+                    vars(module)["forward"] = forward
 
     def _share(self) -> slice:
         """Which rows of the global batch are this process's."""
@@ -623,7 +646,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision=_MIXED_PRECISION[config.dtype])
 
 
-def _prepare_compiler(device: torch.device) -> None:
+def _check_compiler(device: torch.device) -> None:
     """Raise ValueError where torch.compile is known to fail, before the run begins."""
     if device.type == "cpu":
         compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -631,13 +654,6 @@ def _prepare_compiler(device: torch.device) -> None:
             raise ValueError(f"compile: expected the C++ compiler {compiler} (apt install g++, or set CXX), found none")
         if not header.is_file():
             raise ValueError(f"compile: expected {header} (apt install python3-dev), found none")
-    # Graphs of earlier runs would count towards the limit of recompilations of the forward that they share.
-    torch.compiler.reset()
-
-
-def _compiled(module: nn.Module) -> nn.Module:
-    """`module` as one graph, or an error; random numbers are those that torch draws without it."""
-    return torch.compile(module, fullgraph=True, options={"fallback_random": True})  # type: ignore[return-value]
 
 
 def _evaluations(count: int) -> str:
