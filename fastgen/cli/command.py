@@ -11,10 +11,16 @@ __all__ = ["FIELDS", "Command"]
 
 # Options that are named otherwise than the fields they set.
 FIELDS = {
+    "critic_steps": "num_critic_steps",
+    "discriminator_lr": "discriminator_learning_rate",
+    "gradient_penalty": "gradient_penalty_weight",
     "importance_images": "num_importance_images",
     "importance_samples": "num_importance_samples",
     "kl_warmup": "kl_warmup_steps",
     "lr": "learning_rate",
+    "pictures": "num_pictures",
+    "r1": "r1_gamma",
+    "r2": "r2_gamma",
 }
 # Fields that an option sets by another name in one command, though it is a field's own name in another.
 _NAMES = {field: name for name, field in FIELDS.items()} | {
@@ -47,5 +53,5 @@ def _with_options(text: str, options: set[str]) -> str:
         option = "--" + _NAMES.get(match[0], match[0]).replace("_", "-")
         return option if option in options else match[0]
 
-    text = re.sub(r"^[a-z_]+(?=:)", replace, text)
-    return re.sub(r"(?<![\w/.'-])[a-z]+(_[a-z]+)+(?![\w/.'-])", replace, text)
+    text = re.sub(r"^[a-z0-9_]+(?=:)", replace, text)
+    return re.sub(r"(?<![\w/.'-])[a-z][a-z0-9]*(_[a-z]+)+(?![\w/.'-])", replace, text)

@@ -136,8 +136,8 @@ class CollapseWatch:
             sign.told = True
             return (
                 f"warning: the generator has collapsed by step {row['step']:.0f}: whatever the noise, its samples are "
-                f"much alike (diversity {diversity:.2f}; that of the data is 1). Try data augmentation (diff_augment), "
-                f"a gradient penalty (r1), the loss 'relativistic', or a lower learning rate of the generator"
+                f"much alike (diversity {diversity:.2f}; that of the data is 1). Try DiffAugment, an R1 "
+                f"penalty, the relativistic loss, or a lower learning rate of the generator"
             )
         return None
 
@@ -153,7 +153,6 @@ class CollapseWatch:
             return (
                 f"warning: the discriminator has run away by step {row['step']:.0f}: it tells {accuracy:.1%} of pairs "
                 f"of real and generated examples apart (score gap {gap:.1f}), so that the generator learns little from "
-                f"it. Try a lower learning rate of the discriminator, data augmentation (diff_augment), or a gradient "
-                f"penalty (r1)"
+                f"it. Try a lower learning rate of the discriminator, DiffAugment, or an R1 penalty"
             )
         return None

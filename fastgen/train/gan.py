@@ -270,7 +270,7 @@ class GANRecipe(Recipe):
                 "name": self.data_name,
                 "train": len(self._train),
                 "test": len(self._test),
-                "classes": list(self._train.classes),
+                **self._train.names(),
                 # So that a run is not continued on other data.
                 "checksum": f"{checksum(*self._train.tensors(), *self._test.tensors()):08x}",
             },
@@ -319,7 +319,7 @@ class GANRecipe(Recipe):
         if isinstance(self._train, _Images):
             save_png(path, image_grid(samples, columns))
         else:
-            save_windows(path, samples.cpu(), self._train.columns, columns, f"GAN on {self.data_name}")
+            save_windows(path, samples.cpu(), self._train.series.columns, columns, f"GAN on {self.data_name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,9 +332,8 @@ class _Images:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.images.classes
+    def names(self) -> dict[str, list[str]]:
+        return {"classes": list(self.images.classes)}
 
     def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """(b, C, H, W) in [0, 1] and, for a conditional model, (b,) labels."""
@@ -351,14 +350,12 @@ class _Windows:
 
     series: SeriesSet
     length: int
-    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.series) - self.length + 1
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.series.columns
+    def names(self) -> dict[str, list[str]]:
+        return {"columns": list(self.series.columns)}
 
     def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, None]:
         """(b, T, F)."""

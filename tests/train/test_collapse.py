@@ -155,7 +155,7 @@ def test_warnings_say_what_to_try() -> None:
         texts += watch({"step": step, "diversity": 0.031, "accuracy": 0.9987, "score_gap": 12.34})
     collapse, runaway = texts
     assert "its samples are much alike (diversity 0.03; that of the data is 1)" in collapse
-    assert "diff_augment" in collapse
+    assert "Try DiffAugment" in collapse
     assert "tells 99.9% of pairs" in runaway
     assert "(score gap 12.3)" in runaway
     assert "Try a lower learning rate of the discriminator" in runaway

@@ -70,6 +70,13 @@ def rnn(folder: Path) -> str:
     return f"rnn --data {folder}/cats.txt {options} --epochs 5 --batch-size 4 --seq-len 11 --sample-length 20"
 
 
+def gan(folder: Path) -> str:
+    """The same of two networks with two optimisers, an average and a penalty every third update."""
+    np.savez(folder / "blobs.npz", images=images(120).images.numpy(), labels=images(120).labels.numpy())
+    options = "--architecture mlp --hidden-sizes 16 --latent-dim 3 --r1 1 --penalty-interval 3 --spectral-norm"
+    return f"gan --data {folder}/blobs.npz {options} --epochs 5 --batch-size 10 --evaluate-every 1"
+
+
 class Whole:
     """A run that nothing disturbs: its arguments, its folder, and how long it takes."""
 
@@ -104,7 +111,7 @@ def check_same(out: Path, whole: Path) -> None:
     assert leftovers == []
 
 
-@pytest.mark.parametrize(("family", "share"), [(vae, 0.2), (vae, 0.7), (rnn, 0.4)])
+@pytest.mark.parametrize(("family", "share"), [(vae, 0.2), (vae, 0.7), (rnn, 0.4), (gan, 0.4)])
 def test_killed_again_and_again(
     family: Callable[[Path], str], share: float, zygote: Zygote, whole: Callable[..., Whole]
 ) -> None:
@@ -126,7 +133,7 @@ def test_killed_again_and_again(
     check_same(out, reference)
 
 
-@pytest.mark.parametrize(("family", "number"), [(vae, 1), (vae, 4), (rnn, 8)])
+@pytest.mark.parametrize(("family", "number"), [(vae, 1), (vae, 4), (rnn, 8), (gan, 5)])
 def test_killed_while_writing_a_checkpoint(
     family: Callable[[Path], str], number: int, zygote: Zygote, whole: Callable[..., Whole]
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from toys import images
 
 from fastgen.cli import main
-from fastgen.train import read_metrics
+from fastgen.train import GANRecipe, read_metrics
 from fastgen.train.checkpoint import Checkpoint
 
 ARGUMENTS = [
@@ -83,6 +83,41 @@ def test_two_processes_share_the_streams(tmp_path: Path) -> None:
     # One process can take over what two began.
     assert main(["train", "rnn", "--resume", str(tmp_path / "two"), "--epochs", "3", "--quiet"]) == 0
     assert len(read_metrics(tmp_path / "two" / "metrics.csv")) == 3 * 11 + 3 + 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_gan(tmp_path: Path) -> None:
+    """Two networks in turn, a gradient of a gradient, augmentation, two batches a step. No batch norm, whose statistics
+    are those of a process."""
+    np.savez(tmp_path / "blobs.npz", images=images(110).images.numpy())
+    model = "--architecture mlp --hidden-sizes 16 --latent-dim 3 --normalization none --loss wasserstein --r1 0.1"
+    more = "--critic-steps 2 --augment color,translation --batch-size 8 --epochs 4 --log-every 1 --seed 5 --lr 1e-3"
+    train = ["train", "gan", "--data", str(tmp_path / "blobs.npz"), *model.split(), *more.split()]
+    train += ["--device", "cpu", "--quiet"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "fastgen.cli", *train, "--out", str(tmp_path / "two")]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    assert main([*train, "--out", str(tmp_path / "one")]) == 0
+
+    tables = [read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two")]
+    steps = 4 * (99 // 2 // 8)
+    assert len(tables[0]) == len(tables[1]) == steps + 1 + 1  # rows, the evaluation at the end, the final one
+    for ours, theirs in zip(*tables, strict=True):
+        assert (ours["split"], ours["step"]) == (theirs["split"], theirs["step"])
+        for name in GANRecipe.metrics:
+            assert bool(ours[name]) == bool(theirs[name])
+            if name == "accuracy":  # of pairs within a process
+                continue
+            if ours[name]:
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-5), (name, ours["step"])
+    last = f"checkpoints/step-{steps:08d}.safetensors"
+    one, two = Checkpoint.load(tmp_path / "one" / last), Checkpoint.load(tmp_path / "two" / last)
+    for name, tensor in one.part("model").items():
+        torch.testing.assert_close(two.part("model")[name], tensor, rtol=1e-2, atol=1e-4)
+
+    # One process can take over what two began.
+    assert main(["train", "gan", "--resume", str(tmp_path / "two"), "--epochs", "5", "--quiet"]) == 0
 
 
 def test_a_batch_that_cannot_be_shared() -> None:

@@ -12,7 +12,8 @@ from fastgen import _validate
 from fastgen.cli.generate.images import draw_images
 from fastgen.cli.generate.series import continue_series
 from fastgen.cli.generate.text import write_text
-from fastgen.models import GPT, RNN, VAE, from_pretrained
+from fastgen.cli.generate.windows import draw_windows
+from fastgen.models import GAN, GPT, RNN, VAE, from_pretrained
 
 __all__ = ["generate"]
 
@@ -21,6 +22,7 @@ _IMAGES = {"labels", "columns"}
 _TEXT = {"prompt", "stream", "top_k", "top_p", "min_p", "repetition_penalty", "stop"}
 _SERIES = {"series"}
 _STEPS = {"max_new_tokens"}
+_GAN = {"truncation"}
 
 
 def _option(help: str, *, default: object = None, panel: str, metavar: str | None = None) -> Any:
@@ -44,9 +46,13 @@ def generate(
         ),
     ] = 0,
     temperature: Annotated[
-        float,
-        typer.Option(help="Under 1 more typical, less varied; 0: the likeliest token, the mean of the next step."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Under 1 more typical, less varied; 0: the likeliest token, the mean of the next step. Not of a GAN, "
+            "see --truncation.  [default: 1]",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -103,6 +109,15 @@ def generate(
             panel="Pictures",
         ),
     ] = None,
+    truncation: Annotated[
+        float | None,
+        _option(
+            "Of a GAN: cut the normal numbers that samples are made of at so many standard deviations; lower, such as "
+            "0.7, for more typical and less varied ones.",
+            default="not cut",
+            panel="Pictures",
+        ),
+    ] = None,
     columns: Annotated[
         int | None, _option("Pictures a row of the grid.", default="about a square", panel="Pictures")
     ] = None,
@@ -119,6 +134,8 @@ def generate(
 
         fastgen generate runs/digits --n 10000 --out samples.npy
 
+        fastgen generate runs/gan --truncation 0.7 --out typical.png
+
         fastgen generate runs/plays --prompt "HAMLET:" --stream --temperature 0.8
 
         fastgen generate runs/plays --prompt "Enter " --n 5 --seed 7 --top-p 0.9 --stop "." --out entries.txt
@@ -130,6 +147,17 @@ def generate(
         _validate.integer("n", n, 1)
     folder = _model_folder(run)
     model = from_pretrained(folder, device=_device(device))
+    if isinstance(model, GAN):
+        images = len(model.config.input_shape) == 3
+        _refuse(given, _TEXT | _SERIES | _STEPS | {"temperature"}, f"{run} is a GAN")
+        if images:
+            draw_images(model, folder, given)
+        else:
+            _refuse(given, {"labels"}, f"{run} makes windows of a series")
+            draw_windows(model, folder, given)
+        return
+    _refuse(given, _GAN, f"{run} is no GAN")
+    given.setdefault("temperature", 1.0)
     if isinstance(model, VAE):
         _refuse(given, _TEXT | _SERIES | _STEPS, f"{run} makes pictures")
         draw_images(model, folder, given)

@@ -10,7 +10,7 @@ import typer
 
 from fastgen._files import atomic_path
 from fastgen._images import image_grid, save_png, to_uint8
-from fastgen.models import VAE
+from fastgen.models import GAN, VAE
 from fastgen.train import read_run
 
 __all__ = ["draw_images"]
@@ -21,7 +21,7 @@ _OUT = Path("generated.png")
 _OTHER_FILES = {".bmp", ".gif", ".jpeg", ".jpg", ".npz", ".pt", ".safetensors", ".tif", ".tiff", ".webp"}
 
 
-def draw_images(model: VAE, folder: Path, options: Mapping[str, Any]) -> None:
+def draw_images(model: VAE | GAN, folder: Path, options: Mapping[str, Any]) -> None:
     """Draw as the options of the command say; `folder` is that of the model."""
     n, out, columns, labels = (
         options.get("n", 64),
@@ -37,7 +37,8 @@ def draw_images(model: VAE, folder: Path, options: Mapping[str, Any]) -> None:
     if kind not in (".png", ".npy") and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: expected a .png, a .npy or a new folder to draw into")
     classes = None if labels is None else _labels(labels, _class_names(folder, model.config.num_classes), n)
-    images = model.generate(n, seed=options["seed"], labels=classes, temperature=options["temperature"]).float()
+    varied = {name: options[name] for name in ("temperature", "truncation") if name in options}
+    images = model.generate(n, seed=options["seed"], labels=classes, **varied).float()
     if kind == ".npy":
         import numpy
 

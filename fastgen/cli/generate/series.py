@@ -18,7 +18,7 @@ from fastgen.models import RNN
 from fastgen.train import read_run
 from fastgen.train.plots import save_continuation
 
-__all__ = ["continue_series"]
+__all__ = ["continue_series", "table"]
 
 _READ = 1000  # last steps of the series that the model reads
 _SHOWN = 200  # of them in a picture
@@ -56,10 +56,10 @@ def continue_series(model: RNN, folder: Path, options: Mapping[str, Any]) -> Non
         with _files.atomic_path(out) as temporary:
             numpy.save(temporary, draws.numpy())
     elif out is None:
-        typer.echo(_table(draws, series.columns), nl=False)
+        typer.echo(table(draws, series.columns), nl=False)
         return
     else:
-        _files.write_text(out, _table(draws, series.columns))
+        _files.write_text(out, table(draws, series.columns))
     typer.echo(out)
 
 
@@ -77,7 +77,7 @@ def _series(folder: Path, given: str | None) -> SeriesSet:
     return load_series(given or source["data"], columns=columns and columns.split(","), time_column=time_column)
 
 
-def _table(draws: Tensor, columns: tuple[str, ...]) -> str:
+def table(draws: Tensor, columns: tuple[str, ...]) -> str:
     """CSV: with several draws the first column numbers them, from 0."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

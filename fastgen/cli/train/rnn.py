@@ -17,7 +17,7 @@ from fastgen.models import RNNConfig
 from fastgen.tokenizers import TOKENIZER_FILE, load_tokenizer
 from fastgen.train import RNNRecipe, RNNSeriesRecipe, RNNTextRecipe, TrainingConfig, TrainingResult
 
-__all__ = ["train_rnn"]
+__all__ = ["load_series_split", "train_rnn"]
 
 _MODEL = RNNConfig(vocab_size=1)
 _SERIES = RNNConfig(input_size=1, hidden_size=64, num_layers=1)
@@ -208,7 +208,7 @@ class _RNN(Family):
         if _is_series(source):
             _refuse("a series", {**source, **report}, ("tokenizer", "vocab_size", "prompt"))
             _refuse("a series", model, ("embedding_dim", "tie_weights"))
-            series, held_out = _load_series(source, quiet)
+            series, held_out = load_series_split(source, quiet)
             widths = {"hidden_size": _SERIES.hidden_size, "num_layers": _SERIES.num_layers}
             rnn = RNNConfig(input_size=len(series.columns), **{**widths, **model})
             return RNNSeriesRecipe(rnn, series, held_out, seed=config.seed, **of_recipe)
@@ -223,7 +223,7 @@ class _RNN(Family):
         model, source, report = RNNConfig.from_dict(record["model"]), record["source"], record["evaluation"]
         fixed = {"seq_len": record["data"]["seq_len"], "seed": config.seed}
         if _is_series(source):
-            series, held_out = _load_series(source, quiet)
+            series, held_out = load_series_split(source, quiet)
             return RNNSeriesRecipe(model, series, held_out, **fixed, **report)
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
         texts = load_texts(source, quiet)
@@ -266,7 +266,7 @@ def _refuse(kind: str, options: Mapping[str, Any], names: tuple[str, ...]) -> No
             raise ValueError(f"{name}: expected none for {kind}, got {options[name]!r}")
 
 
-def _load_series(source: Mapping[str, Any], quiet: bool) -> tuple[SeriesSet, SeriesSet]:
+def load_series_split(source: Mapping[str, Any], quiet: bool) -> tuple[SeriesSet, SeriesSet]:
     """The series to train on, and what is held out at its end."""
     columns = source.get("columns")
     series = load_series(source["data"], columns=columns and columns.split(","), time_column=source.get("time_column"))

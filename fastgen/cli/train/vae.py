@@ -17,7 +17,7 @@ from fastgen.data import ImageSet, load_images
 from fastgen.models import VAEConfig
 from fastgen.train import TrainingConfig, TrainingResult, VAERecipe
 
-__all__ = ["train_vae"]
+__all__ = ["load_image_split", "train_vae"]
 
 _MODEL = VAEConfig()
 _TRAINING = VAERecipe.training_config()
@@ -167,7 +167,7 @@ class _VAE(Family):
             if name in model:
                 model[name] = integers(name.replace("_", "-"), model[name])
         conditional = model.pop("conditional", False)
-        train, test = _load(source, config.seed, quiet)
+        train, test = load_image_split(source, config.seed, quiet)
         if conditional:
             if not train.classes:
                 raise ValueError(f"--conditional: expected data with labels, {train.name} has none")
@@ -176,7 +176,7 @@ class _VAE(Family):
 
     def again(self, folder: Path, record: Mapping[str, Any], config: TrainingConfig, quiet: bool) -> VAERecipe:
         model, report = VAEConfig.from_dict(record["model"]), dict(record["evaluation"])
-        return VAERecipe(model, *_load(record["source"], config.seed, quiet), seed=config.seed, **report)
+        return VAERecipe(model, *load_image_split(record["source"], config.seed, quiet), seed=config.seed, **report)
 
     def summary(self, result: TrainingResult) -> str:
         metrics = result.metrics
@@ -191,7 +191,7 @@ class _VAE(Family):
         return ["fastgen", "generate", str(result.out), "--out", "generated.png"]
 
 
-def _load(source: Mapping[str, Any], seed: int, quiet: bool) -> tuple[ImageSet, ImageSet]:
+def load_image_split(source: Mapping[str, Any], seed: int, quiet: bool) -> tuple[ImageSet, ImageSet]:
     """The train and the test images of the options of the panel "Data"."""
     side, channels, test_size = (source.get(name) for name in ("image_size", "image_channels", "test_size"))
     with _decoding(quiet) as progress:
