@@ -1,8 +1,8 @@
 """fastgen's attention inside the models of Hugging Face's transformers: `attn_implementation="fastgen"`.
 
 Importing this module enters it under that name into the two registries of transformers, that of attention functions and
-that of masks; `fastgen.accelerate(model)` does so by itself. Causal attention and sliding windows then need no mask of
-size L x L unless there is padding, grouped heads no copies of keys and values, and softcap and dropout no other way.
+that of masks; `fastgen.accelerate(model)` does so by itself. Causal attention, sliding windows and padding then need no mask of
+size L x L, grouped heads no copies of keys and values, and softcap and dropout no other way.
 
 Example:
     >>> import fastgen.huggingface
@@ -49,8 +49,9 @@ def attention(
     Args:
         module: the attention layer; causal by its `is_causal`, unless the argument says otherwise.
         query, key, value: (B, H, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv).
-        attention_mask: (B or 1, H or 1, Lq, Lk), bool (True: seen) or added to the scores. It holds everything that is
-            hidden; where it is None, causality and sliding_window hold, counted from the last query and the last key.
+        attention_mask: (B or 1, H or 1, Lq, Lk), bool (True: seen) or added to the scores, which holds everything that
+            is hidden. Where it is None or (B, Lk), bool, which hides padding alone, causality and sliding_window
+            hold besides, counted from the last query and the last key.
         sliding_window: a query sees itself and the sliding_window - 1 keys before it.
         softcap: as in `scaled_dot_product_attention`.
         s_aux: (H,), the score of one more key, whose value is 0 (attention sinks, Xiao et al., 2024, section 3.3).
@@ -67,12 +68,16 @@ def attention(
     if others.get("cache") is not None:
         raise ValueError('cache: expected none that is paged with attn_implementation="fastgen"; "sdpa" takes it')
     causal, window = False, None
-    if attention_mask is None:
+    if attention_mask is None or attention_mask.dim() == 2:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         window = sliding_window - 1 if sliding_window is not None and causal else None
-    elif position_bias is not None and attention_mask.dtype == torch.bool:
+    if attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask = attention_mask[:, None, None]
+    if attention_mask is None or position_bias is None:
+        pass
+    elif attention_mask.dtype == torch.bool:
         attention_mask = torch.where(attention_mask, position_bias, -torch.inf)
-    elif position_bias is not None:
+    else:
         attention_mask = attention_mask + position_bias
     result = scaled_dot_product_attention(
         query,
@@ -108,24 +113,27 @@ def mask(
     config: Any = None,
     **others: Any,
 ) -> Tensor | None:
-    """A mask function of transformers: that of "sdpa", or None where `attention` needs no mask.
+    """A mask function of transformers: that of "sdpa", or where `attention` needs none but for padding, that, or None.
 
-    That is where each query sees the keys up to its own, or those of a sliding window (which, as for FlashAttention,
-    the model gives to the attention function too), nothing is padded, and the last query stands at the last key.
+    That is where each query sees all keys, those up to its own, or those of a sliding window (which, as for
+    FlashAttention, the model gives to the attention function too), and the last query stands at the last key.
     """
     plain = local_size is None or (
         local_size == getattr(config, "sliding_window", None) and getattr(config, "attention_chunk_size", None) is None
     )
-    if (
+    causal = (
         allow_is_causal_skip
         and plain
         and not others.get("allow_is_bidirectional_skip")
         and isinstance(q_offset, int)
         and q_offset + q_length == kv_offset + kv_length
-        and _all_seen(attention_mask, kv_offset + kv_length)
-    ):
-        return None
-    # The mask is to be made, or left out because every query sees every key.
+    )
+    length = kv_offset + kv_length
+    if causal or (others.get("allow_is_bidirectional_skip") and local_size is None):
+        if _all_seen(attention_mask, length):
+            return None
+        if attention_mask is not None and attention_mask.shape[1:] == (length,):
+            return attention_mask[:, kv_offset:].bool()
     return sdpa_mask(
         batch_size,
         q_length,
