@@ -49,14 +49,14 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "no
     real, fake = _logits("real_logits", real_logits), _logits("fake_logits", fake_logits)
     if kind == "relativistic":
         _check_pairs(real, fake)
-        return _softplus(fake - real).mean()
+        return -F.logsigmoid(real - fake).mean()
     if kind == "least_squares":
         return 0.5 * ((real - 1).square().mean() + fake.square().mean())
     if kind == "hinge":
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     if kind == "wasserstein":
         return fake.mean() - real.mean()
-    return _softplus(-real).mean() + _softplus(fake).mean()
+    return -(F.logsigmoid(real).mean() + F.logsigmoid(-fake).mean())  # logsigmoid(-f) = log(1 - D)
 
 
 def generator_loss(fake_logits: Tensor, kind: str = "non_saturating", real_logits: Tensor | None = None) -> Tensor:
@@ -80,13 +80,13 @@ def generator_loss(fake_logits: Tensor, kind: str = "non_saturating", real_logit
             raise ValueError("real_logits: expected the logits of the data for 'relativistic', got None")
         real = _logits("real_logits", real_logits)
         _check_pairs(real, fake)
-        return _softplus(real - fake).mean()
+        return -F.logsigmoid(fake - real).mean()
     if real_logits is not None:
         raise ValueError(f"real_logits: expected None for {kind!r}, got a value")
     if kind == "minimax":
-        return -_softplus(fake).mean()
+        return F.logsigmoid(-fake).mean()
     if kind == "non_saturating":
-        return _softplus(-fake).mean()
+        return -F.logsigmoid(fake).mean()
     if kind == "least_squares":
         return 0.5 * (fake - 1).square().mean()
     return -fake.mean()
@@ -299,11 +299,6 @@ def _gradient(logits: Tensor, x: Tensor) -> Tensor:
 
 def _rows(gradient: Tensor) -> Tensor:
     return at_least_float32(gradient.flatten(1))
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), smooth everywhere: torch's `softplus` is piecewise."""
-    return -F.logsigmoid(-x)
 
 
 def _logits(name: str, value: Tensor) -> Tensor:
