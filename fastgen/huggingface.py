@@ -1,8 +1,8 @@
 """fastgen's attention inside the models of Hugging Face's transformers: `attn_implementation="fastgen"`.
 
 Importing this module enters it under that name into the two registries of transformers, that of attention functions and
-that of masks; `fastgen.accelerate(model)` does so by itself. Causal attention, sliding windows and padding then need no mask of
-size L x L, grouped heads no copies of keys and values, and softcap and dropout no other way.
+that of masks; `fastgen.accelerate(model)` does so by itself. Causal attention, sliding windows and padding then need no
+mask of size L x L, grouped heads no copies of keys and values, and softcap and dropout no other way.
 
 Example:
     >>> import fastgen.huggingface

@@ -103,6 +103,7 @@ class Case:
 
     def _named(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         query, key, value, *rest = tensors
+        rest = list(rest)  # older Dynamos have made a tuple of it
         mask = rest.pop(0) if self.mask else None
         slopes = rest.pop(0) if self.slopes else None
         return query, key, value, mask, slopes

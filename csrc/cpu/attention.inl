@@ -453,6 +453,10 @@ class Attention {
     transpose_rows(b, count, extras);
   }
 
+  // Sizes of a block in a sequence so long at most: scratch of a short one stays small.
+  static int64_t block_keys(int64_t keys) { return at_most(kKeys, round_up<int64_t>(keys, kWidth)); }
+  static int64_t block_lanes(int64_t queries) { return at_most(kQueries, round_up<int64_t>(queries, kWidth)); }
+
   Extras take_extras(Scratch& scratch, bool keep_tangent) const {
     Extras out{};
     if (p.mask.data != nullptr || drops()) {
@@ -532,19 +536,21 @@ class AttentionForward : Attention<A_> {
   static int64_t groups(int64_t queries) { return (queries + kGroup * kQueries - 1) / (kGroup * kQueries); }
 
   Memory take(Scratch& scratch) const {
-    Memory m;
+    Memory m{};
     const int64_t width = round_up<int64_t>(p.width, kWidth), value_width = round_up<int64_t>(p.value_width, kWidth);
-    for (State& state : m.state) {
-      state.q = scratch.take<Element>(width * kQueries);
-      state.o = scratch.take<T>(value_width * kQueries);
-      state.top = scratch.take<T>(kQueries);
-      state.sum = scratch.take<T>(kQueries);
+    const int64_t keys = this->block_keys(p.keys), lanes = this->block_lanes(p.queries);
+    for (int i = 0; i < kGroup && (i == 0 || i * kQueries < p.queries); ++i) {
+      State& state = m.state[i];
+      state.q = scratch.take<Element>(width * lanes);
+      state.o = scratch.take<T>(value_width * lanes);
+      state.top = scratch.take<T>(lanes);
+      state.sum = scratch.take<T>(lanes);
     }
-    m.key = scratch.take<Element>(kKeys * width);
-    m.value = scratch.take<Element>(kKeys * value_width);
-    m.columns = scratch.take<Element>(kDepth == 1 ? 0 : kKeys * value_width);
+    m.key = scratch.take<Element>(keys * width);
+    m.value = scratch.take<Element>(keys * value_width);
+    m.columns = scratch.take<Element>(kDepth == 1 ? 0 : keys * value_width);
     m.staging = scratch.take<Element>(kWidth * width);
-    m.s = scratch.take<T>(kKeys * kQueries);
+    m.s = scratch.take<T>(keys * lanes);
     m.extras = this->take_extras(scratch, false);
     return m;
   }

@@ -188,7 +188,8 @@ class AttentionBackward : Attention<A_> {
 
   Memory take(Scratch& scratch, int64_t queries, int64_t keys) const {
     const int64_t width = round_up<int64_t>(p.width, kWidth), value_width = round_up<int64_t>(p.value_width, kWidth);
-    const int64_t lanes = round_up<int64_t>(queries, kQueries);
+    const int64_t lanes = round_up<int64_t>(queries, kWidth);
+    const int64_t block_keys = this->block_keys(keys), block = block_keys * this->block_lanes(queries);
     Memory m;
     const int64_t pairs = kDepth == 1 ? 0 : 1;  // what only pairs need
     m.q = scratch.take<Element>(width * lanes);
@@ -201,14 +202,14 @@ class AttentionBackward : Attention<A_> {
     // run_mask has a block of sums in their place.
     m.dk = scratch.take<T>(at_least(keys * width, g.grad_mask == nullptr ? 0 : kKeys * kQueries));
     m.dv = scratch.take<T>(keys * value_width);
-    m.key = scratch.take<Element>(kKeys * width);
-    m.value = scratch.take<Element>(kKeys * value_width);
-    m.key_columns = scratch.take<Element>(pairs * kKeys * width);
+    m.key = scratch.take<Element>(block_keys * width);
+    m.value = scratch.take<Element>(block_keys * value_width);
+    m.key_columns = scratch.take<Element>(pairs * block_keys * width);
     m.staging = scratch.take<Element>(kWidth * at_least(width, value_width));
-    m.s = scratch.take<T>(kKeys * kQueries);
-    m.ds = scratch.take<T>(kKeys * kQueries);
-    m.weights = kDepth == 1 ? reinterpret_cast<Element*>(m.s) : scratch.take<Element>(kKeys * kQueries);
-    m.ds_rows = kDepth == 1 ? reinterpret_cast<Element*>(m.ds) : scratch.take<Element>(kKeys * kQueries);
+    m.s = scratch.take<T>(block);
+    m.ds = scratch.take<T>(block);
+    m.weights = kDepth == 1 ? reinterpret_cast<Element*>(m.s) : scratch.take<Element>(block);
+    m.ds_rows = kDepth == 1 ? reinterpret_cast<Element*>(m.ds) : scratch.take<Element>(block);
     for (T*& row : m.rows) row = scratch.take<T>(value_width);
     m.extras = this->take_extras(scratch, true);
     return m;

@@ -180,8 +180,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   const KernelTable& table = kernels();
   AttentionSizes sizes = table.attention_sizes(p);
   if (cu_q) sizes.units = arguments.plan_units(p, p.heads, p.query_starts, sizes.unit_queries);
-  const Tensor sums = bytes(sizes.sums);
-  p.sums = sums.mutable_data_ptr();
+  Optional sums;
+  if (sizes.sums > 0) {
+    sums = bytes(sizes.sums);
+    p.sums = sums->mutable_data_ptr();
+  }
   const auto run = [&](AttentionPhase phase, int64_t units, int64_t scratch, double products) {
     run_units(units, scratch, products, [&](int64_t unit, void* own) { table.attention(p, phase, unit, own); });
   };

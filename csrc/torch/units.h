@@ -24,17 +24,22 @@ inline void run_units(int64_t units, int64_t bytes_of_unit, double products, con
   if (units == 0) return;
   const int64_t useful = int64_t(std::min(products / kGrainProducts, 1e6));
   const int64_t threads = std::max<int64_t>(1, std::min({int64_t(torch::stable::get_num_threads()), units, useful}));
+  std::atomic<int64_t> next{0};
+  const auto work = [&](void* own) {
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(unit, own);
+  };
+  constexpr int64_t kSmall = 16384;  // in a short call an allocation is a good part
+  if (threads == 1 && bytes_of_unit <= kSmall) {
+    alignas(64) char scratch[kSmall];
+    return work(scratch);
+  }
   const Tensor scratch = bytes(threads * bytes_of_unit + 64);
   const uintptr_t address = (reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 63) / 64 * 64;
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      void* own = reinterpret_cast<void*>(address + uintptr_t(i * bytes_of_unit));
-      for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(unit, own);
-    }
+  const auto work_each = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(reinterpret_cast<void*>(address + uintptr_t(i * bytes_of_unit)));
   };
-  if (threads == 1) return work(0, 1);
-  torch::stable::parallel_for(0, threads, 1, work);
+  if (threads == 1) return work_each(0, 1);
+  torch::stable::parallel_for(0, threads, 1, work_each);
 }
 
 }  // namespace fastgen

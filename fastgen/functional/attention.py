@@ -159,6 +159,8 @@ def scaled_dot_product_attention(
 def _fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether nothing is to be converted or broadcast, or refused; False if in doubt."""
     try:
+        if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:  # Dynamo follows no failed unpacking
+            return False
         batch, heads, _, width = query.shape
         key_batch, key_heads, keys, key_width = key.shape
         value_batch, value_heads, value_keys, value_width = value.shape
