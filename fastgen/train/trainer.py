@@ -504,7 +504,10 @@ class Trainer:
         """The run folder, with its config.json; the same on all processes."""
         with extra("train"):
             from accelerate.utils import broadcast_object_list
-        folder = None
+
+        from fastgen.benchmark.machine import cpu_model  # whose package imports ours
+
+        folder, device = None, self.accelerator.device
         if self._main:
             description = {
                 "format": RUN_FORMAT,
@@ -512,6 +515,7 @@ class Trainer:
                 **self.recipe.describe(),
                 "training": dataclasses.asdict(self.config),
                 "processes": self.accelerator.num_processes,
+                "machine": {"cpu": cpu_model(), "threads": torch.get_num_threads(), "device": str(device)},
                 "versions": {"fastgen": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
                 **record,
             }
