@@ -6,7 +6,6 @@ examples to logits (B,). Both take the label of a conditional model as one-hot, 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -266,9 +265,11 @@ def _normalized_activation(activation: str, normalization: str, dim: int, channe
 
 
 def _activation(name: str) -> nn.Module:
-    # 0.2 is DCGAN's: torch's slope of 0.01 starves the generator of gradient.
-    make: Callable[[], nn.Module] = ACTIVATIONS[name]
-    return functools.partial(nn.LeakyReLU, 0.2)() if name == "leaky_relu" else make()
+    # In place, as no layer before it needs its output again. 0.2 is DCGAN's slope: torch's of 0.01 starves the
+    # generator of gradient.
+    if name == "leaky_relu":
+        return nn.LeakyReLU(0.2, inplace=True)
+    return nn.ReLU(inplace=True) if name == "relu" else ACTIVATIONS[name]()
 
 
 def _lstms(sizes: Sequence[int]) -> nn.ModuleList:

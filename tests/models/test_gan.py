@@ -635,6 +635,24 @@ def test_generator_compiles() -> None:
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(z), model(z))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_kind
+def test_same_seed_same_examples_and_losses_on_the_gpu(fields: dict[str, object]) -> None:
+    model = frozen_statistics(small(**fields))
+    x, labels = batch_for(model)
+    condition = None if labels is None else labels.cuda()
+
+    def run(model: GAN, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+        made = [model.generate(5, seed=1), model.generate(5, seed=1, truncation=0.5)]
+        halves = model.discriminator_loss, model.generator_loss
+        return [*made, *(half(x, labels, generator=Generator(2)).loss for half in halves)]
+
+    expected = run(model, x, labels)
+    for ours, value in zip(run(model.cuda(), x.cuda(), condition), expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), value, rtol=1e-3, atol=1e-3)
+
+
 def test_deepcopy_is_independent() -> None:
     model = small(spectral_norm=True, num_classes=2)
     twin = copy.deepcopy(model)
@@ -731,6 +749,26 @@ def test_own_modules(classes: int, tmp_path: Path) -> None:
     for load in (GAN.from_pretrained, from_pretrained):
         with pytest.raises(ValueError, match=r"generator, discriminator: expected two modules for 'custom', got None"):
             load(tmp_path)
+
+
+def test_own_discriminator_of_torchs_lstm_gets_no_gradients_of_the_generators_loss() -> None:
+    """That module keeps a list of its weights beside the weights."""
+
+    class Critic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.output = nn.LSTM(2, 4, batch_first=True), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.output(self.lstm(x)[0].mean(1)).squeeze(-1)
+            return logits
+
+    model = GAN(**OWN, generator=OwnGenerator(), discriminator=Critic())
+    x = torch.randn(4, 5, 2)
+    model.generator_loss(x).loss.backward()
+    assert all(parameter.grad is None for parameter in model.discriminator.parameters())
+    model.discriminator_loss(x).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.discriminator.parameters())
 
 
 def test_own_modules_that_do_not_fit_are_named() -> None:
