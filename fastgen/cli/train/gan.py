@@ -197,7 +197,7 @@ def train_gan(
 
     A generator makes examples of random numbers, a discriminator learns to tell them from the data, and each learns
     from the other. No loss says how well it goes: the pictures in samples/ do, always of the same random numbers, and
-    the distance of samples to held-out data (sliced Wasserstein, lower is better), which decides the best checkpoint.
+    the distance of samples to held-out data (Frechet, lower is better), which decides the best checkpoint.
 
     It warns when the generator makes the same sample from all numbers (mode collapse), and when the discriminator has
     run away. What may help: --augment, --r1 1, --loss relativistic, a lower --discriminator-lr. The columns diversity
@@ -262,7 +262,7 @@ class _GAN(Family):
     def summary(self, result: TrainingResult) -> str:
         metrics = result.metrics
         return (
-            f"sliced Wasserstein distance {metrics['sliced_wasserstein']:.4f} to held-out data "
+            f"Frechet distance {metrics['frechet_distance']:.4f} to held-out data "
             f"({metrics['noise_floor']:.4f} between data and data), "
             f"weights of step {result.best_step} of {result.step}"
         )
