@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog_name="fastgen",
             standalone_mode=False,
         )
+    except KeyboardInterrupt:  # while typer puts the commands together; in a command it is theirs
+        print("aborted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Exception as error:
         message = _one_line(error)
         if message is None or os.environ.get(_TRACEBACK, "0") not in ("", "0"):

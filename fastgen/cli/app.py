@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -22,16 +24,26 @@ __all__ = ["app"]
 class _Commands(TyperGroup):
     """Lists the commands in the order in which a user comes to need them, and ends on Ctrl-C by one line."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _one_line_on_ctrl_c():  # some versions of typer take a second for what comes before the command
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line_on_ctrl_c():
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # before typer sees it: some versions of it make an error of it
-            typer.echo("aborted", err=True)
-            raise typer.Exit(128 + signal.SIGINT) from None
 
     def list_commands(self, ctx: object) -> list[str]:
         order = ("train", "generate", "report", "bench", "doctor")
         return sorted(self.commands, key=order.index)
+
+
+@contextlib.contextmanager
+def _one_line_on_ctrl_c() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:  # before typer sees it: some versions of it make an error of it, others say nothing
+        typer.echo("aborted", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 app = typer.Typer(

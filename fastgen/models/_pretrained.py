@@ -208,7 +208,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     safetensors = _safetensors()
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with _files.atomic_path(path) as temporary:
-        safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt"})
+        try:
+            safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # a full disk, say
+            raise OSError(f"cannot write the weights: {error}") from error  # atomic_path adds the path
 
 
 def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:

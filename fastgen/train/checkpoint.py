@@ -44,7 +44,7 @@ class Checkpoint:
             try:
                 save_file(_own_memory(self.tensors), temporary, metadata)
             except SafetensorError as error:
-                raise OSError(f"{path}: cannot write the checkpoint: {error}") from error
+                raise OSError(f"cannot write the checkpoint: {error}") from error  # atomic_path adds the path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Checkpoint:

@@ -160,6 +160,11 @@ class GANRecipe(Recipe):
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.model}
 
+    def compilable(self) -> tuple[nn.Module, ...]:
+        if any(self._penalties.values()):
+            raise ValueError("compile: expected False with a gradient penalty, which has no second derivative there")
+        return self.model.generator, self.model.discriminator
+
     def optimizers(self, config: TrainingConfig) -> dict[str, Optimizer]:
         rate = self._discriminator_learning_rate or config.learning_rate
         return {

@@ -146,8 +146,10 @@ class Trainer:
         packages = ("accelerate", "matplotlib", "PIL", "rich", "safetensors")
         require("train", *packages, *(("tensorboard",) if config.tensorboard else ()))
         self.accelerator = _accelerator(config)
+        self._compilable: tuple[nn.Module, ...] = ()
         if config.compile:
             _check_compiler(self.accelerator.device)
+            self._compilable = recipe.compilable()
         self._main = self.accelerator.is_main_process
         self._progress = make_progress(progress if self._main else "quiet", recipe.unit)
         recipe.progress = self._progress.evaluate
@@ -241,6 +243,8 @@ class Trainer:
         if self._best is None:  # resumed, only to end before the first evaluation
             self._evaluate()
             self._save()
+        if self._stop(at_end=True) is _Stop.SIGNAL:  # during the last evaluation
+            raise self._interrupted(self._signal)
 
     def _evaluation_is_due(self) -> bool:
         epochs, steps = divmod(self._step, self.steps_per_epoch)
@@ -291,7 +295,7 @@ class Trainer:
             return
         # Graphs of earlier runs would count towards the limit of recompilations of the forward that they share.
         torch.compiler.reset()
-        before = [(module, vars(module).get("forward")) for module in self.recipe.compilable()]
+        before = [(module, vars(module).get("forward")) for module in self._compilable]
         for module, _ in before:
             # One graph or an error; random numbers are those that torch draws without it.
             options: dict[str, Any] = {"fullgraph": True, "options": {"fallback_random": True}}
@@ -332,7 +336,7 @@ class Trainer:
         for gradient, part in zip(gradients, mean.split(sizes), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _stop(self) -> _Stop:
+    def _stop(self, at_end: bool = False) -> _Stop:
         """Whether to leave the loop, the same answer on all processes."""
         stop = _Stop.NO
         if self.config.max_seconds is not None and self._seconds() >= self.config.max_seconds:
@@ -341,7 +345,7 @@ class Trainer:
             stop = _Stop.SIGNAL
         if self.accelerator.num_processes == 1:
             return stop
-        if self._step % self.steps_per_epoch % self.config.log_every:  # asking the others costs a wait
+        if self._step % self.steps_per_epoch % self.config.log_every and not at_end:  # asking the others costs a wait
             return _Stop.NO
         asked = self.accelerator.gather(torch.tensor([int(stop)], device=self.accelerator.device))
         return _Stop(int(asked.max()))

@@ -11,9 +11,9 @@ import tomlkit
 from commands import output, read_error
 
 from fastgen.cli import main
-from fastgen.train import read_run
+from fastgen.train import read_metrics, read_run
 
-FAMILIES = ("vae", "rnn", "gpt")
+FAMILIES = ("vae", "gan", "rnn", "gpt")
 TEXT = "Who's there?\nNay, answer me: stand, and unfold yourself.\n" * 12
 
 
@@ -27,6 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text = f"--data {folder}/play.txt --hidden-size 8 --num-layers 1 --seq-len 9 --sample-length 5"
     options = {
         "vae": f"{images} --architecture mlp --hidden-sizes 9,8 --importance-samples 2",
+        "gan": f"{images} --architecture mlp --hidden-sizes 9,8 --latent-dim 3 --critic-steps 2 --r1 0.1",
         "rnn": f"{text} --zoneout 0.1,0.2 --locked-dropout",
         "gpt": f"{text} --num-heads 2 --tokenizer chars --no-tie-weights --prompt Nay",
     }
@@ -34,6 +35,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         common = "--max-steps 3 --lr 1e-2 --batch-size 4 --no-tensorboard --seed 5 --quiet"
         assert main(["train", family, *more.split(), *common.split(), "--out", str(folder / family)]) == 0
     return {family: folder / family for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_families_leave_the_same_folder(family: str, runs: dict[str, Path]) -> None:
+    run, text = runs[family], family in ("rnn", "gpt")
+    sample = ".txt" if text else ".png"
+    found = {path.name for path in run.iterdir()}
+    common = {"config.json", "metrics.csv", "checkpoints", "samples", "model", f"samples{sample}", "loss.png"}
+    further = {"vae": {"reconstructions.png", "interpolation.png"}, "gan": {"interpolation.png"}}
+    assert found == common | further.get(family, {"tokenizer.json"})
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003.safetensors"]
+    assert [path.name for path in (run / "samples").iterdir()] == [f"step-00000003{sample}"]
+    of_the_model = {"config.json", "model.safetensors"} | ({"tokenizer.json"} if text else set())
+    assert {path.name for path in (run / "model").iterdir()} == of_the_model
+    entries = ["format", "model_type", "model", "data", "evaluation", "training", "processes", "machine", "versions"]
+    entries += ["source", "options", "command", "created"]
+    assert [name for name in read_run(run) if name != "recipe"] == entries
+    columns = list(read_metrics(run / "metrics.csv")[0])
+    assert columns[:3] == ["split", "epoch", "step"]
+    assert columns[-3:] == ["learning_rate", "tokens_per_second" if text else "examples_per_second", "seconds"]
+    assert [row["split"] for row in read_metrics(run / "metrics.csv")] == ["train", "test", "final"]
 
 
 def weights(run: Path) -> bytes:
@@ -74,14 +96,13 @@ def test_a_file_has_every_option_with_its_default(
     capsys.readouterr()
     help = output(capsys, "train", family, "--help")
     command_only = {"resume", "config", "print_config", "quiet"}
-    options = {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", help.split("Data ")[1])}
+    options = {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z0-9-]+)", help.split("Data ")[1])}
     options = {name for name in options if not name.startswith("no_")} - command_only - {"help"}
     assert {name for name, _ in commented} == options
     defaults = tomlkit.parse("\n".join(f"{name} ={value}" for name, value in commented if value)).unwrap()
-    assert defaults.get("lr") == {"vae": 2e-3, "gpt": 1e-3}.get(
-        family
-    )  # that of the RNN is in words: of text and series
-    assert defaults["schedule"] == "cosine"
+    # Those of the RNN are in words, for text and for a series.
+    assert defaults.get("lr") == {"vae": 2e-3, "gan": 5e-4, "gpt": 1e-3}.get(family)
+    assert defaults["seed"] == 0
     assert defaults["tensorboard"] is True
     assert defaults["compile"] is False
     assert defaults["dtype"] == "float32"

@@ -180,7 +180,9 @@ def test_generate_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--temperature: expected" in read_error(capsys, "generate", str(run), "--temperature", "-1", *out)
     assert "--seed: expected" in read_error(capsys, "generate", str(run), "--seed", "-1", *out)
     assert "--columns" in read_error(capsys, "generate", str(run), "--columns", "0", *out)
-    assert "--device: expected auto, cpu or cuda" in read_error(capsys, "generate", str(run), "--device", "tpu", *out)
+    assert "--device: expected one of auto, cpu, cuda, got 'tpu'" in read_error(
+        capsys, "generate", str(run), "--device", "tpu", *out
+    )
     full = read_error(capsys, "generate", str(run), "--out", str(tmp_path / "full"))
     assert "full: expected a .png, a .npy or a new folder" in full
     below = read_error(capsys, "generate", str(run), "--out", str(tmp_path / "full" / "file" / "x.png"))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from toys import Regression, images
 
 from fastgen.data import TextSet, TokenSet
-from fastgen.models import GPTConfig, RNNConfig, VAEConfig
+from fastgen.models import GANConfig, GPTConfig, RNNConfig, VAEConfig
 from fastgen.tokenizers import train_tokenizer
-from fastgen.train import GPTRecipe, Recipe, RNNTextRecipe, Trainer, TrainingConfig, VAERecipe, read_metrics
+from fastgen.train import GANRecipe, GPTRecipe, Recipe, RNNTextRecipe, Trainer, TrainingConfig, VAERecipe, read_metrics
 from fastgen.train.checkpoint import Checkpoint
 
 
@@ -70,21 +70,28 @@ def gpt() -> Recipe:
     return GPTRecipe(config, train, test, gradient_accumulation_steps=2, sample_length=5)
 
 
+def gan() -> Recipe:
+    return GANRecipe(GANConfig(**GAN), images(40), images(20, seed=1), num_critic_steps=2, num_pictures=4)
+
+
+GAN: dict[str, Any] = {"input_shape": (1, 8, 8), "architecture": "mlp", "hidden_sizes": (16,), "latent_dim": 3}
+
+
 def train(recipe: Recipe, out: Path, *, resume: bool = False, **fields: Any) -> list[float]:
-    """The losses of the steps."""
+    """The losses of the steps: the first of their metrics."""
     defaults = {"batch_size": 4, "log_every": 1, "evaluate_steps": 3, "warmup_steps": 2, "schedule": "constant"}
     config = TrainingConfig(**{"max_steps": 6, "tensorboard": False, **defaults, **fields})
     Trainer(recipe, config, out=out, resume=resume, progress="quiet").fit()
-    return [float(row["loss"]) for row in read_metrics(out / "metrics.csv") if row["split"] == "train"]
+    return [float(row[recipe.metrics[0]]) for row in read_metrics(out / "metrics.csv") if row["split"] == "train"]
 
 
-@pytest.mark.parametrize("family", [vae, rnn, gpt])
+@pytest.mark.parametrize("family", [vae, gan, rnn, gpt])
 def test_the_same_run(family: Callable[[], Recipe], graphs: list[torch.fx.GraphModule], tmp_path: Path) -> None:
     plain, recipe = train(family(), tmp_path / "plain"), family()
     assert not graphs
     assert train(recipe, tmp_path / "run", compile=True) == pytest.approx(plain, rel=1e-5)
     assert len(plain) == 6
-    assert 1 <= len(graphs) <= 3  # later steps take those of the first ones; evaluations and samples have none
+    assert 1 <= len(graphs) <= 7  # later steps take those of the first ones; evaluations and samples have none
     # What is saved has the names that it has without.
     names = [read(tmp_path / run).keys() for run in ("plain", "run")]
     assert names[0] == names[1]
@@ -151,6 +158,13 @@ def test_there_is_no_way_back(recipe: type[Regression], graphs: list[torch.fx.Gr
     assert len(made.steps) <= 1
     assert "forward" not in vars(made.head)
     assert train(recipe(), tmp_path / "plain")  # nothing of it is left
+
+
+def test_a_gradient_penalty_has_no_graph(tmp_path: Path) -> None:
+    recipe = GANRecipe(GANConfig(**GAN), images(40), images(20, seed=1), r1_gamma=0.1)
+    with pytest.raises(ValueError, match=r"^compile: expected False with a gradient penalty"):
+        train(recipe, tmp_path / "run", compile=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("missing", ["compiler", "header"])

@@ -77,6 +77,16 @@ def gan(folder: Path) -> str:
     return f"gan --data {folder}/blobs.npz {options} --epochs 5 --batch-size 10 --evaluate-every 1"
 
 
+def gpt(folder: Path) -> str:
+    """The same of a Transformer, with dropout, a batch in parts, and documents."""
+    (folder / "cats").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / "cats" / name).write_text("the cat sat on the mat.\n" * 10)
+    model = "--tokenizer chars --hidden-size 16 --num-layers 1 --num-heads 2 --dropout 0.2 --separate-documents"
+    options = "--gradient-accumulation-steps 2 --epochs 5 --batch-size 4 --seq-len 11 --sample-length 20"
+    return f"gpt --data {folder}/cats {model} {options}"
+
+
 class Whole:
     """A run that nothing disturbs: its arguments, its folder, and how long it takes."""
 
@@ -111,7 +121,7 @@ def check_same(out: Path, whole: Path) -> None:
     assert leftovers == []
 
 
-@pytest.mark.parametrize(("family", "share"), [(vae, 0.2), (vae, 0.7), (rnn, 0.4), (gan, 0.4)])
+@pytest.mark.parametrize(("family", "share"), [(vae, 0.2), (vae, 0.7), (rnn, 0.4), (gan, 0.4), (gpt, 0.4)])
 def test_killed_again_and_again(
     family: Callable[[Path], str], share: float, zygote: Zygote, whole: Callable[..., Whole]
 ) -> None:
@@ -133,7 +143,7 @@ def test_killed_again_and_again(
     check_same(out, reference)
 
 
-@pytest.mark.parametrize(("family", "number"), [(vae, 1), (vae, 4), (rnn, 8), (gan, 5)])
+@pytest.mark.parametrize(("family", "number"), [(vae, 1), (vae, 4), (rnn, 8), (gan, 5), (gpt, 5)])
 def test_killed_while_writing_a_checkpoint(
     family: Callable[[Path], str], number: int, zygote: Zygote, whole: Callable[..., Whole]
 ) -> None:

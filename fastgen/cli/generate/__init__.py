@@ -14,6 +14,8 @@ from fastgen.cli.generate.series import continue_series
 from fastgen.cli.generate.text import write_text
 from fastgen.cli.generate.windows import draw_windows
 from fastgen.models import GAN, GPT, RNN, VAE, from_pretrained
+from fastgen.train import read_run
+from fastgen.train.config import DEVICES, DTYPES
 
 __all__ = ["generate"]
 
@@ -69,6 +71,13 @@ def generate(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compute in: float32, bfloat16 or float16.  [default: that of the weights]",
+            show_default=False,
+        ),
+    ] = None,
     prompt: Annotated[
         str | None, _option("What to continue.", default="a new line", panel="Text", metavar="TEXT")
     ] = None,
@@ -146,7 +155,7 @@ def generate(
     if n is not None:
         _validate.integer("n", n, 1)
     folder = _model_folder(run)
-    model = from_pretrained(folder, device=_device(device))
+    model = from_pretrained(folder, _device(device), None if dtype is None else _dtype(dtype))
     if isinstance(model, GAN):
         images = len(model.config.input_shape) == 3
         _refuse(given, _TEXT | _SERIES | _STEPS | {"temperature"}, f"{run} is a GAN")
@@ -180,6 +189,8 @@ def _refuse(given: dict[str, Any], options: set[str], reason: str) -> None:
 def _model_folder(run: Path) -> Path:
     """The model of a run folder, or the folder itself if it is that of a model."""
     if (run / "model" / "config.json").is_file():
+        if (run / "config.json").is_file():
+            read_run(run)  # damaged, or of a newer fastgen
         return run / "model"
     if (run / "config.json").is_file() and not (run / "model.safetensors").is_file():
         if (run / "metrics.csv").is_file():
@@ -189,9 +200,13 @@ def _model_folder(run: Path) -> Path:
     return run
 
 
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, _validate.choice("dtype", name, DTYPES))
+    return dtype
+
+
 def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device: expected auto, cpu or cuda, got {name!r}")
+    _validate.choice("device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected auto or cpu, as PyTorch finds no CUDA device, got 'cuda'")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

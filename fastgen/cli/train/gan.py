@@ -41,10 +41,8 @@ def train_gan(
             metavar="PATH|NAME",
         ),
     ] = None,
-    image_size: Annotated[
-        int | None, option("Resize to so many pixels a side.", default="as they are", panel="Data")
-    ] = None,
-    image_channels: Annotated[int | None, option("1 grey, 3 colour.", default="as they are", panel="Data")] = None,
+    image_size: options.ImageSize = None,
+    image_channels: options.ImageChannels = None,
     window: Annotated[
         int | None, option("Steps of a series that make an example.", default=f"{_WINDOW} of a series", panel="Data")
     ] = None,
@@ -110,10 +108,7 @@ def train_gan(
             panel="Model",
         ),
     ] = None,
-    conditional: Annotated[
-        bool | None,
-        option("Tell the model the labels: generate can then be asked for a class.", default="no", panel="Model"),
-    ] = None,
+    conditional: options.Conditional = None,
     epochs: Annotated[int | None, option("Passes over the data.", default=_TRAINING.epochs, panel="Training")] = None,
     max_steps: options.MaxSteps = None,
     max_seconds: options.MaxSeconds = None,

@@ -11,10 +11,9 @@ import typer
 from fastgen.cli.train import options
 from fastgen.cli.train.options import option
 from fastgen.cli.train.run import Family, Options, run
-from fastgen.cli.train.text import TOKENIZERS, encode, load_texts, make_tokenizer, text_summary
+from fastgen.cli.train.text import TOKENIZERS, encode, load_texts, make_tokenizer, text_summary, tokens_again
 from fastgen.models import GPT, GPTConfig
 from fastgen.models import from_pretrained as load_model
-from fastgen.tokenizers import TOKENIZER_FILE, load_tokenizer
 from fastgen.train import GPTRecipe, TrainingConfig, TrainingResult
 
 __all__ = ["train_gpt"]
@@ -57,7 +56,7 @@ def train_gpt(
             metavar="KIND|FILE",
         ),
     ] = None,
-    vocab_size: Annotated[int | None, option("Tokens of bpe at most.", default=1024, panel="Data")] = None,
+    vocab_size: options.VocabSize = None,
     separate_documents: Annotated[
         bool | None,
         option("Let no file of the folder see the one before it.", default="no", panel="Data"),
@@ -241,12 +240,7 @@ class _GPT(Family):
         if "init_from" in source and not any((folder / "checkpoints").glob("*.safetensors")):
             # Stopped before its first checkpoint: from the same weights again.
             model = _checkpoint(source["init_from"], record["model"])
-        tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-        texts = load_texts(source, quiet)
-        try:
-            train, test = encode(*texts, tokenizer, quiet)
-        except ValueError as error:
-            raise ValueError(f"data: expected that which {folder} was started with, but {error}") from error
+        train, test = tokens_again(folder, source, quiet)
         return GPTRecipe(model, train, test, seed=config.seed, **fixed, **record["evaluation"])
 
     def summary(self, result: TrainingResult) -> str:

@@ -1,4 +1,4 @@
-"""Options that all commands of `fastgen train` have. Those whose defaults differ are in the commands."""
+"""Options that several commands of `fastgen train` have. Those whose defaults differ are in the commands."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from fastgen.train import TrainingConfig
 
 __all__ = [
     "Compile",
+    "Conditional",
     "Config",
     "DType",
     "Device",
     "EvaluateEvery",
     "EvaluateSteps",
+    "ImageChannels",
+    "ImageSize",
     "KeepCheckpoints",
     "LogEvery",
     "MaxSeconds",
@@ -29,6 +32,7 @@ __all__ = [
     "Schedule",
     "Seed",
     "Tensorboard",
+    "VocabSize",
     "WarmupSteps",
     "WeightDecay",
     "option",
@@ -47,6 +51,13 @@ def option(help: str, *, default: object = None, panel: str, metavar: str | None
     return typer.Option(help=help, show_default=False, rich_help_panel=panel, metavar=metavar)
 
 
+ImageSize = Annotated[int | None, option("Resize to so many pixels a side.", default="as they are", panel="Data")]
+ImageChannels = Annotated[int | None, option("1 grey, 3 colour.", default="as they are", panel="Data")]
+Conditional = Annotated[
+    bool | None,
+    option("Tell the model the labels: generate can then be asked for a class.", default="no", panel="Model"),
+]
+VocabSize = Annotated[int | None, option("Tokens of bpe at most.", default=1024, panel="Data")]
 MaxSteps = Annotated[int | None, option("Stop after so many steps.", panel="Training")]
 MaxSeconds = Annotated[
     float | None, option("Stop after so many seconds. Such a run cannot be repeated exactly.", panel="Training")

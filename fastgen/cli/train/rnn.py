@@ -11,10 +11,9 @@ import typer
 from fastgen.cli.train import options
 from fastgen.cli.train.options import option
 from fastgen.cli.train.run import Family, Options, run, size, tell
-from fastgen.cli.train.text import TOKENIZERS, encode, load_texts, make_tokenizer, text_summary
+from fastgen.cli.train.text import TOKENIZERS, encode, load_texts, make_tokenizer, text_summary, tokens_again
 from fastgen.data import SeriesSet, load_series
 from fastgen.models import RNNConfig
-from fastgen.tokenizers import TOKENIZER_FILE, load_tokenizer
 from fastgen.train import RNNRecipe, RNNSeriesRecipe, RNNTextRecipe, TrainingConfig, TrainingResult
 
 __all__ = ["load_series_split", "train_rnn"]
@@ -62,7 +61,7 @@ def train_rnn(
             metavar="KIND|FILE",
         ),
     ] = None,
-    vocab_size: Annotated[int | None, option("Tokens of bpe at most.", default=1024, panel="Data")] = None,
+    vocab_size: options.VocabSize = None,
     columns: Annotated[
         str | None,
         option("The columns of the series, by name, with commas between them.", default="all", panel="Data"),
@@ -225,12 +224,7 @@ class _RNN(Family):
         if _is_series(source):
             series, held_out = load_series_split(source, quiet)
             return RNNSeriesRecipe(model, series, held_out, **fixed, **report)
-        tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-        texts = load_texts(source, quiet)
-        try:
-            train, test = encode(*texts, tokenizer, quiet)
-        except ValueError as error:
-            raise ValueError(f"data: expected that which {folder} was started with, but {error}") from error
+        train, test = tokens_again(folder, source, quiet)
         return RNNTextRecipe(model, train, test, **fixed, **report)
 
     def summary(self, result: TrainingResult) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastgen.cli.train.run import size, tell
 from fastgen.data import TextSet, TokenSet, load_text
-from fastgen.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from fastgen.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer, train_tokenizer
 from fastgen.train import TrainingResult
 
-__all__ = ["TOKENIZERS", "encode", "load_texts", "make_tokenizer", "text_summary"]
+__all__ = ["TOKENIZERS", "encode", "load_texts", "make_tokenizer", "text_summary", "tokens_again"]
 
 TOKENIZERS = ("chars", "bytes", "bpe")
 
@@ -41,6 +42,16 @@ def encode(train: TextSet, test: TextSet, tokenizer: Tokenizer, quiet: bool) -> 
     tokens = train.encode(tokenizer), test.encode(tokenizer)
     tell(f"{len(tokens[0]):,} tokens of {tokenizer.vocab_size:,} ({tokenizer.kind})", quiet)
     return tokens
+
+
+def tokens_again(folder: Path, source: Mapping[str, Any], quiet: bool) -> tuple[TokenSet, TokenSet]:
+    """What the run in `folder` trains on and is judged by, in the tokens that it began with."""
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    texts = load_texts(source, quiet)
+    try:
+        return encode(*texts, tokenizer, quiet)
+    except ValueError as error:
+        raise ValueError(f"data: expected that which {folder} was started with, but {error}") from error
 
 
 def text_summary(result: TrainingResult) -> str:

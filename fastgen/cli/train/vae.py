@@ -33,10 +33,8 @@ def train_vae(
             metavar="PATH|NAME",
         ),
     ] = None,
-    image_size: Annotated[
-        int | None, option("Resize to so many pixels a side.", default="as they are", panel="Data")
-    ] = None,
-    image_channels: Annotated[int | None, option("1 grey, 3 colour.", default="as they are", panel="Data")] = None,
+    image_size: options.ImageSize = None,
+    image_channels: options.ImageChannels = None,
     test_size: Annotated[
         str | None,
         option(
@@ -89,10 +87,7 @@ def train_vae(
         float | None,
         option("KL that a latent dimension has at no cost, in nats.", default=_MODEL.free_bits, panel="Model"),
     ] = None,
-    conditional: Annotated[
-        bool | None,
-        option("Tell the model the labels: generate can then be asked for a class.", default="no", panel="Model"),
-    ] = None,
+    conditional: options.Conditional = None,
     epochs: Annotated[int | None, option("Passes over the data.", default=_TRAINING.epochs, panel="Training")] = None,
     max_steps: options.MaxSteps = None,
     max_seconds: options.MaxSeconds = None,
