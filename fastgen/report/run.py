@@ -36,8 +36,8 @@ _TITLES = {
     "rmse": "error one step ahead",
     "accuracy": "discriminator's accuracy on pairs",
     "diversity": "diversity of samples (of the data: 1)",
-    "noise_floor": "the distance between two halves of the data",
-    "sliced_wasserstein": "sliced Wasserstein distance",
+    "frechet_distance": "Frechet distance to the data",
+    "noise_floor": "the same between two halves of the data",
 }
 _UNITS = {
     "perplexity": "",

@@ -195,6 +195,12 @@ def test_families_are_timed_by_their_training_step(monkeypatch: pytest.MonkeyPat
         assert case.name.startswith(f"{family}/")
         assert "training/fp32" in case.name
         assert case.elements >= 64
+        assert case.flops <= 10**10
+    # The default model of two that are short; where none is, the shortest.
+    assert case_of("gan").name.startswith("gan/conv")
+    monkeypatch.setattr(speed_module, "_FLOPS", 1)
+    assert case_of("gan").name.startswith("gan/mlp")
+    monkeypatch.undo()
     assert case_of("flow") is None
     assert case_of("random") is None  # a family of cases without a training step
     monkeypatch.setattr(speed_module, "_SECONDS", 0.0)
