@@ -32,6 +32,8 @@ __all__ = [
     "RecurrentRows",
     "RowState",
     "Sampling",
+    "Seed",
+    "Stop",
     "TokenRows",
     "generate_tokens",
     "generate_values",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,7 +34,6 @@ from fastgen.functional import linear, linear_cross_entropy, scaled_dot_product_
 from fastgen.models._cached import CachedRows, GPTState, LayerPass
 from fastgen.models._huggingface import MODEL_TYPES, config_from, read_state, to_huggingface
 from fastgen.models._pretrained import CONFIG_FILE, Folder, PretrainedConfig, read_config
-from fastgen.models._sampling import LogitsProcessor, Sampling, generate_tokens
 from fastgen.models._text import TextModel
 from fastgen.nn.lora import add_lora, lora_state_dict
 from fastgen.random import Device, dropout_mask
@@ -252,6 +251,11 @@ class GPT(TextModel):
     it without a look ahead. The loss is at least float32, also in a half-precision model and under autocast.
     Weights and dropout draw from torch's default generator.
 
+    `generate` keeps keys and values of the tokens so far; a prompt has at most as many as the context. When a text
+    outgrows the context, it goes on with the latter half of it, and again after another half: the token at place t is
+    drawn from the last C - h + 1 to C tokens, C the context and h = C // 2, which of them a function of t alone.
+    Attention may round otherwise where it reads one token than where it reads many.
+
     Args:
         config, fields: see `GPTConfig`.
         tokenizer: what `generate` reads and writes strings with; saved and loaded with the model.
@@ -263,6 +267,7 @@ class GPT(TextModel):
 
     config_class = GPTConfig
     other_model_types = MODEL_TYPES
+    rows_class = CachedRows
     config: GPTConfig
 
     def __init__(self, config: GPTConfig | None = None, *, tokenizer: Tokenizer | None = None, **fields: Any) -> None:
@@ -386,76 +391,6 @@ class GPT(TextModel):
             self._check_targets(input_ids, targets)
             output.loss = linear_cross_entropy(hidden.to(weight.dtype), weight, targets)
         return output
-
-    def generate(
-        self,
-        prompt: str | Tensor | Sequence[str] | Sequence[Tensor],
-        max_new_tokens: int = 100,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        stop: int | str | Sequence[int | str] | None = None,
-        seed: int | Sequence[int] | None = None,
-        n: int = 1,
-        state: GPTState | None = None,
-        logits_processor: LogitsProcessor | None = None,
-        return_state: bool = False,
-        stream: bool = False,
-    ) -> Any:
-        """Continue texts or sequences of tokens.
-
-        Keys and values of the tokens so far are kept. When a text outgrows the context, it goes on with the latter
-        half of it, and again after another half: the token at place t is drawn from the last C - h + 1 to C tokens, C
-        the context and h = C // 2, which of them a function of t alone.
-
-        A row's continuation is a function of its own prompt and seed: it depends neither on the other rows nor on
-        where a text was cut into a prompt and what followed it. (On the CPU the products of a row have the same bits
-        in every batch; elsewhere, and where attention reads one token or many, it holds up to rounding.)
-
-        Args:
-            prompt: a string or several; tokens (T,) or (B, T), or a list of tensors (T,) of different lengths; T at
-                most the context.
-            max_new_tokens: how many tokens to add to a row at most.
-            temperature: scores are divided by it; 0 takes the likeliest token.
-            top_k: draw from the k likeliest tokens and those that equal the last of them.
-            top_p: draw from the fewest likeliest tokens with this share of the probability (Holtzman et al., 2020).
-            min_p: draw from tokens at least this many times as likely as the likeliest (Nguyen et al., 2024).
-            repetition_penalty: divides the positive scores, and multiplies the negative ones, of tokens that the
-                row has, prompt included (Keskar et al., 2019). These four act in the order of Hugging Face's
-                `generate`: penalty, temperature, top_k, top_p, min_p.
-            stop: tokens, or strings, that end a row; they stay in the result, at its end.
-            seed: of row 0; row r has seed + r. Or a seed for each row. None: from torch's default generator.
-            n: continuations of each prompt; row p n + i is number i of prompt p.
-            state: from an earlier call, to go on from; the prompt comes behind what it has, and may be empty. It
-                is not changed.
-            logits_processor: (tokens, logits) -> logits, called before every draw with the tokens so far (of
-                this call, prompt included) of the k rows that draw, a list of (T,), and their logits
-                (k, vocab_size), before any filter.
-            return_state: give (result, `GPTState`).
-            stream: give a `Generation`, an iterator over what is new.
-
-        Returns:
-            Prompt and continuation, in the form of the prompt: a string or a list of them, tokens (T',), tokens
-            (rows, T') in which -100 fills up rows that ended early, or a list of tensors. One prompt gives one
-            result, without a dimension or a list around it, if n is 1.
-
-        Raises:
-            TypeError, ValueError: for an argument that does not fit, naming it, or scores that are not finite.
-        """
-        if return_state and stream:
-            raise ValueError("return_state: expected False where stream is True, a Generation has its state")
-        sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
-        generation = generate_tokens(
-            CachedRows, self, prompt, max_new_tokens, sampling, stop, seed, n, state, logits_processor, stream
-        )
-        if stream:
-            return generation
-        for _ in generation:
-            pass
-        return (generation.result, generation.state) if return_state else generation.result
 
     def run_layers(self, input_ids: Tensor, positions: Tensor, layers: LayerPass) -> Tensor:
         """(B, T, hidden_size): what the output layer takes, for tokens (B, T) at positions (T,) or (B, T)."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +34,8 @@ from fastgen.models._sampling import (
     LogitsProcessor,
     RecurrentRows,
     Sampling,
-    generate_tokens,
+    Seed,
+    Stop,
     generate_values,
 )
 from fastgen.models._text import TextModel
@@ -233,6 +234,7 @@ class RNN(TextModel):
     """
 
     config_class = RNNConfig
+    rows_class = RecurrentRows
     config: RNNConfig
     embedding: nn.Embedding
     rnn: nn.RNNBase
@@ -337,82 +339,31 @@ class RNN(TextModel):
             loss = self.scale.log().sum() - log_prob.mean()
         return RNNOutput(loss, None, distribution, state)
 
-    def generate(
+    def _generation(
         self,
-        prompt: str | Tensor | Sequence[str] | Sequence[Tensor],
-        max_new_tokens: int = 100,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        stop: int | str | Sequence[int | str] | None = None,
-        seed: int | Sequence[int] | None = None,
-        n: int = 1,
-        state: GenerationState | None = None,
-        logits_processor: LogitsProcessor | None = None,
-        return_state: bool = False,
-        stream: bool = False,
-    ) -> Any:
-        """Continue texts, sequences of tokens or series.
-
-        A row's continuation is a function of its own prompt and seed: it depends neither on the other rows nor
-        on where a text was cut into a prompt and what followed it. (The kernels give the same bits; where there
-        are none, it holds up to the rounding of PyTorch's products.)
-
-        Args:
-            prompt: a string or several; tokens (L,) or (B, L), or a list of tensors (L,) of different lengths;
-                for a series values (T, input_size) or (B, T, input_size), or a list of tensors (T, input_size).
-            max_new_tokens: how many tokens, or steps of a series, to add to a row at most.
-            temperature: scores are divided by it; 0 takes the likeliest token, or the mean of the density. Of a
-                density it divides the logits of the components and multiplies the variances.
-            top_k: draw from the k likeliest tokens and those that equal the last of them.
-            top_p: draw from the fewest likeliest tokens with this share of the probability (Holtzman et al., 2020).
-            min_p: draw from tokens at least this many times as likely as the likeliest (Nguyen et al., 2024).
-            repetition_penalty: divides the positive scores, and multiplies the negative ones, of tokens that the
-                row has, prompt included (Keskar et al., 2019). These four act in the order of Hugging Face's
-                `generate`: penalty, temperature, top_k, top_p, min_p.
-            stop: tokens, or strings, that end a row; they stay in the result, at its end.
-            seed: of row 0; row r has seed + r. Or a seed for each row. None: from torch's default generator.
-            n: continuations of each prompt; row p n + i is number i of prompt p.
-            state: from an earlier call, to go on from; the prompt comes behind what it has, and may be empty. It
-                is not changed.
-            logits_processor: (tokens, logits) -> logits, called before every draw with the tokens so far (of
-                this call, prompt included) of the k rows that draw, a list of (L,), and their logits
-                (k, vocab_size), before any filter. The loop then runs in Python, with the same tokens.
-            return_state: give (result, `GenerationState`).
-            stream: give a `Generation`, an iterator over what is new.
-
-        Returns:
-            Prompt and continuation, in the form of the prompt: a string or a list of them, tokens (L',), tokens
-            (rows, L') in which -100 fills up rows that ended early, a list of tensors, or values likewise. One
-            prompt gives one result, without a dimension or a list around it, if n is 1.
-
-        Raises:
-            TypeError, ValueError: for an argument that does not fit, naming it, or scores that are not finite.
-        """
-        if return_state and stream:
-            raise ValueError("return_state: expected False where stream is True, a Generation has its state")
+        prompt: Any,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Stop,
+        seed: Seed,
+        n: int,
+        state: Any,
+        logits_processor: LogitsProcessor | None,
+        one_by_one: bool,
+    ) -> Generation:
         if self.is_text:
-            sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
-            generation = generate_tokens(
-                RecurrentRows, self, prompt, max_new_tokens, sampling, stop, seed, n, state, logits_processor, stream
+            return super()._generation(
+                prompt, max_new_tokens, sampling, stop, seed, n, state, logits_processor, one_by_one
             )
-        else:
-            given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop}
-            for name, value in {**given, "logits_processor": logits_processor}.items():
-                if value is not None:
-                    raise ValueError(f"{name}: expected None for a model of numbers, got {value!r}")
-            if repetition_penalty != 1:
-                raise ValueError(f"repetition_penalty: expected 1 for a model of numbers, got {repetition_penalty!r}")
-            _validate.number("temperature", temperature, minimum=0)
-            generation = generate_values(self, prompt, max_new_tokens, temperature, seed, n, state)
-        if stream:
-            return generation
-        for _ in generation:
-            pass
-        return (generation.result, generation.state) if return_state else generation.result
+        for name, default in dataclasses.asdict(Sampling()).items():
+            value = getattr(sampling, name)
+            if name != "temperature" and value != default:
+                expected = "1" if name == "repetition_penalty" else "None"
+                raise ValueError(f"{name}: expected {expected} for a model of numbers, got {value!r}")
+        for name, value in (("stop", stop), ("logits_processor", logits_processor)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None for a model of numbers, got {value!r}")
+        return generate_values(self, prompt, max_new_tokens, sampling.temperature, seed, n, state)
 
     def generation_weights(self) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor, Tensor]:
         """Detached: the embedding, the layers' weights, projection, output weight and bias, as `rnn_generate` takes."""

@@ -127,6 +127,16 @@ def test_arrays_and_folders_have_the_models_own_images(run: Path, tmp_path: Path
         assert np.abs(np.array(picture) / 255 - expected[5, 0].numpy()).max() <= 0.5 / 255 + 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_generation_in_another_dtype(dtype: str, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.npy"
+    assert main(["generate", str(run), "--n", "5", "--seed", "3", "--dtype", dtype, "--out", str(out)]) == 0
+    expected = VAE.from_pretrained(run / "model", dtype=getattr(torch, dtype)).generate(5, seed=3)
+    assert expected.dtype == getattr(torch, dtype)
+    assert np.load(out).dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), expected.float())
+
+
 @pytest.mark.parametrize(
     ("names", "text", "labels"),
     [
@@ -183,6 +193,8 @@ def test_generate_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--device: expected one of auto, cpu, cuda, got 'tpu'" in read_error(
         capsys, "generate", str(run), "--device", "tpu", *out
     )
+    dtype = read_error(capsys, "generate", str(run), "--dtype", "bf16", *out)
+    assert dtype == "--dtype: expected one of float32, bfloat16, float16, got 'bf16'"
     full = read_error(capsys, "generate", str(run), "--out", str(tmp_path / "full"))
     assert "full: expected a .png, a .npy or a new folder" in full
     below = read_error(capsys, "generate", str(run), "--out", str(tmp_path / "full" / "file" / "x.png"))
