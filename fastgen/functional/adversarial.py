@@ -256,7 +256,8 @@ def _translation(x: Tensor, u: Tensor) -> Tensor:
         shift = (amount * (2 * most + 1)).floor().long() - most
         to = torch.arange(side, device=x.device)
         moves = (to[:, None] - to == shift[:, None, None]).to(x.dtype)  # (B, to, from)
-        x = torch.einsum("bij,b...j->b...i", moves, x.movedim(axis, -1)).movedim(-1, axis)
+        with torch.autocast(x.device.type, enabled=False):  # which would round x
+            x = torch.einsum("bij,b...j->b...i", moves, x.movedim(axis, -1)).movedim(-1, axis)
     return x
 
 

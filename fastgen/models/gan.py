@@ -309,7 +309,9 @@ class GAN(PretrainedModel):
         condition = self._condition(labels, len(real))
         fake = self._fake(fake, len(real), condition, generator, gradients=False)
         columns = 1 if gradient_penalty_weight else 0
-        seen_real, seen_fake, u = self._augmented(real.to(self.dtype), fake, augment, generator, columns)
+        u_real, u_fake, u = self._row_noise(real, augment, generator, columns)
+        seen_real = self._augmented(real.to(self.dtype), augment, u_real)
+        seen_fake = self._augmented(fake, augment, u_fake)
 
         if self._at_once and bool(r1_gamma) == bool(r2_gamma):
             both = None if condition is None else torch.cat((condition, condition))
@@ -359,11 +361,12 @@ class GAN(PretrainedModel):
         self._check_data("real", real)
         condition = self._condition(labels, len(real))
         fake = self._fake(fake, len(real), condition, generator, gradients=True)
-        seen_real, seen_fake, _ = self._augmented(real.to(self.dtype), fake, augment, generator, 0)
-        fake_logits, real_logits = self._logits(seen_fake, condition, frozen=True), None
+        u_real, u_fake, _ = self._row_noise(real, augment, generator, 0)
+        fake_logits = self._logits(self._augmented(fake, augment, u_fake), condition, frozen=True)
+        real_logits = None
         if self.config.loss == "relativistic":
             with torch.no_grad():
-                real_logits = self._logits(seen_real, condition)
+                real_logits = self._logits(self._augmented(real.to(self.dtype), augment, u_real), condition)
         loss = adversarial.generator_loss(fake_logits, self.config.loss, real_logits)
         return GANOutput(loss, real_logits, fake_logits, fake)
 
@@ -503,20 +506,20 @@ class GAN(PretrainedModel):
             raise ValueError(f"fake: expected as many examples as real, {n}, got {len(fake)}")
         return fake if gradients else fake.detach()
 
-    def _augmented(
-        self, real: Tensor, fake: Tensor, policy: str, generator: AnyGenerator, columns: int
+    def _row_noise(
+        self, real: Tensor, policy: str, generator: AnyGenerator, columns: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Both after augmentation, and `columns` further uniform numbers a row."""
+        """Uniform numbers: (B, k) for the augmentation of data, (B, k) for that of fakes, and (B, columns) more."""
         k = adversarial.augmentation_size(policy, real.dim()) if policy else 0
-        if k + columns == 0:
-            return real, fake, real.new_empty(len(real), 0)
         size = (len(real), 2 * k + columns)
-        u = uniform(size, generator=generator, dtype=torch.float32, device=real.device)
-        if policy:
-            data_range = self.config.data_range
-            real = adversarial.diff_augment(real, policy, data_range=data_range, noise=u[:, :k])
-            fake = adversarial.diff_augment(fake, policy, data_range=data_range, noise=u[:, k : 2 * k])
-        return real, fake, u[:, 2 * k :]
+        if size[1] == 0:
+            u = real.new_empty(size)
+        else:
+            u = uniform(size, generator=generator, dtype=torch.float32, device=real.device)
+        return u[:, :k], u[:, k : 2 * k], u[:, 2 * k :]
+
+    def _augmented(self, x: Tensor, policy: str, noise: Tensor) -> Tensor:
+        return adversarial.diff_augment(x, policy, data_range=self.config.data_range, noise=noise) if policy else x
 
     def _judged(self, x: Tensor, condition: Tensor | None, gradients: bool) -> tuple[Tensor, Tensor]:
         """(B,) logits and, if gradients are asked for, (B,) squared norms of theirs with respect to x."""

@@ -390,6 +390,13 @@ def test_augmentation_is_differentiable_twice(shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradgradcheck(lambda x: diff_augment(x, policy, noise=noise).square(), (x,))
 
 
+def test_autocast_changes_no_bit_of_an_augmentation() -> None:
+    x = torch.rand(4, 3, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        augmented = diff_augment(x, generator=Generator(2))
+    assert torch.equal(augmented, diff_augment(x, generator=Generator(2)))
+
+
 def test_brightness_follows_the_range_of_the_data() -> None:
     x, noise = torch.zeros(1, 1, 8, 8), torch.tensor([[1.0, 0.5, 0.5]])
     for data_range, most in (((0.0, 1.0), 0.25), ((-1.0, 1.0), 0.5), ((0.0, 255.0), 63.75)):
