@@ -11,8 +11,8 @@ from fastgen.train.plots import readable_limits
 
 __all__ = ["curve", "figure", "ticks"]
 
-WIDTH, HEIGHT = 400, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
+WIDTH, HEIGHT = 320, 210
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 38
 _POINTS = 300  # that a line is drawn through at most
 
 
@@ -39,7 +39,7 @@ def curve(metric: Metric) -> str:
     for value in ticks(low, high, 5):
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{figure(value)}</text>')
-    for step in ticks(0, last, 5):
+    for step in ticks(0, last, 4):
         parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{step:,.0f}</text>')
     parts.append(f'<text x="{_LEFT + wide / 2}" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
     # A nested svg cuts off what lies outside of it.

@@ -52,9 +52,11 @@ def render(runs: Sequence[Run], speed: Speed | None) -> str:
 
 
 def curves(run: Run) -> list[tuple[Metric, Markup]]:
-    """Metrics with their panels, those that repeat another left out."""
+    """Metrics with their panels, without those that repeat another or are 0 all along (a penalty not in use)."""
     found: list[tuple[Metric, Markup]] = []
     for metric in run.metrics:
+        if not any(value for _, value in (*metric.train, *metric.test)):
+            continue
         repeated = any(metric.train == other.train and (metric.test in ((), other.test)) for other, _ in found)
         if not repeated and (panel := curve(metric)):
             found.append((metric, Markup(panel)))

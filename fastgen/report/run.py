@@ -253,7 +253,8 @@ def _architecture(model_type: str, model: dict[str, Any]) -> str:
     if model_type in ("vae", "gan"):
         parts = {"vae": "encoder and decoder", "gan": "generator and discriminator"}[model_type]
         words = [f"{field('architecture')} {parts}", f"{field('latent_dim')} latent dimensions"]
-        words.append(f"{field('likelihood')} likelihood" if model_type == "vae" else f"{field('loss')} loss")
+        loss = field("loss").replace(" ", "-")
+        words.append(f"{field('likelihood')} likelihood" if model_type == "vae" else f"{loss} loss")
         if model.get("num_classes"):
             words.append(f"{field('num_classes')} classes")
         return ", ".join(words)
@@ -282,8 +283,9 @@ def _data(data: dict[str, Any], model: dict[str, Any]) -> str:
 def _machine(machine: dict[str, Any]) -> str:
     if "cpu" not in machine:
         return ""
-    device = str(machine.get("device", "cpu"))
-    return f"{machine['cpu']}, {machine.get('threads', '?')} threads{'' if device == 'cpu' else f', {device}'}"
+    threads, device = machine.get("threads", "?"), str(machine.get("device", "cpu"))
+    words = f"{machine['cpu']}, {threads} thread{'' if threads == 1 else 's'}"
+    return words if device == "cpu" else f"{words}, {device}"
 
 
 def _count_weights(path: Path) -> int | None:

@@ -298,6 +298,17 @@ def test_curves_that_repeat_another_are_left_out(tmp_path: Path) -> None:
     assert [metric.name for metric, _ in curves(read(folder))] == ["loss", "kl"]
 
 
+def test_a_figure_that_is_not_in_use_has_no_curve(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    table = (folder / "metrics.csv").read_text().splitlines()
+    rows = [
+        ",".join([*line.split(",")[:4], "0.0" if line[:5] == "train" else "", *line.split(",")[5:]])
+        for line in table[1:]
+    ]
+    (folder / "metrics.csv").write_text("\n".join([table[0], *rows]) + "\n")
+    assert [metric.name for metric, _ in curves(read(folder))] == ["loss"]
+
+
 def test_ticks_are_round() -> None:
     assert ticks(0, 2400, 5) == [0, 500, 1000, 1500, 2000]
     assert ticks(1.43, 2.07, 5) == pytest.approx([1.6, 1.8, 2.0])

@@ -70,6 +70,15 @@ def test_every_family(model_type: str, tmp_path: Path) -> None:
         assert "4,500 images" in run.data
 
 
+def test_words(tmp_path: Path) -> None:
+    gan = read(make_run(tmp_path / "gan", "gan", machine={"cpu": "Zen", "threads": 1, "device": "cuda:0"}))
+    assert gan.architecture == "conv generator and discriminator, 64 latent dimensions, non-saturating loss"
+    assert gan.machine == "Zen, 1 thread, cuda:0"
+    assert gan.metrics[0].unit == ""
+    rnn = read(make_run(tmp_path / "rnn", "rnn", text="x"))
+    assert rnn.architecture == "LSTM, 1 layer of 24 units"
+
+
 def test_an_unknown_family_is_shown_too(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     record = json.loads((folder / "config.json").read_text())
