@@ -91,7 +91,7 @@ class GANRecipe(Recipe):
     averages_gradients = True
     defaults: ClassVar[Mapping[str, Any]] = {
         "epochs": 60,
-        "learning_rate": 5e-4,
+        "learning_rate": 1e-3,
         "schedule": "constant",
         "warmup_steps": 0,
         "evaluate_every": 5,
