@@ -1,4 +1,4 @@
-# make demo    set up, build, train a VAE on digits, an RNN and a GPT on Shakespeare (about four minutes on two cores)
+# make demo    set up, build, train a VAE and a GAN on digits, an RNN and a GPT on Shakespeare (about five minutes on two cores)
 # make test    set up, build, and run the tests
 # make lint    ruff, clang-format, mypy
 # make bench   timings against PyTorch on this machine
@@ -12,9 +12,11 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 SOURCES := $(shell find csrc fastgen setup.py pyproject.toml -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name setup.py -o -name pyproject.toml)
 
-.PHONY: demo demo-text demo-gpt demo-report test lint bench clean
+.PHONY: demo demo-gan demo-text demo-gpt demo-report test lint bench clean
 
-# Digits, then text. The recurrent model reads about once through the plays, the GPT a third of them.
+# Digits, twice, then text. The recurrent model reads about once through the plays, the GPT a third of them.
+GAN_RUN = $(RUN)-gan
+GAN = --data mnist --conditional --epochs 30
 TEXT_RUN = $(RUN)-text
 TEXT = --data shakespeare --test-size 0.01 --num-layers 1 --embedding-dim 64 --seq-len 64 --lr 6e-3 \
 	--max-steps 2400 --evaluate-steps 600
@@ -23,6 +25,7 @@ GPT = --data shakespeare --tokenizer chars --test-size 0.01 --architecture llama
 	--num-layers 4 --num-heads 4 --seq-len 64 --lr 5e-3 --max-steps 1500 --evaluate-steps 500
 demo: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,vae,$(RUN),--data mnist)
+	@$(MAKE) --no-print-directory demo-gan
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 	  $(MAKE) --no-print-directory demo-text demo-gpt; \
 	else \
@@ -34,6 +37,9 @@ demo: $(VENV)/.built $(VENV)/.with-demo
 demo-report: $(VENV)/.built $(VENV)/.with-demo
 	@echo
 	@$(BIN)/fastgen report $(RUN) $(wildcard $(RUN)-gan $(RUN)-text $(RUN)-gpt) --out $(RUN)-report.html
+
+demo-gan: $(VENV)/.built $(VENV)/.with-demo
+	$(call train,gan,$(GAN_RUN),$(GAN))
 
 demo-text: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,rnn,$(TEXT_RUN),$(TEXT))

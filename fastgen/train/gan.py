@@ -303,7 +303,9 @@ class GANRecipe(Recipe):
         self.model.save_pretrained(folder)
 
     def save_sample(self, path: Path) -> None:
-        self._save_picture(path, self.model.generate(self._num_pictures, seed=self._seed), None)
+        classes = self.model.config.num_classes
+        columns = classes if 1 < classes <= 16 else None  # a column for each
+        self._save_picture(path, self.model.generate(self._num_pictures, seed=self._seed), columns)
 
     def save_report(self, folder: Path, rows: list[dict[str, str]]) -> list[Path]:
         """samples.png, interpolation.png and loss.png."""

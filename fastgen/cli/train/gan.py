@@ -195,7 +195,7 @@ def train_gan(
     the distance of samples to held-out data (Frechet, lower is better), which decides the best checkpoint.
 
     It warns when the generator makes the same sample from all numbers (mode collapse), and when the discriminator has
-    run away. What may help: --augment, --r1 1, --loss relativistic, a lower --discriminator-lr. The columns diversity
+    run away. What may help: --augment, --r1 0.1, --loss relativistic, a lower --discriminator-lr. The columns diversity
     (1: as varied as the data), accuracy and score_gap of metrics.csv show it coming.
 
     The run folder gets checkpoints, metrics.csv, pictures and, in model/, the best weights. Ctrl-C saves a checkpoint
@@ -205,11 +205,11 @@ def train_gan(
 
         fastgen train gan --data mnist
 
-        fastgen train gan --data photos/ --image-size 64 --augment color,translation,cutout --r1 1 --out runs/photos
+        fastgen train gan --data photos/ --image-size 64 --augment color,translation,cutout --r1 0.1 --out runs/photos
 
         fastgen train gan --data mnist --conditional --loss hinge --spectral-norm
 
-        fastgen train gan --data mnist --loss relativistic --r1 1 --r2 1 --betas 0,0.99
+        fastgen train gan --data mnist --loss relativistic --r1 0.5 --r2 0.5 --betas 0,0.99
 
         fastgen train gan --data weather.csv --columns high,low --window 48 --architecture lstm --loss wasserstein
 
