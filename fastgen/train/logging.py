@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import csv
 import io
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -54,15 +56,28 @@ class MetricsFile:
         self._writer = csv.DictWriter(self._file, self._columns, restval="", lineterminator="\n")
 
     def write(self, row: Mapping[str, str | Number]) -> None:
-        self._writer.writerow(row)
-        self._file.flush()
+        with _named(self.path):
+            self._writer.writerow(row)
+            self._file.flush()
 
     def sync(self) -> None:
         """Bring the rows to the disk: to be done before the checkpoint that builds on them."""
-        os.fsync(self._file.fileno())
+        with _named(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with _named(self.path):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the system, such as a full disk, name the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 class EventLog:
@@ -72,14 +87,27 @@ class EventLog:
         with extra("train"):
             import tensorboard  # noqa: F401 (torch's own message would not name the extra)
             from torch.utils.tensorboard import SummaryWriter
+        self._folder = folder
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._on_exception
+
+    def _on_exception(self, failed: threading.ExceptHookArgs) -> None:
+        # What fails in the writer's own thread it raises again in ours, at the next write.
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._excepthook(failed)
 
     def write(self, split: str, step: int, metrics: Mapping[str, Number]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"{split}/{name}", value, step)
+        with _named(self._folder):
+            for name, value in metrics.items():
+                self._writer.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            with _named(self._folder):
+                self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
 
 
 class Progress(abc.ABC):

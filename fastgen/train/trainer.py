@@ -573,13 +573,12 @@ class Trainer:
                 self.recipe.remarks({name: float(row[name]) for name in ("step", *self.recipe.metrics) if row[name]})
         if self.config.tensorboard:
             self._events = EventLog(self.out / "events", self._step)
-        try:
-            yield
-        finally:
-            self._progress.stop()
-            self._metrics.close()
+        with contextlib.ExitStack() as last:  # all of them, whichever fails
             if self._events is not None:
-                self._events.close()
+                last.callback(self._events.close)
+            last.callback(self._metrics.close)
+            last.callback(self._progress.stop)
+            yield
 
     @contextlib.contextmanager
     def _plain_forward_afterwards(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,6 +212,20 @@ def test_a_full_disk(
     assert not list(out.rglob(".*"))  # nothing half written
     if (out / "config.json").exists():  # with room again, the run goes on
         assert main(["train", family, "--resume", str(out), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(("tensorboard", "name"), [("--tensorboard", "events"), ("--no-tensorboard", "metrics.csv")])
+def test_a_disk_that_is_full_between_checkpoints(
+    tensorboard: str, name: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, hook = tmp_path / "run", threading.excepthook
+    rows = ["--log-every", "1", "--epochs", "50", "--evaluate-every", "50", tensorboard]
+    arguments = [*train("vae", runs["vae"].parent), *rows, "--out", str(out)]
+    with largest_file(6000):
+        assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {out}/{name}: File too large\n"
+    assert threading.excepthook is hook
+    assert main(["train", "vae", "--resume", str(out), "--epochs", "2", "--quiet"]) == 0
 
 
 def test_a_disk_that_is_full_when_a_model_is_saved(
