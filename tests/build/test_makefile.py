@@ -86,3 +86,13 @@ def test_a_failure_shows_the_output(failing: str, phase: str, make) -> None:
     assert f"{phase} ... failed\nno space left\n" in output
     # And it is tried again the next time.
     assert make("test")[0] == 0
+
+
+def test_the_demo_ends_with_a_page_about_its_runs(make, tmp_path: Path) -> None:
+    for name in ("demo-gpt", "demo-other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    code, output, calls = make("demo")
+    assert code == 0, output
+    assert "train vae --data mnist --out runs/demo" in calls
+    # Of those that are there, whatever was trained of text.
+    assert calls[-1] == "report runs/demo runs/demo-gpt --out runs/demo-report.html"
