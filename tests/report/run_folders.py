@@ -1,4 +1,4 @@
-"""Run folders of all kinds, written by hand."""
+"""Run folders of all kinds and timings, written by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import struct
 import zlib
 from pathlib import Path
 from typing import Any
+
+from fastgen.benchmark import Result, Spread
+from fastgen.report.speed import Timing
 
 MODELS: dict[str, dict[str, Any]] = {
     "vae": {"input_shape": [1, 28, 28], "architecture": "conv", "latent_dim": 16, "likelihood": "bernoulli"},
@@ -94,3 +97,11 @@ def make_run(
         shapes = {"body.weight": [100, 20], "body.bias": [20], "ema.weight": [7, 7]}
         (folder / "model" / "model.safetensors").write_bytes(safetensors(shapes))
     return folder
+
+
+def timed(family: str, ours: float, theirs: float, q1: float, q3: float) -> Timing:
+    """A family whose training step takes so many seconds; the ratio has these quartiles."""
+    spreads = {"fastgen": Spread(ours, ours, ours), "eager": Spread(theirs, theirs, theirs)}
+    ratio = Spread(theirs / ours, q1, q3)
+    result = Result(f"{family}/training/fp32", 2, 1, 1, "L1", rounds=9, seconds=spreads, speedups={"eager": ratio})
+    return Timing(family, result)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from browser import PROGRAM, Page, browser
-from run_folders import MODELS, make_run
-from test_page import timed
+from run_folders import MODELS, make_run, timed
 
 from fastgen.report import read, render
 from fastgen.report.speed import Speed, Timing

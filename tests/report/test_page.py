@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import MODELS, make_run, png
+from run_folders import MODELS, make_run, png, timed
 
-from fastgen.benchmark import Result, Spread
+from fastgen.benchmark import Result
 from fastgen.report import read, render, write_report
 from fastgen.report import speed as speed_module
 from fastgen.report.chart import curve, figure, ticks
@@ -61,13 +61,6 @@ class Tree(HTMLParser):
     @property
     def words(self) -> str:
         return " ".join(" ".join(self.text).split())
-
-
-def timed(family: str, ours: float, theirs: float, q1: float, q3: float) -> Timing:
-    spreads = {"fastgen": Spread(ours, ours, ours), "eager": Spread(theirs, theirs, theirs)}
-    ratio = Spread(theirs / ours, q1, q3)
-    result = Result(f"{family}/training/fp32", 2, 1, 1, "L1", rounds=9, seconds=spreads, speedups={"eager": ratio})
-    return Timing(family, result)
 
 
 @pytest.fixture
