@@ -22,5 +22,5 @@
 #define FASTGEN_FN static inline __attribute__((unused))
 #endif
 #define FASTGEN_MEMBER inline __attribute__((always_inline))
-#define FASTGEN_UNROLL _Pragma("GCC unroll 16")
+#define FASTGEN_UNROLL _Pragma("GCC unroll 32")
 #endif

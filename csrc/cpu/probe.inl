@@ -31,6 +31,7 @@ double multiply_adds(int64_t count) {
     FASTGEN_UNROLL
     for (int i = 0; i < Isa::kSums; ++i) sum[i] = A::step(left, right, sum[i]);
   }
+  FASTGEN_UNROLL
   for (int i = 1; i < Isa::kSums; ++i) sum[0] = sum[0] + sum[i];
   return total<T>(sum[0]);
 }
@@ -52,6 +53,7 @@ double reads(const float* from, int64_t count, int64_t times) {
       }
     }
   }
+  FASTGEN_UNROLL
   for (int i = 1; i < kChains; ++i) sum[0] = sum[0] + sum[i];
   return total<float>(sum[0]);
 }
