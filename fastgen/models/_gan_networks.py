@@ -235,9 +235,12 @@ class _Dense(nn.Module):
 
     def __init__(self, sizes: Sequence[int], activation: str, normalization: str, num_classes: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            ConditionalLinear(size, following, num_classes) for size, following in itertools.pairwise(sizes)
-        )
+        layers = [ConditionalLinear(size, following, num_classes) for size, following in itertools.pairwise(sizes)]
+        for layer in layers:
+            # The latent begins as loud as the label, or louder: else all samples of a class are long the same.
+            if layer.embedding is not None:
+                nn.init.normal_(layer.embedding.weight, std=0.2)
+        self.layers = nn.ModuleList(layers)
         self.between = nn.ModuleList(
             nn.Sequential(*_normalized_activation(activation, normalization, 0, size)) for size in sizes[1:-1]
         )
