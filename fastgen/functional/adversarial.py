@@ -189,7 +189,7 @@ def diff_augment(
     What is moved in and what is cut out is 0.
 
     Args:
-        x: (B, C, H, W) images or (B, T, F) sequences; float32, float64, bfloat16 or float16.
+        x: (B, C, H, W) images or (B, T, F) sequences; float32, float64, bfloat16 or float16, finite.
         policy: names of them, with commas between; "" changes nothing.
         data_range: least and greatest value of the data, the scale of the brightness; images only.
         generator: source of the noise: `augmentation_size(policy, x.dim())` uniform elements a row, the rows

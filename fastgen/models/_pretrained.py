@@ -185,12 +185,16 @@ class PretrainedModel(nn.Module):
         **modules: nn.Module,
     ) -> Self:
         """The model of these weights, which came from `path`."""
-        # On the meta device nothing is initialised, so torch's generator stays where it was.
-        with torch.device("meta"):
+        # On the meta device nothing is initialised, so torch's generator stays where it was. Modules of the caller's
+        # are filled where they are: what they share stays shared.
+        with torch.device("cpu" if modules else "meta"):
             model = cls(config, **modules)
         check_state(path, state, model.state_dict())
-        model.load_state_dict(state, assign=True)
-        return model.to(dtype=dtype).eval()
+        if modules:
+            like = next(tensor for tensor in state.values() if tensor.is_floating_point())
+            model.to(like)
+        model.load_state_dict(state, assign=not modules)
+        return model.eval().to(dtype=dtype)  # in training mode spectral norm iterates when its weights are looked at
 
 
 def from_pretrained(directory: Folder, device: Device = None, dtype: torch.dtype | None = None) -> PretrainedModel:
@@ -206,12 +210,23 @@ def from_pretrained(directory: Folder, device: Device = None, dtype: torch.dtype
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file; whole or not at all."""
     safetensors = _safetensors()
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with _files.atomic_path(path) as temporary:
         try:
-            safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt"})
+            safetensors.torch.save_file(own_memory(tensors), temporary, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # a full disk, say
             raise OSError(f"cannot write the weights: {error}") from error  # atomic_path adds the path
+
+
+def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory (tied weights do), as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        storage = value.untyped_storage().data_ptr()
+        result[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return result
 
 
 def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:

@@ -165,8 +165,8 @@ class GAN(PretrainedModel):
     `GAN(config, generator=module, discriminator=module)` has the user's own modules, and "custom" as its
     architecture. The generator maps (B, latent_dim) to (B, *input_shape), the discriminator maps those to
     logits (B,); with `num_classes` both are also given the labels as one-hot, (B, num_classes), which may be
-    blends of two. `activation`, `normalization` and `spectral_norm` then say nothing. `from_pretrained`
-    wants the same two modules again.
+    blends of two. Neither may change its input in place. `activation`, `normalization` and `spectral_norm`
+    then say nothing. `from_pretrained` wants the same two modules again.
 
     `generator` and `discriminator` are trained, each with its own optimiser; `ema` is an average over the
     generator's past weights, kept by `update_ema`, which `generate` and `interpolate` use once there is one.
@@ -199,7 +199,13 @@ class GAN(PretrainedModel):
             raise ValueError("generator, discriminator: expected two modules for 'custom', got None")
         self.generator = generator_of(self.config) if generator is None else generator
         self.discriminator = discriminator_of(self.config) if discriminator is None else discriminator
-        self.ema = copy.deepcopy(self.generator).requires_grad_(False)
+        try:
+            self.ema = copy.deepcopy(self.generator).requires_grad_(False)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                "generator: expected a module that can be copied; call a lazy one once before, and take weight norm "
+                f"from torch.nn.utils.parametrizations ({error})"
+            ) from error
         self.register_buffer("ema_updates", torch.zeros((), dtype=torch.int64))
 
     @classmethod
@@ -383,6 +389,9 @@ class GAN(PretrainedModel):
             decay: 0 <= decay < 1; 0 copies.
         """
         _validate.number("decay", decay, minimum=0, below=1)
+        if self.dtype in (torch.bfloat16, torch.float16):  # whose numbers lie further apart than an average moves
+            name = str(self.dtype).removeprefix("torch.")
+            raise TypeError(f"generator: expected float32 or float64 weights to average, got {name}; use autocast")
         weight = (10 / (10 + self.ema_updates.double())).clamp_min(1 - decay)  # no wait for a device
         now = [*self.generator.parameters(), *self.generator.buffers()]
         for average, value in zip([*self.ema.parameters(), *self.ema.buffers()], now, strict=True):
@@ -504,7 +513,7 @@ class GAN(PretrainedModel):
         check_data("fake", fake, self.config.input_shape, None)
         if len(fake) != n:
             raise ValueError(f"fake: expected as many examples as real, {n}, got {len(fake)}")
-        return fake if gradients else fake.detach()
+        return (fake if gradients else fake.detach()).to(self.dtype)
 
     def _row_noise(
         self, real: Tensor, policy: str, generator: AnyGenerator, columns: int

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from fastgen._extras import extra
 from fastgen._files import atomic_path
+from fastgen.models._pretrained import own_memory
 
 __all__ = ["Checkpoint", "CheckpointFolder", "all_finite", "load_optimizer", "optimizer_state"]
 
@@ -42,7 +43,7 @@ class Checkpoint:
         metadata = {"format": _FORMAT, "state": json.dumps(self.state)}
         with atomic_path(path) as temporary:
             try:
-                save_file(_own_memory(self.tensors), temporary, metadata)
+                save_file(own_memory(self.tensors), temporary, metadata)
             except SafetensorError as error:
                 raise OSError(f"cannot write the checkpoint: {error}") from error  # atomic_path adds the path
 
@@ -70,18 +71,6 @@ class Checkpoint:
         """The tensors named `prefix.*`, without the prefix."""
         start = f"{prefix}."
         return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
-
-
-def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory (tied weights do), as safetensors wants them."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().to("cpu").contiguous()
-        storage = value.untyped_storage().data_ptr()
-        result[name] = value.clone() if storage in seen else value
-        seen.add(storage)
-    return result
 
 
 def optimizer_state(name: str, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -325,7 +325,9 @@ class Trainer:
         if self.recipe.averages_gradients and self.accelerator.num_processes > 1:
             self._average_gradients(parameters)
         if self.config.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            # Not by the accelerator, which would take the scale off the gradients of all optimisers.
+            self.accelerator.unscale_gradients(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         optimizer.step()
 
     def _average_gradients(self, parameters: list[nn.Parameter]) -> None:

@@ -36,6 +36,13 @@ KINDS = {
     "mlp": {"architecture": "mlp", "hidden_sizes": (16, 8), "channels": None},
     "mlp-relativistic": {"architecture": "mlp", "hidden_sizes": (16,), "channels": None, "loss": "relativistic"},
     "lstm": {"architecture": "lstm", "input_shape": (7, 2), "hidden_sizes": (5, 6), "channels": None},
+    "lstm-spectral": {
+        "architecture": "lstm",
+        "input_shape": (7, 2),
+        "hidden_sizes": (5,),
+        "channels": None,
+        "spectral_norm": True,
+    },
     "batch-norm-in-both": {"discriminator_normalization": "batch", "num_classes": 2, "channels": (3, 5)},
 }
 every_kind = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
@@ -940,3 +947,46 @@ def test_errors_of_labels(labels: object, message: str) -> None:
     for half in (model.discriminator_loss, model.generator_loss):
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             half(IMAGE, labels)
+
+
+class Tied(nn.Module):
+    """A generator whose two layers share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.out(self.second(torch.relu(self.first(z))))
+
+
+def test_shared_weights_of_own_modules_are_saved_and_stay_shared(tmp_path: Path) -> None:
+    def modules() -> dict[str, nn.Module]:
+        return {"generator": Tied(), "discriminator": nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))}
+
+    model = GAN(input_shape=(6,), latent_dim=3, **modules())
+    model.save_pretrained(tmp_path)
+    loaded = GAN.from_pretrained(tmp_path, dtype=torch.float64, **modules())
+    assert loaded.generator.second.weight is loaded.generator.first.weight
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.double().state_dict()[name]), name
+
+
+def test_fakes_of_another_dtype_are_taken() -> None:
+    model = small(**KINDS["mlp"]).bfloat16()
+    x, labels = batch_for(model)
+    fake = torch.rand(x.shape, dtype=torch.float32)
+    assert model.discriminator_loss(x, labels, fake=fake).loss.isfinite()
+    assert model.generator_loss(x, labels, fake=fake.requires_grad_()).loss.isfinite()
+
+
+def test_half_weights_are_not_averaged() -> None:
+    with pytest.raises(TypeError, match="generator: expected float32 or float64 weights to average, got bfloat16"):
+        small(**KINDS["mlp"]).bfloat16().update_ema()
+
+
+def test_a_generator_that_cannot_be_copied() -> None:
+    lazy = nn.LazyLinear(6)
+    with pytest.raises(ValueError, match="generator: expected a module that can be copied; call a lazy one once"):
+        GAN(input_shape=(6,), latent_dim=3, generator=lazy, discriminator=nn.Linear(6, 1))
