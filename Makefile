@@ -1,4 +1,4 @@
-# make demo    set up, build, train a VAE and a GAN on digits, an RNN and a GPT on Shakespeare (about five minutes on two cores)
+# make demo    set up, build, train a VAE and a GAN on digits, an RNN and a GPT on Shakespeare
 # make test    set up, build, and run the tests
 # make lint    ruff, clang-format, mypy
 # make bench   timings against PyTorch on this machine
@@ -19,10 +19,10 @@ GAN_RUN = $(RUN)-gan
 GAN = --data mnist --conditional --epochs 30
 TEXT_RUN = $(RUN)-text
 TEXT = --data shakespeare --test-size 0.01 --num-layers 1 --embedding-dim 64 --seq-len 64 --lr 6e-3 \
-	--max-steps 2400 --evaluate-steps 600
+	--max-steps 2400 --evaluate-steps 300
 GPT_RUN = $(RUN)-gpt
 GPT = --data shakespeare --tokenizer chars --test-size 0.01 --architecture llama --tie-weights --hidden-size 128 \
-	--num-layers 4 --num-heads 4 --seq-len 64 --lr 5e-3 --max-steps 1500 --evaluate-steps 500
+	--num-layers 4 --num-heads 4 --seq-len 64 --lr 5e-3 --max-steps 1500 --evaluate-steps 250
 demo: $(VENV)/.built $(VENV)/.with-demo
 	$(call train,vae,$(RUN),--data mnist)
 	@$(MAKE) --no-print-directory demo-gan
@@ -88,7 +88,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(call phase,Compiling the kernels,$(PIP) install --no-deps --no-build-isolation --editable .)
+	$(call phase,Compiling the kernels (minutes; CUDA ones too where nvcc is),$(PIP) install --no-deps --no-build-isolation --editable .)
 	@touch $@
 
 $(VENV)/.with-%: pyproject.toml constraints.txt | $(VENV)/.built

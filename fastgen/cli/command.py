@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand
 
-__all__ = ["FIELDS", "Command"]
+__all__ = ["FIELDS", "Command", "program"]
 
 # Options that are named otherwise than the fields they set.
 FIELDS = {
@@ -55,3 +58,12 @@ def _with_options(text: str, options: set[str]) -> str:
 
     text = re.sub(r"^[a-z0-9_]+(?=:)", replace, text)
     return re.sub(r"(?<![\w/.'-])[a-z][a-z0-9]*(_[a-z]+)+(?![\w/.'-])", replace, text)
+
+
+def program() -> str:
+    """How to call the command line once more: `fastgen`, or as it was called where the shell finds another or none."""
+    called = Path(sys.argv[0])
+    if called.name != "fastgen" or not called.is_file():
+        return "fastgen"
+    found = shutil.which("fastgen")
+    return "fastgen" if found is not None and called.samefile(found) else sys.argv[0]

@@ -12,7 +12,7 @@ __all__ = ["report"]
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders of `fastgen train`.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders of `fastgen train`.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write; one that is there is replaced.")] = Path(
         "report.html"
     ),

@@ -185,7 +185,9 @@ def _read_rows(
         for index, value in zip(wanted, row, strict=True):
             if value is None or not math.isfinite(value):
                 got = repr(cells[index]) if cells[index] else "nothing"
-                raise ValueError(f"{path}: line {line}, column {names[index]!r}: expected a number, got {got}")
+                words = value is None and bool(cells[index])
+                hint = f"; time_column {names[index]} leaves it out" if words and time_column is None else ""
+                raise ValueError(f"{path}: line {line}, column {names[index]!r}: expected a number, got {got}{hint}")
         rows.append([value for value in row if value is not None])
     return rows, tuple(names[index] for index in wanted)
 

@@ -37,7 +37,7 @@ _TITLES = {
     "accuracy": "discriminator's accuracy on pairs",
     "diversity": "diversity of samples (of the data: 1)",
     "frechet_distance": "Frechet distance to the data",
-    "noise_floor": "the same between two halves of the data",
+    "noise_floor": "the same between held-out and training data",
 }
 _UNITS = {
     "perplexity": "",

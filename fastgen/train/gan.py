@@ -162,7 +162,7 @@ class GANRecipe(Recipe):
 
     def compilable(self) -> tuple[nn.Module, ...]:
         if any(self._penalties.values()):
-            raise ValueError("compile: expected False with a gradient penalty, which has no second derivative there")
+            raise ValueError("compile: expected none with a gradient penalty: it has no second derivatives")
         return self.model.generator, self.model.discriminator
 
     def optimizers(self, config: TrainingConfig) -> dict[str, Optimizer]:

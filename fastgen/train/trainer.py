@@ -158,6 +158,9 @@ class Trainer:
         self.steps_per_epoch = recipe.num_examples // self.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:
+            if self.total_steps < config.max_steps:
+                ends = f"{config.epochs} epochs end the run at step {self.total_steps}"
+                self._progress.message(f"{ends}, before max_steps {config.max_steps}")
             self.total_steps = min(self.total_steps, config.max_steps)
 
         self._modules = recipe.modules()

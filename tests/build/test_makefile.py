@@ -46,7 +46,7 @@ def make(tmp_path: Path):
 PHASES = [
     "Making an environment in env",
     "Downloading and installing PyTorch (200 MB; a CUDA build some GB)",
-    "Compiling the kernels",
+    "Compiling the kernels (minutes; CUDA ones too where nvcc is)",
     "Installing the packages of the extra test",
 ]
 
@@ -78,7 +78,11 @@ def test_what_is_done_is_not_done_again(make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failing", "phase"), [("--editable", "Compiling the kernels"), ("pytest -n", "Running the tests (some minutes)")]
+    ("failing", "phase"),
+    [
+        ("--editable", "Compiling the kernels (minutes; CUDA ones too where nvcc is)"),
+        ("pytest -n", "Running the tests (some minutes)"),
+    ],
 )
 def test_a_failure_shows_the_output(failing: str, phase: str, make) -> None:
     code, output, _ = make("test", failing)

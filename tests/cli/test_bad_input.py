@@ -102,7 +102,12 @@ def test_folders(
         ("gpt", "x.txt", b"\xff\xfeh\0", "expected UTF-8, got UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"),
         ("rnn", "x.csv", b"", "expected rows of numbers, got an empty file"),
         ("rnn", "x.csv", b"a,b\n1,2\n3,\n", "line 3, column 'b': expected a number, got nothing"),
-        ("rnn", "x.csv", b"a,b\n1,2\nred,4\n", "line 3, column 'a': expected a number, got 'red'"),
+        (
+            "rnn",
+            "x.csv",
+            b"a,b\n1,2\nred,4\n",
+            "line 3, column 'a': expected a number, got 'red'; --time-column a leaves it out",
+        ),
         ("rnn", "x.csv", b"a,b\n1,2\n3\n", "line 3: expected 2 columns, got 1"),
         ("rnn", "x.npy", b"", "not a readable .npy file (No data left in file)"),
     ],

@@ -29,7 +29,7 @@ def run(monkeypatch, tmp_path):
     """Runs the command on small cases, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(random_cases, "cases", lambda full: SMALL)
-    for name in ("reparameterize", "recurrent", "generate", "attention", "linear", "gpt"):
+    for name in ("reparameterize", "recurrent", "generate", "attention", "linear", "vae", "gan", "rnn", "gpt"):
         family = getattr(fastgen.benchmark, name)
         monkeypatch.setattr(family, "cases", lambda full: [])
     monkeypatch.setattr(fastgen.benchmark, "bandwidth", lambda threads: {bounds.IN_PLACE: 2e10, bounds.NEW_MEMORY: 4e9})

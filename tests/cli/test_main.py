@@ -120,7 +120,7 @@ def test_train_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert "no such run folder" in error(capsys, "train", "vae", "--resume", "absent")
     assert "not a run folder" in error(capsys, "train", "vae", "--resume", "occupied")
     given = error(capsys, "train", "vae", "--resume", "occupied", "--lr", "0.1")
-    assert given == "--resume: goes on with the run as it was started, but --lr was given too"
+    assert given.startswith("--resume: goes on with the run as it was started, but --lr was given too; what may change")
     assert not Path("runs").exists()
 
 

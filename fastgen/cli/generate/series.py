@@ -65,12 +65,12 @@ def continue_series(model: RNN, folder: Path, options: Mapping[str, Any]) -> Non
 
 def _series(folder: Path, given: str | None) -> SeriesSet:
     """The series of the option, or that of the run folder around the model."""
-    try:
-        source: dict[str, Any] = read_run(folder.absolute().parent)["source"]
-    except (OSError, ValueError, KeyError):
-        if given is None:
-            raise ValueError(f"--series: expected one, as {folder} is not in the folder of a run, got none") from None
-        source = {}
+    run = folder.absolute().parent
+    record = read_run(run) if (run / "config.json").is_file() else {}
+    source: dict[str, Any] = record.get("source", {})
+    if given is None and not source:
+        why = f"{run} was started from Python" if record else f"{folder} is not in the folder of a run"
+        raise ValueError(f"--series: expected one, as {why} and does not say where its data is, got none")
     if given is not None and Path(given).suffix.lower() not in (".csv", ".tsv", ".txt"):
         return load_series(given)  # it has no names to choose columns by
     columns, time_column = source.get("columns"), source.get("time_column")

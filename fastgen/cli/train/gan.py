@@ -22,6 +22,7 @@ __all__ = ["train_gan"]
 _MODEL = GANConfig()
 _TRAINING = GANRecipe.training_config()
 _FORMULAS = ("sine", "mackey-glass")
+_BUILT_IN = ("mnist", "digits", *_FORMULAS)
 _WINDOW = 64
 # Options of the recipe; the others of the panel "Model" are fields of the configuration.
 _RECIPE = (
@@ -223,7 +224,7 @@ def train_gan(
 class _GAN(Family):
     recipe = GANRecipe
     expected_data = "a folder, a file, mnist, digits, sine or mackey-glass"
-    paths: ClassVar = {"data": ("mnist", "digits", *_FORMULAS)}
+    paths: ClassVar = {"data": _BUILT_IN}
     source = ("data", "image_size", "image_channels", "window", "columns", "time_column", "test_size")
     report = ("num_pictures",)
 
@@ -263,7 +264,7 @@ class _GAN(Family):
         )
 
     def next_command(self, result: TrainingResult) -> list[str]:
-        return ["fastgen", "generate", str(result.out), "--out", "generated.png"]
+        return ["generate", str(result.out), "--out", "generated.png"]
 
 
 def _is_series(source: Mapping[str, Any]) -> bool:
@@ -279,6 +280,8 @@ def _load(
         for name in ("columns", "time_column"):
             if name in source:
                 raise ValueError(f"{name}: expected none for images, got {source[name]!r}")
+        if source["data"] not in _BUILT_IN and not Path(source["data"]).exists():
+            raise FileNotFoundError(f"{source['data']}: no such file or folder, and not {', '.join(_BUILT_IN)}")
         return load_image_split(source, config.seed, quiet)
     for name in ("image_size", "image_channels"):
         if name in source:

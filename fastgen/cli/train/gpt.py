@@ -247,7 +247,7 @@ class _GPT(Family):
         return text_summary(result)
 
     def next_command(self, result: TrainingResult) -> list[str]:
-        return ["fastgen", "generate", str(result.out), "--temperature", "0.6", "--stream"]
+        return ["generate", str(result.out), "--temperature", "0.6", "--stream"]
 
 
 def _checkpoint(path: str, fields: Mapping[str, Any]) -> GPT:

@@ -236,7 +236,7 @@ class _RNN(Family):
 
     def next_command(self, result: TrainingResult) -> list[str]:
         more = ["--out", "ahead.png"] if "rmse" in result.metrics else ["--temperature", "0.6", "--stream"]
-        return ["fastgen", "generate", str(result.out), *more]
+        return ["generate", str(result.out), *more]
 
 
 def _zoneout(value: str) -> float | tuple[float, ...]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import typer
 
-from fastgen.cli.command import FIELDS
+from fastgen.cli.command import FIELDS, program
 from fastgen.train import Interrupted, Recipe, Trainer, TrainingConfig, TrainingResult, read_run
 from fastgen.train.config import CHANGEABLE
 from fastgen.train.run_folder import check_new_folder
@@ -62,7 +62,7 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def next_command(self, result: TrainingResult) -> list[str]:
-        """What to do with the result."""
+        """What to do with the result: the words after the name of the program."""
 
 
 def run(family: Family, options: Mapping[str, Any]) -> None:
@@ -80,12 +80,16 @@ def run(family: Family, options: Mapping[str, Any]) -> None:
         for name in (*given, *(["out"] if out is not None else [])):
             if FIELDS.get(name, name) not in changeable:
                 option = name.replace("_", "-")
-                raise ValueError(f"--resume: goes on with the run as it was started, but --{option} was given too")
+                may = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGEABLE)
+                raise ValueError(
+                    f"--resume: goes on with the run as it was started, but --{option} was given too; what may change "
+                    f"is {may}"
+                )
         trainer = _resumed(family, given, resume, quiet)
     try:
         result = trainer.fit()
     except Interrupted as stopped:
-        command = shlex.join(["fastgen", "train", family.recipe.model_type, "--resume", str(stopped.out)])
+        command = shlex.join([program(), "train", family.recipe.model_type, "--resume", str(stopped.out)])
         if trainer.accelerator.is_main_process:
             typer.echo(f"{stopped}; to go on: {command}", err=True)
         raise typer.Exit(128 + stopped.signal) from None
@@ -93,7 +97,7 @@ def run(family: Family, options: Mapping[str, Any]) -> None:
         typer.echo(family.summary(result))
         for path in result.files:
             typer.echo(f"  {path}")
-        typer.echo(f"next: {shlex.join(family.next_command(result))}")
+        typer.echo(f"next: {shlex.join([program(), *family.next_command(result)])}")
 
 
 def _new(family: Family, given: Options, out: Path | None, quiet: bool) -> Trainer:
@@ -116,7 +120,7 @@ def _resumed(family: Family, given: Options, folder: Path, quiet: bool) -> Train
     if "source" not in record:
         raise ValueError(f"{folder}: was started from Python; continue it there, with fit(..., out=..., resume=True)")
     if record.get("model_type", family.recipe.model_type) != family.recipe.model_type:
-        command = shlex.join(["fastgen", "train", str(record["model_type"]), "--resume", str(folder)])
+        command = shlex.join([program(), "train", str(record["model_type"]), "--resume", str(folder)])
         raise ValueError(f"{folder}: holds a run of another model; continue it with: {command}")
     fields = {FIELDS.get(name, name): value for name, value in given.items()}
     try:

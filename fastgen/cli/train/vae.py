@@ -183,7 +183,7 @@ class _VAE(Family):
         )
 
     def next_command(self, result: TrainingResult) -> list[str]:
-        return ["fastgen", "generate", str(result.out), "--out", "generated.png"]
+        return ["generate", str(result.out), "--out", "generated.png"]
 
 
 def load_image_split(source: Mapping[str, Any], seed: int, quiet: bool) -> tuple[ImageSet, ImageSet]:
