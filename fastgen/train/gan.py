@@ -22,8 +22,7 @@ from fastgen.models import GAN, GANConfig
 from fastgen.random import Generator, permutation
 from fastgen.train.collapse import CollapseWatch, Diversity, gradient_norm, pairwise_accuracy
 from fastgen.train.plots import save_curves, save_windows
-from fastgen.train.recipe import Recipe, Step, adamw, initialised
-from fastgen.train.text import checksum
+from fastgen.train.recipe import Recipe, Step, adamw, checksum, initialised
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -284,8 +283,7 @@ class GANRecipe(Recipe):
                 "train": len(self._train),
                 "test": len(self._test),
                 **self._train.names(),
-                # So that a run is not continued on other data.
-                "checksum": f"{checksum(*self._train.tensors(), *self._test.tensors()):08x}",
+                "checksum": checksum(*self._train.tensors(), *self._test.tensors()),
             },
             "recipe": {
                 "discriminator_learning_rate": self._discriminator_learning_rate,
@@ -355,8 +353,8 @@ class _Images:
         pixels, labels = self.images.batch(rows.to(self.images.images.device))
         return pixels.to(device), labels.to(device) if self.conditional and labels is not None else None
 
-    def tensors(self) -> list[Tensor]:
-        return [tensor for tensor in (self.images.images, self.images.labels) if tensor is not None]
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.images.images, self.images.labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,8 +376,8 @@ class _Windows:
         places = rows.unsqueeze(1) + torch.arange(self.length)
         return values[places.to(values.device)].to(device), None
 
-    def tensors(self) -> list[Tensor]:
-        return [self.series.values]
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.series.values,)
 
 
 def _examples(name: str, data: ImageSet | SeriesSet, config: GANConfig) -> _Images | _Windows:

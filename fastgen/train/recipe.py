@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fastgen.train.config import TrainingConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Recipe", "Step", "adamw", "initialised"]
+__all__ = ["Recipe", "Step", "adamw", "checksum", "initialised"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -200,3 +201,15 @@ def adamw(model: nn.Module, config: TrainingConfig, betas: tuple[float, float] =
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return AdamW([group for group in groups if group["params"]], lr=config.learning_rate, betas=betas, fused=True)
+
+
+def checksum(*tensors: Tensor | None) -> str:
+    """CRC-32 of the numbers of all tensors that there are, one after the other, as 8 hexadecimal digits.
+
+    `Recipe.describe` has that of the data, so that a run is not continued on other data.
+    """
+    value = 0
+    for tensor in tensors:
+        if tensor is not None:
+            value = zlib.crc32(tensor.contiguous().numpy(force=True).data, value)
+    return f"{value:08x}"

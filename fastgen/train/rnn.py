@@ -19,8 +19,8 @@ from fastgen.models import RNN, RNNConfig, RNNOutput, detach_state
 from fastgen.random import Generator, bits
 from fastgen.train.config import TrainingConfig
 from fastgen.train.plots import save_continuation, save_curves
-from fastgen.train.recipe import Recipe, Step, adamw, initialised
-from fastgen.train.text import TextTask, checksum
+from fastgen.train.recipe import Recipe, Step, adamw, checksum, initialised
+from fastgen.train.text import TextTask
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -272,7 +272,7 @@ class RNNSeriesRecipe(RNNRecipe):
                 "test": len(self._test),
                 "columns": list(self._columns),
                 "seq_len": self.seq_len,
-                "checksum": f"{checksum(self._train, self._test):08x}",
+                "checksum": checksum(self._train, self._test),
             },
             "evaluation": {"sample_length": self._sample_length},
         }

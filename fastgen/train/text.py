@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +15,9 @@ from fastgen.models import PretrainedConfig
 from fastgen.models._text import TextModel
 from fastgen.tokenizers import TOKENIZER_FILE, Tokenizer
 from fastgen.train.plots import save_curves
+from fastgen.train.recipe import checksum
 
-__all__ = ["TextTask", "checksum"]
+__all__ = ["TextTask"]
 
 
 class TextTask:
@@ -87,8 +87,7 @@ class TextTask:
                 "test": len(test),
                 "tokenizer": self.tokenizer.kind,
                 **more,
-                # So that a run is not continued on another text.
-                "checksum": f"{checksum(train, test):08x}",
+                "checksum": checksum(train, test),
             },
             "evaluation": {"prompt": self._prompt, "sample_length": self._sample_length},
         }
@@ -124,11 +123,3 @@ def _default_prompt(train: TokenSet) -> str:
     except ValueError:  # an alphabet without new lines
         return train.tokenizer.decode(train.tokens[:1].tolist())
     return "\n"
-
-
-def checksum(*sequences: Tensor) -> int:
-    """CRC-32 of the numbers of all sequences."""
-    value = 0
-    for sequence in sequences:
-        value = zlib.crc32(sequence.contiguous().numpy(force=True).data, value)
-    return value

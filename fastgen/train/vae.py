@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +16,7 @@ from fastgen.data import ImageSet
 from fastgen.models import VAE, VAEConfig
 from fastgen.random import Generator
 from fastgen.train.plots import save_curves
-from fastgen.train.recipe import Recipe, Step, adamw, initialised
+from fastgen.train.recipe import Recipe, Step, adamw, checksum, initialised
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -143,15 +142,15 @@ class VAERecipe(Recipe):
         return float(accelerator.reduce(total, "sum")) / count
 
     def describe(self) -> dict[str, Any]:
+        train, test = self._train, self._test
         return {
             "model": self.model.config.to_dict(),
             "data": {
-                "name": self._train.name,
-                "train": len(self._train),
-                "test": len(self._test),
-                "classes": list(self._train.classes),
-                # So that a run is not continued on other images.
-                "checksum": f"{_checksum(self._train, self._test):08x}",
+                "name": train.name,
+                "train": len(train),
+                "test": len(test),
+                "classes": list(train.classes),
+                "checksum": checksum(train.images, train.labels, test.images, test.labels),
             },
             "evaluation": {
                 "num_importance_samples": self._num_importance_samples,
@@ -195,12 +194,3 @@ class VAERecipe(Recipe):
         if labels is None or not self.model.config.num_classes:
             return pixels.to(device), None
         return pixels.to(device), labels.to(device)
-
-
-def _checksum(*sets: ImageSet) -> int:
-    value = 0
-    for images in sets:
-        for tensor in (images.images, images.labels):
-            if tensor is not None:
-                value = zlib.crc32(tensor.contiguous().numpy(force=True).data, value)
-    return value
