@@ -154,6 +154,8 @@ def generate(
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
     if n is not None:
         _validate.integer("n", n, 1)
+    if columns is not None:
+        _validate.integer("columns", columns, 1)
     folder = _model_folder(run)
     model = from_pretrained(folder, _device(device), None if dtype is None else _dtype(dtype))
     if isinstance(model, GAN):

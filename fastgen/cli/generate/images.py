@@ -10,12 +10,10 @@ import typer
 
 from fastgen._files import atomic_path
 from fastgen._images import image_grid, save_png, to_uint8
+from fastgen.cli.generate.pictures import OUT, data_names
 from fastgen.models import GAN, VAE
-from fastgen.train import read_run
 
 __all__ = ["draw_images"]
-
-_OUT = Path("generated.png")
 
 # Endings that do not mean a folder.
 _OTHER_FILES = {".bmp", ".gif", ".jpeg", ".jpg", ".npz", ".pt", ".safetensors", ".tif", ".tiff", ".webp"}
@@ -23,20 +21,13 @@ _OTHER_FILES = {".bmp", ".gif", ".jpeg", ".jpg", ".npz", ".pt", ".safetensors", 
 
 def draw_images(model: VAE | GAN, folder: Path, options: Mapping[str, Any]) -> None:
     """Draw as the options of the command say; `folder` is that of the model."""
-    n, out, columns, labels = (
-        options.get("n", 64),
-        options.get("out", _OUT),
-        options.get("columns"),
-        options.get("labels"),
-    )
-    if columns is not None and columns < 1:
-        raise ValueError(f"--columns: expected an int of at least 1, got {columns}")
+    n, out, labels = options.get("n", 64), options.get("out", OUT), options.get("labels")
     kind = out.suffix.lower()
     if kind in _OTHER_FILES:
         raise ValueError(f"--out: expected a .png, a .npy or a folder for single .png files, got {out}")
     if kind not in (".png", ".npy") and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: expected a .png, a .npy or a new folder to draw into")
-    classes = None if labels is None else _labels(labels, _class_names(folder, model.config.num_classes), n)
+    classes = None if labels is None else _labels(labels, data_names(folder, "classes", model.config.num_classes), n)
     varied = {name: options[name] for name in ("temperature", "truncation") if name in options}
     images = model.generate(n, seed=options["seed"], labels=classes, **varied).float()
     if kind == ".npy":
@@ -45,20 +36,11 @@ def draw_images(model: VAE | GAN, folder: Path, options: Mapping[str, Any]) -> N
         with atomic_path(out) as temporary:
             numpy.save(temporary, images.clamp(0, 1).numpy(force=True))
     elif kind == ".png":
-        save_png(out, image_grid(images, columns))
+        save_png(out, image_grid(images, options.get("columns")))
     else:
         for index, image in enumerate(to_uint8(images)):
             save_png(out / f"{index:0{len(str(n - 1))}d}.png", image)
     typer.echo(out)
-
-
-def _class_names(folder: Path, count: int) -> list[str]:
-    """The names of the model's classes, which the run folder around it keeps; none for a model on its own."""
-    try:
-        names = read_run(folder.absolute().parent)["data"]["classes"]
-    except (OSError, ValueError, KeyError):
-        return []
-    return list(names) if len(names) == count else []
 
 
 def _labels(text: str, names: list[str], n: int) -> list[int]:
