@@ -1,4 +1,4 @@
-"""What the image models share: activations, the label as an input, and the shapes of a stack of convolutions."""
+"""What the VAE and the GAN share: activations, labels as an input, shapes of a stack of convolutions, checks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import fastgen.nn as nn
 from fastgen import _validate
+from fastgen.random import AnyGenerator, Generator
 
 __all__ = [
     "ACTIVATIONS",
@@ -20,6 +21,7 @@ __all__ = [
     "conv_channels",
     "may_look_at",
     "no_channels",
+    "noise_source",
     "one_hot",
     "pyramid",
 ]
@@ -134,6 +136,15 @@ def one_hot(labels: Labels, batch: int, num_classes: int, like: Tensor) -> Tenso
         if low < 0 or high >= num_classes:
             raise ValueError(f"labels: expected 0 to {num_classes - 1}, got {low if low < 0 else high}")
     return F.one_hot(labels.long(), num_classes).to(like.dtype)
+
+
+def noise_source(seed: int | None, generator: AnyGenerator) -> AnyGenerator:
+    """The generator, or a new one of the seed where that is given instead."""
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("seed: expected None where a generator is given, got both")
+    return Generator(seed)
 
 
 def may_look_at(x: Tensor) -> bool:

@@ -36,10 +36,11 @@ from fastgen.models._layers import (
     check_tensor,
     conv_channels,
     no_channels,
+    noise_source,
     one_hot,
 )
 from fastgen.models._pretrained import Folder, PretrainedConfig, PretrainedModel
-from fastgen.random import AnyGenerator, Device, Generator, bits, normal, uniform
+from fastgen.random import AnyGenerator, Device, bits, normal, uniform
 
 __all__ = ["GAN", "GANConfig", "GANOutput"]
 
@@ -246,7 +247,7 @@ class GAN(PretrainedModel):
                 the stream. The lower, the more typical and the less varied.
         """
         _validate.integer("n", n, 0)
-        generator = _source(seed, generator)
+        generator = noise_source(seed, generator)
         size = (n, self.config.latent_dim)
         if truncation is None:
             # float32 whatever the model's dtype: float64 draws come from another stream.
@@ -562,14 +563,6 @@ class GAN(PretrainedModel):
 
     def _condition(self, labels: Labels, batch: int) -> Tensor | None:
         return one_hot(labels, batch, self.config.num_classes, next(self.parameters()))
-
-
-def _source(seed: int | None, generator: AnyGenerator) -> AnyGenerator:
-    if seed is None:
-        return generator
-    if generator is not None:
-        raise ValueError("seed: expected None where a generator is given, got both")
-    return Generator(seed)
 
 
 def _slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from fastgen.models._layers import (
     check_tensor,
     conv_channels,
     no_channels,
+    noise_source,
     one_hot,
     pyramid,
 )
@@ -310,10 +311,7 @@ class VAE(PretrainedModel):
         _validate.integer("n", n, 1)
         _validate.integer("batch_size", batch_size, 1)
         _validate.number("temperature", temperature, minimum=0)
-        if seed is not None:
-            if generator is not None:
-                raise ValueError("seed: expected None where a generator is given, got both")
-            generator = Generator(seed)
+        generator = noise_source(seed, generator)
         if labels is None and self.config.num_classes:
             labels = torch.arange(n, device=self.device) % self.config.num_classes
         with self.inference():
