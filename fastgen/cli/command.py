@@ -10,7 +10,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-__all__ = ["FIELDS", "Command", "program"]
+__all__ = ["FIELDS", "Command", "option_of", "program"]
 
 # Options that are named otherwise than the fields they set.
 FIELDS = {
@@ -53,11 +53,16 @@ def _with_options(text: str, options: set[str]) -> str:
     a field can be, by their underscore, and that are no part of a path or a quotation."""
 
     def replace(match: re.Match[str]) -> str:
-        option = "--" + _NAMES.get(match[0], match[0]).replace("_", "-")
+        option = option_of(match[0])
         return option if option in options else match[0]
 
     text = re.sub(r"^[a-z0-9_]+(?=:)", replace, text)
     return re.sub(r"(?<![\w/.'-])[a-z][a-z0-9]*(_[a-z]+)+(?![\w/.'-])", replace, text)
+
+
+def option_of(field: str) -> str:
+    """The option that sets a field: `--lr` of `learning_rate`."""
+    return "--" + _NAMES.get(field, field).replace("_", "-")
 
 
 def program() -> str:

@@ -120,7 +120,11 @@ def test_train_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert "no such run folder" in error(capsys, "train", "vae", "--resume", "absent")
     assert "not a run folder" in error(capsys, "train", "vae", "--resume", "occupied")
     given = error(capsys, "train", "vae", "--resume", "occupied", "--lr", "0.1")
-    assert given.startswith("--resume: goes on with the run as it was started, but --lr was given too; what may change")
+    assert given == (
+        "--resume: goes on with the run as it was started, but --lr was given too; what may change "
+        "is --epochs, --max-steps, --max-seconds, --patience, --device, --compile, --save-every, --keep-checkpoints, "
+        "--tensorboard, --importance-samples, --importance-images"
+    )
     assert not Path("runs").exists()
 
 

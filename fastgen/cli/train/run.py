@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import typer
 
-from fastgen.cli.command import FIELDS, program
+from fastgen.cli.command import FIELDS, option_of, program
 from fastgen.train import Interrupted, Recipe, Trainer, TrainingConfig, TrainingResult, read_run
 from fastgen.train.config import CHANGEABLE
 from fastgen.train.run_folder import check_new_folder
@@ -76,14 +76,13 @@ def run(family: Family, options: Mapping[str, Any]) -> None:
     if resume is None:
         trainer = _new(family, given, out, quiet)
     else:
-        changeable = {*CHANGEABLE, *family.report}
+        changeable = (*CHANGEABLE, *family.report)
         for name in (*given, *(["out"] if out is not None else [])):
             if FIELDS.get(name, name) not in changeable:
-                option = name.replace("_", "-")
-                may = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGEABLE)
+                may = ", ".join(map(option_of, changeable))
                 raise ValueError(
-                    f"--resume: goes on with the run as it was started, but --{option} was given too; what may change "
-                    f"is {may}"
+                    f"--resume: goes on with the run as it was started, but {option_of(name)} was given too; what may "
+                    f"change is {may}"
                 )
         trainer = _resumed(family, given, resume, quiet)
     try:
