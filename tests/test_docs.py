@@ -224,7 +224,7 @@ def run_python(arguments: list[str]) -> None:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         require("build" in extras["dev"], "build: not in the extra dev")
         require(set(rest[1:]) <= {"--sdist", "--wheel"}, f"build: {rest[1:]}")
-    elif first == "-m" and rest[0] == "fastgen.cli":
+    elif first == "-m" and rest[0] in ("fastgen", "fastgen.cli"):
         run_fastgen(rest[1:])
     else:
         require(first in SHORT_SCRIPTS, f"python {first}: a script that SHORT_SCRIPTS does not know")
@@ -399,8 +399,8 @@ def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_the_text_are_taken_by_the_command_line(page: Path) -> None:
     for span in spans(page):
-        if re.match(r"(fastgen|python -m fastgen\.cli) [a-z]+(?!\|)", span) and "|" not in span and "..." not in span:
-            parse_fastgen(span.removeprefix("python -m fastgen.cli ").removeprefix("fastgen ").split())
+        if re.match(r"(python -m )?fastgen [a-z]+(?!\|)", span) and "|" not in span and "..." not in span:
+            parse_fastgen(span.removeprefix("python -m ").removeprefix("fastgen ").split())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

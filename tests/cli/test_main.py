@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,20 @@ def program(before: str, *arguments: str, **environment: str) -> subprocess.Comp
 def test_the_program_is_the_command_line() -> None:
     ended = program("", "--version")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"fastgen {__version__}\n", "")
+
+
+@pytest.mark.parametrize("module", ["fastgen", "fastgen.cli"])
+def test_the_package_and_its_command_line_are_modules_to_run(
+    module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments, code in (["--version"], 0), (["trian"], 2):
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__", alter_sys=False)
+        assert ended.value.code == code
+    captured = capsys.readouterr()
+    assert captured.out == f"fastgen {__version__}\n"
+    assert "No such command 'trian'" in captured.err
 
 
 def test_a_variable_that_cannot_be_is_one_line() -> None:

@@ -216,7 +216,7 @@ def train_gan(
 
         fastgen train gan --resume runs/photos --epochs 200
 
-        torchrun --nproc-per-node 2 -m fastgen.cli train gan --data mnist
+        torchrun --nproc-per-node 2 -m fastgen train gan --data mnist
     """
     run(_GAN(), context.params)
 

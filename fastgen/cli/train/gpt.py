@@ -183,7 +183,7 @@ def train_gpt(
 
         fastgen train gpt --resume runs/novel --epochs 2
 
-        torchrun --nproc-per-node 2 -m fastgen.cli train gpt --data shakespeare
+        torchrun --nproc-per-node 2 -m fastgen train gpt --data shakespeare
     """
     run(_GPT(), context.params)
 

@@ -185,7 +185,7 @@ def train_rnn(
 
         fastgen train rnn --resume runs/novel --epochs 20
 
-        torchrun --nproc-per-node 2 -m fastgen.cli train rnn --data shakespeare
+        torchrun --nproc-per-node 2 -m fastgen train rnn --data shakespeare
     """
     run(_RNN(), context.params)
 

@@ -145,7 +145,7 @@ def train_vae(
 
         fastgen train vae --resume runs/photos --epochs 100
 
-        torchrun --nproc-per-node 2 -m fastgen.cli train vae --data mnist
+        torchrun --nproc-per-node 2 -m fastgen train vae --data mnist
     """
     run(_VAE(), context.params)
 
