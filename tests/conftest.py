@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import emulated as emulation
 import hypothesis
 import pytest
 import torch
@@ -39,6 +40,12 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture(scope="session")
 def cpp_cache(request: pytest.FixtureRequest) -> Path:
     return Path(request.config.cache.mkdir("cpp"))
+
+
+@pytest.fixture(scope="session")
+def emulated(cpp_cache: Path) -> emulation.Emulated:
+    """The CUDA kernels on the emulated device."""
+    return emulation.load(cpp_cache)
 
 
 @pytest.fixture(scope="session")

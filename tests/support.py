@@ -100,8 +100,8 @@ def build(cache: Path, name: str, units: list[list[str]], link: list[str]) -> Pa
     """
     cxx = compiler()
     digest = hashlib.sha256(repr((cxx, units, link)).encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*"), *(ROOT / "tests/cpp").iterdir()]):
-        if path.suffix in (".h", ".inl", ".cpp"):
+    for path in sorted(p for folder in ("csrc", "tests/cpp", "tests/cuda") for p in (ROOT / folder).rglob("*")):
+        if path.suffix in (".h", ".inl", ".cpp", ".cu"):
             digest.update(path.read_bytes())
     folder = cache / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

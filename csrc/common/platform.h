@@ -22,5 +22,9 @@
 #define FASTGEN_FN static inline __attribute__((unused))
 #endif
 #define FASTGEN_MEMBER inline __attribute__((always_inline))
+#if defined(FASTGEN_EMULATED)  // the CUDA kernels, which are unrolled for the sake of registers alone
+#define FASTGEN_UNROLL
+#else
 #define FASTGEN_UNROLL _Pragma("GCC unroll 32")
+#endif
 #endif

@@ -1,8 +1,11 @@
-// Launching on torch's stream, through the stable ABI.
+// What the ops of CUDA tensors share: torch's stream, its errors, and the way back to the reference.
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
 
 #include "../torch/tensor.h"
 
@@ -12,8 +15,24 @@
     STD_TORCH_CHECK(status == cudaSuccess, "fastgen: CUDA error: ", cudaGetErrorString(status)); \
   } while (false)
 
+// FASTGEN_CUDA_OPS(m) { m.impl("name", TORCH_BOX(&function)); }
+#if defined(FASTGEN_EMULATED)
+#define FASTGEN_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(fastgen_emulated, CPU, m)
+#else
+#include <torch/csrc/stable/accelerator.h>
+#define FASTGEN_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(fastgen, CUDA, m)
+#endif
+
 namespace fastgen {
 
+#if defined(FASTGEN_EMULATED)
+// The emulated device has the memory of the CPU and one stream.
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+};
+inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
+inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
+#else
 // Makes the tensor's device current for torch and for the statically linked runtime, which keeps its own
 // idea of it on each thread.
 class OnDevice {
@@ -33,6 +52,8 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
+inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+#endif
 
 // The seed stays on the device: nothing waits for it, and a captured graph reads it anew at each replay.
 inline const int64_t* seed_offset_pointer(const std::optional<Tensor>& seed_offset, Tensor& keep) {
@@ -40,6 +61,37 @@ inline const int64_t* seed_offset_pointer(const std::optional<Tensor>& seed_offs
   check_seed_offset(*seed_offset, 2);
   keep = torch::stable::contiguous(*seed_offset);
   return static_cast<const int64_t*>(keep.const_data_ptr());
+}
+
+namespace detail {
+
+template <class Results>
+struct FromStack {
+  static Results take(StableIValue* stack) { return torch::stable::detail::to<Results>(stack[0]); }
+};
+template <class... Results>
+struct FromStack<std::tuple<Results...>> {
+  static std::tuple<Results...> take(StableIValue* stack) {
+    size_t next = 0;
+    return std::tuple<Results...>{torch::stable::detail::to<Results>(stack[next++])...};  // in order, as it is braced
+  }
+};
+
+}  // namespace detail
+
+// Any op of torch's dispatcher; Results is its result, or a tuple of them.
+template <class Results, class... Args>
+Results call_op(const char* name, const char* overload, const Args&... args) {
+  constexpr size_t kMostResults = 16;
+  std::array<StableIValue, std::max(sizeof...(Args), kMostResults)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return detail::FromStack<Results>::take(stack.data());
+}
+
+// What fastgen.reference answers to the arguments of an op, for those that its kernel does not take.
+template <class Results, class... Args>
+Results plain(const char* name, const Args&... args) {
+  return call_op<Results>(name, "plain", args...);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

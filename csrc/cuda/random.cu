@@ -6,6 +6,7 @@
 #include "../common/distributions.h"
 #include "../torch/random_ops.h"
 #include "check.h"
+#include "device.h"
 
 namespace fastgen {
 namespace {
@@ -62,8 +63,8 @@ __global__ void fill_kernel(Storage* __restrict__ out, int64_t count, const int6
 }
 
 template <class T, class Storage, class Dist>
-void launch(Tensor& out, const RandomParams& p, int64_t streams, const int64_t* seed_offset, const Dist& distribution,
-            cudaStream_t stream) {
+void fill(Tensor& out, const RandomParams& p, int64_t streams, const int64_t* seed_offset, const Dist& distribution,
+          cudaStream_t stream) {
   if (p.count == 0 || streams == 0) return;
   const bool scaled = p.distribution == Distribution::kNormal && !(p.a == 0.0 && p.b == 1.0);
   const bool clamp = p.distribution == Distribution::kUniform && !(p.a == 0.0 && p.b == 1.0);
@@ -72,21 +73,19 @@ void launch(Tensor& out, const RandomParams& p, int64_t streams, const int64_t* 
   const int64_t blocks = ceil_div(p.count, Work<T>::kPerBlock) + 1;  // one more for a lead
   const dim3 grid(unsigned(ceil_div(blocks, kThreads)), unsigned(streams));
   STD_TORCH_CHECK(streams < 65536, "seed_offset: expected fewer than 65536 streams on CUDA, got ", streams);
-  fill_kernel<T, Storage><<<grid, kThreads, 0, stream>>>(static_cast<Storage*>(out.mutable_data_ptr()), p.count,
-                                                         seed_offset, distribution, Affine<T>{T(p.a), T(p.b), scaled},
-                                                         below, clamp);
-  FASTGEN_CUDA_CHECK(cudaGetLastError());
+  launch(fill_kernel<T, Storage, Dist>, grid, kThreads, 0, stream, static_cast<Storage*>(out.mutable_data_ptr()),
+         p.count, seed_offset, distribution, Affine<T>{T(p.a), T(p.b), scaled}, below, clamp);
 }
 
 template <class T, class Storage>
-void launch_real(Tensor& out, const RandomParams& p, int64_t streams, const int64_t* seed_offset, int significand,
-                 cudaStream_t stream) {
+void fill_real(Tensor& out, const RandomParams& p, int64_t streams, const int64_t* seed_offset, int significand,
+               cudaStream_t stream) {
   switch (p.distribution) {
     case Distribution::kUniform:
-      return launch<T, Storage>(out, p, streams, seed_offset, Uniform<T>(p, significand), stream);
-    case Distribution::kNormal: return launch<T, Storage>(out, p, streams, seed_offset, StandardNormal<T>(), stream);
-    case Distribution::kExponential: return launch<T, Storage>(out, p, streams, seed_offset, Exponential<T>(p), stream);
-    case Distribution::kBernoulli: return launch<float, Storage>(out, p, streams, seed_offset, Bernoulli(p), stream);
+      return fill<T, Storage>(out, p, streams, seed_offset, Uniform<T>(p, significand), stream);
+    case Distribution::kNormal: return fill<T, Storage>(out, p, streams, seed_offset, StandardNormal<T>(), stream);
+    case Distribution::kExponential: return fill<T, Storage>(out, p, streams, seed_offset, Exponential<T>(p), stream);
+    case Distribution::kBernoulli: return fill<float, Storage>(out, p, streams, seed_offset, Bernoulli(p), stream);
     case Distribution::kBits: break;
   }
   STD_TORCH_CHECK(false, "fastgen: no such distribution");
@@ -102,13 +101,13 @@ Tensor draw(const Tensor& seed_offset, const std::vector<int64_t>& size, ScalarT
   p.count = product(size);
   const cudaStream_t stream = current_stream(seed_offset);
   switch (p.dtype) {
-    case DType::kInt32: launch<float, float>(out, p, streams, pointer, Bits<float>(), stream); break;
-    case DType::kInt64: launch<double, double>(out, p, streams, pointer, Bits<double>(), stream); break;
-    case DType::kBool: launch<float, bool>(out, p, streams, pointer, Bernoulli(p), stream); break;
-    case DType::kFloat32: launch_real<float, float>(out, p, streams, pointer, 24, stream); break;
-    case DType::kFloat64: launch_real<double, double>(out, p, streams, pointer, 53, stream); break;
-    case DType::kBFloat16: launch_real<float, BFloat16>(out, p, streams, pointer, 8, stream); break;
-    case DType::kFloat16: launch_real<float, Float16>(out, p, streams, pointer, 11, stream); break;
+    case DType::kInt32: fill<float, float>(out, p, streams, pointer, Bits<float>(), stream); break;
+    case DType::kInt64: fill<double, double>(out, p, streams, pointer, Bits<double>(), stream); break;
+    case DType::kBool: fill<float, bool>(out, p, streams, pointer, Bernoulli(p), stream); break;
+    case DType::kFloat32: fill_real<float, float>(out, p, streams, pointer, 24, stream); break;
+    case DType::kFloat64: fill_real<double, double>(out, p, streams, pointer, 53, stream); break;
+    case DType::kBFloat16: fill_real<float, BFloat16>(out, p, streams, pointer, 8, stream); break;
+    case DType::kFloat16: fill_real<float, Float16>(out, p, streams, pointer, 11, stream); break;
   }
   return out;
 }
@@ -116,7 +115,7 @@ Tensor draw(const Tensor& seed_offset, const std::vector<int64_t>& size, ScalarT
 }  // namespace
 }  // namespace fastgen
 
-STABLE_TORCH_LIBRARY_IMPL(fastgen, CUDA, m) {
+FASTGEN_CUDA_OPS(m) {
   using Ops = fastgen::RandomOps<&fastgen::draw>;
   m.impl("random_bits", TORCH_BOX(&Ops::random_bits));
   m.impl("uniform", TORCH_BOX(&Ops::uniform));

@@ -14,11 +14,12 @@
 #include "../common/distributions.h"
 #include "../torch/reparameterize_ops.h"
 #include "check.h"
+#include "device.h"
 
 namespace fastgen {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int64_t kLongRow = 4096;
 
 enum class Deal { kFlat, kWarp, kBlock };
@@ -141,7 +142,7 @@ struct Backward {
 
 template <class T>
 __device__ T warp_sum(T value) {
-  for (int step = 16; step > 0; step /= 2) value = value + __shfl_xor_sync(0xffffffffu, value, step);
+  for (int step = 16; step > 0; step /= 2) value = value + shuffle_xor(value, step);
   return value;
 }
 
@@ -178,11 +179,11 @@ __global__ void __launch_bounds__(kThreads) reparameterize_kernel(Op op, const i
     if (Op::kSums) {
       sum = warp_sum(sum);
       if (kDeal == Deal::kBlock) {
-        __shared__ T parts[kThreads / 32];
+        T* parts = reinterpret_cast<T*>(dynamic_shared());  // [kWarps]
         if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
-        __syncthreads();
-        sum = warp_sum(threadIdx.x % 32 < kThreads / 32 ? parts[threadIdx.x % 32] : T(0));
-        __syncthreads();
+        block_barrier();
+        sum = warp_sum(threadIdx.x % 32 < kWarps ? parts[threadIdx.x % 32] : T(0));
+        block_barrier();
       }
       if (member == 0) op.finish(row, sum);
     }
@@ -190,21 +191,21 @@ __global__ void __launch_bounds__(kThreads) reparameterize_kernel(Op op, const i
 }
 
 template <class Op>
-void launch(const Op& op, const int64_t* seed_offset, cudaStream_t stream) {
+void launch_by_rows(const Op& op, const int64_t* seed_offset, cudaStream_t stream) {
+  using T = typename Op::T;
   const Shape& shape = op.p.shape;
   constexpr int64_t kMaxGrid = 132 * 16;  // about two waves of an H100; the rest by striding
-  const auto grid = [&](int64_t threads) {
-    return unsigned(std::max<int64_t>(1, std::min<int64_t>(ceil_div(threads, kThreads), kMaxGrid)));
+  const auto run = [&](auto kernel, int64_t threads, size_t shared) {
+    const auto grid = unsigned(std::max<int64_t>(1, std::min<int64_t>(ceil_div(threads, kThreads), kMaxGrid)));
+    launch(kernel, grid, kThreads, shared, stream, op, seed_offset);
   };
   if (!Op::kSums && shape.rows == 1) {
-    reparameterize_kernel<Deal::kFlat>
-        <<<grid(ceil_div(shape.inner, Work<typename Op::T>::kPerBlock) + 1), kThreads, 0, stream>>>(op, seed_offset);
+    run(reparameterize_kernel<Deal::kFlat, Op>, ceil_div(shape.inner, Work<T>::kPerBlock) + 1, 0);
   } else if (shape.inner <= kLongRow) {
-    reparameterize_kernel<Deal::kWarp><<<grid(shape.rows * 32), kThreads, 0, stream>>>(op, seed_offset);
+    run(reparameterize_kernel<Deal::kWarp, Op>, shape.rows * 32, 0);
   } else {
-    reparameterize_kernel<Deal::kBlock><<<grid(shape.rows * kThreads), kThreads, 0, stream>>>(op, seed_offset);
+    run(reparameterize_kernel<Deal::kBlock, Op>, shape.rows * kThreads, Op::kSums ? kWarps * sizeof(T) : 0);
   }
-  FASTGEN_CUDA_CHECK(cudaGetLastError());
 }
 
 struct CudaReparameterize {
@@ -220,9 +221,9 @@ struct CudaReparameterize {
     by_dtype(p.dtype, [&](auto storage) {
       using Storage = decltype(storage);
       if (p.kl != nullptr) {
-        launch(Forward<Storage, true>{p}, pointer, stream);
+        launch_by_rows(Forward<Storage, true>{p}, pointer, stream);
       } else {
-        launch(Forward<Storage, false>{p}, pointer, stream);
+        launch_by_rows(Forward<Storage, false>{p}, pointer, stream);
       }
     });
   }
@@ -232,7 +233,7 @@ struct CudaReparameterize {
     Tensor keep;
     const int64_t* pointer = p.grad_z.data != nullptr ? seed_offset_pointer(seed_offset, keep) : nullptr;
     const cudaStream_t stream = current_stream(like);
-    by_dtype(p.dtype, [&](auto storage) { launch(Backward<decltype(storage)>{p}, pointer, stream); });
+    by_dtype(p.dtype, [&](auto storage) { launch_by_rows(Backward<decltype(storage)>{p}, pointer, stream); });
   }
 
  private:
@@ -250,7 +251,7 @@ struct CudaReparameterize {
 }  // namespace
 }  // namespace fastgen
 
-STABLE_TORCH_LIBRARY_IMPL(fastgen, CUDA, m) {
+FASTGEN_CUDA_OPS(m) {
   using Ops = fastgen::ReparameterizeOps<fastgen::CudaReparameterize>;
   m.impl("reparameterize", TORCH_BOX(&Ops::reparameterize));
   m.impl("reparameterize_backward", TORCH_BOX(&Ops::reparameterize_backward));

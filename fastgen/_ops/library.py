@@ -21,10 +21,15 @@ library = torch.library.Library("fastgen", "DEF")
 
 
 def register(schemas: dict[str, str], plain: ModuleType, fakes: dict[str, Callable[..., Any]]) -> None:
-    """Define ops by schema, with their functions in plain PyTorch and their shapes, each by the op's name."""
+    """Define ops by schema, with their functions in plain PyTorch and their shapes, each by the op's name.
+
+    The overload `plain` is the function in plain PyTorch on every device: where the kernels of one (CUDA's) do not take
+    all that the op may be given, they hand the rest to it.
+    """
     for name, schema in schemas.items():
-        library.define(name + schema)
-        library.impl(name, getattr(plain, name), "CompositeExplicitAutograd")
+        for op in (name, f"{name}.plain"):
+            library.define(op + schema)
+            library.impl(op, getattr(plain, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastgen::{name}", fakes[name], lib=library)
     SCHEMAS.update(schemas)
 

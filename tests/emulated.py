@@ -1,0 +1,61 @@
+"""The CUDA kernels on the emulated device (tests/cuda/emulator), as the ops of `torch.ops.fastgen_emulated`.
+
+Their sources, compiled as C++, take tensors of the CPU: what they compute, where they read and write, and whether
+barriers are missing can be tested without a GPU. What a GPU's compiler and memory make of them cannot.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from support import build, setup_script
+
+from fastgen._ops import SCHEMAS
+
+_LIBRARY = torch.library.Library("fastgen_emulated", "DEF")
+
+
+@functools.cache
+def _load(cache: Path) -> ctypes.CDLL:
+    script = setup_script()
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DFASTGEN_EMULATED"]
+    flags += [script["TARGET"], "-Itests/cuda/emulator", "-isystem", str(torch_folder / "include")]
+    units = [[*flags, "-x", "c++", source] for source in (*script["CUDA_SOURCES"], "tests/cuda/emulator/emulator.cpp")]
+    link = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    for name, schema in SCHEMAS.items():
+        _LIBRARY.define(name + schema)
+    path = build(cache, "emulated.so", units, link)
+    torch.ops.load_library(str(path))
+    library = ctypes.CDLL(str(path))
+    library.fastgen_emulated_launches.restype = ctypes.c_int64
+    library.fastgen_emulated_device.argtypes = (ctypes.c_int, ctypes.c_int64)
+    return library
+
+
+class Emulated:
+    """The emulated device."""
+
+    def __init__(self, cache: Path) -> None:
+        self._library = _load(cache)
+
+    @property
+    def launches(self) -> int:
+        """Kernels that have been launched so far."""
+        return self._library.fastgen_emulated_launches()
+
+    def resize(self, multiprocessors: int = 4, shared_limit: int = 227 * 1024) -> None:
+        """How many multiprocessors kernels are told of, and the bytes of shared memory that a block may have."""
+        self._library.fastgen_emulated_device(multiprocessors, shared_limit)
+
+
+def load(cache: Path) -> Emulated:
+    """The emulated device, its library compiled where `cache` does not have it; skips the test where it cannot be."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("the emulated device switches stacks in the assembly of x86-64")
+    return Emulated(cache)
