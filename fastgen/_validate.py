@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["boolean", "choice", "integer", "integers", "number"]
+from fastgen._dtypes import dtype_name
+
+__all__ = ["boolean", "choice", "floats", "integer", "integers", "number", "tensor"]
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
@@ -56,6 +58,19 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     if value not in names:
         raise ValueError(f"{name}: expected one of {', '.join(names)}, got {value!r}")
     return str(value)
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    return value
+
+
+def floats(name: str, value: Any) -> Tensor:
+    """A tensor of floating-point values."""
+    if not tensor(name, value).is_floating_point():
+        raise TypeError(f"{name}: expected floating-point values, got {dtype_name(value.dtype)}")
+    return value
 
 
 def _is_integer(value: Any) -> bool:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import fastgen._ops  # noqa: F401  registers torch.ops.fastgen
+from fastgen._dtypes import dtype_name
 from fastgen.reference.random import philox4x32
 
 __all__ = [
@@ -230,8 +231,8 @@ def _dtype(
 ) -> torch.dtype:
     dtype = dtype or default or torch.get_default_dtype()
     if dtype not in allowed:
-        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"dtype: expected one of {names}, got {str(dtype).removeprefix('torch.')}")
+        names = ", ".join(dtype_name(d) for d in allowed)
+        raise TypeError(f"dtype: expected one of {names}, got {dtype_name(dtype)}")
     return dtype
 
 
@@ -286,13 +287,13 @@ def uniform(
     dtype = _dtype(dtype, _FLOATS)
     limit = torch.finfo(dtype).max
     if not (-limit <= low < high <= limit and high - low <= limit):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         raise ValueError(
             f"low, high: expected low < high, each and their distance finite in {name}, got {low} and {high}"
         )
     first = _round_up(float(low), dtype)
     if not first < high:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         raise ValueError(f"low, high: expected a number of {name} in [low, high), got {low} and {high}")
     seed_offset, shape = _resolve(size, generator, device)
     return torch.ops.fastgen.uniform(seed_offset, shape, dtype, first, float(high))

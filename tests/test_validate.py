@@ -57,6 +57,16 @@ def test_booleans_and_choices() -> None:
         _validate.choice("cell", "rnn", ("lstm", "gru"))
 
 
+def test_tensors_and_their_dtypes() -> None:
+    x = torch.zeros(2, dtype=torch.bfloat16)
+    assert _validate.tensor("x", x) is _validate.floats("x", x) is x
+    for check in (_validate.tensor, _validate.floats):
+        with pytest.raises(TypeError, match=r"^x: expected a tensor, got list$"):
+            check("x", [0.0])
+    with pytest.raises(TypeError, match=r"^x: expected floating-point values, got int64$"):
+        _validate.floats("x", torch.zeros(2, dtype=torch.int64))
+
+
 def test_they_need_no_layer_above() -> None:
     program = "import sys, fastgen._validate; print([n for n in sys.modules if n.startswith('fastgen.models')])"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

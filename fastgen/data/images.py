@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen._dtypes import dtype_name
 from fastgen.data._folder import visible_files
 from fastgen.data._split import held_out
 from fastgen.random import Generator, permutation
@@ -77,13 +78,13 @@ class ImageSet:
         if images.dtype != torch.uint8 or images.dim() != 4 or images.numel() == 0:
             raise ValueError(
                 f"images: expected a uint8 tensor (N, C, H, W) that is not empty, "
-                f"got {_dtype_name(images.dtype)} {tuple(images.shape)}"
+                f"got {dtype_name(images.dtype)} {tuple(images.shape)}"
             )
         if labels is not None:
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
                 raise ValueError(
                     f"labels: expected an int64 tensor of shape ({len(images)},), "
-                    f"got {_dtype_name(labels.dtype)} {tuple(labels.shape)}"
+                    f"got {dtype_name(labels.dtype)} {tuple(labels.shape)}"
                 )
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= len(self.classes):
@@ -187,10 +188,6 @@ def _apportion(sizes: Tensor, count: int) -> Tensor:
 
 def _count(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgen._dtypes import dtype_name
 from fastgen.data._split import held_out
 from fastgen.data.streams import Streams
 from fastgen.random import Generator, normal
@@ -50,7 +51,7 @@ class SeriesSet:
     def __post_init__(self) -> None:
         values = self.values
         if values.dim() != 2 or values.numel() == 0 or values.dtype != torch.float32:
-            dtype = str(values.dtype).removeprefix("torch.")
+            dtype = dtype_name(values.dtype)
             raise ValueError(f"values: expected float32 (T, F), neither of them 0, got {dtype} {tuple(values.shape)}")
         if not bool(torch.isfinite(values).all()):
             step, column = (~torch.isfinite(values)).nonzero()[0].tolist()

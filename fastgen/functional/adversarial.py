@@ -122,8 +122,8 @@ def gradient_penalty(
         TypeError, ValueError: for an argument that does not fit, naming it.
     """
     _validate.number("target", target, minimum=0)
-    _check_floats("real", real)
-    _check_floats("fake", fake)
+    _validate.floats("real", real)
+    _validate.floats("fake", fake)
     if fake.shape != real.shape:
         raise ValueError(f"fake: expected the shape of real, {tuple(real.shape)}, got {tuple(fake.shape)}")
     u = _uniform(real, (), generator, noise).view(-1, *(1,) * (real.dim() - 1))
@@ -149,7 +149,7 @@ def zero_centered_gradient_penalty(discriminator: Callable[[Tensor], Tensor], x:
     Raises:
         TypeError: for an x that is no float tensor.
     """
-    _check_floats("x", x)
+    _validate.floats("x", x)
     x = x.detach().requires_grad_()
     return 0.5 * squared_gradient_norms(discriminator(x), x).mean()
 
@@ -202,7 +202,7 @@ def diff_augment(
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
     """
-    _check_floats("x", x)
+    _validate.floats("x", x)
     policies = _policies(policy, x.dim())
     noise = _uniform(x, (sum(size for _, size in policies),), generator, noise)
     used = 0
@@ -286,7 +286,7 @@ def _uniform(x: Tensor, columns: tuple[int, ...], generator: AnyGenerator, noise
         return uniform(*shape, generator=generator, dtype=torch.float32, device=x.device)
     if generator is not None:
         raise ValueError("generator: expected None where noise is given, got both")
-    _check_floats("noise", noise)
+    _validate.floats("noise", noise)
     if noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
     return noise
@@ -303,15 +303,7 @@ def _rows(gradient: Tensor) -> Tensor:
 
 
 def _logits(name: str, value: Tensor) -> Tensor:
-    _check_floats(name, value)
-    return at_least_float32(value)
-
-
-def _check_floats(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected floating-point values, got {str(value.dtype).removeprefix('torch.')}")
+    return at_least_float32(_validate.floats(name, value))
 
 
 def _check_pairs(real: Tensor, fake: Tensor) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen._dtypes import dtype_name
 from fastgen._ops import attention as ops
-from fastgen._validate import choice, integer, number
+from fastgen._validate import choice, integer, number, tensor
 from fastgen.random import AnyGenerator, seed_offset_for
 from fastgen.reference._work import work_dtype
 
@@ -188,10 +189,8 @@ def _fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 
 def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {_name(x.dtype)}")
+        if tensor(name, x).dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {dtype_name(x.dtype)}")
         if x.device != query.device:
             raise ValueError(f"{name}: expected a tensor on {query.device} as query is, got one on {x.device}")
         if x.dim() < 2:
@@ -206,7 +205,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
         query, key, value = (x if x.dtype is torch.float64 else x.to(dtype) for x in (query, key, value))
     for name, x in (("key", key), ("value", value)):
         if x.dtype is not query.dtype:
-            raise TypeError(f"{name}: expected {_name(query.dtype)} as query is, got {_name(x.dtype)}")
+            raise TypeError(f"{name}: expected {dtype_name(query.dtype)} as query is, got {dtype_name(x.dtype)}")
     return query, key, value
 
 
@@ -250,11 +249,9 @@ def _four_dimensional(
 
 def _mask(mask: Tensor, query: Tensor, leading: tuple[int, ...], keys: int) -> Tensor:
     """The mask in four dimensions, of sizes 1 or those of the scores."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask: expected a tensor, got {type(mask).__name__}")
-    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
-        allowed = " or ".join(dict.fromkeys(("bool", _name(query.dtype), "float32")))
-        raise TypeError(f"attn_mask: expected {allowed}, got {_name(mask.dtype)}")
+    if tensor("attn_mask", mask).dtype not in (torch.bool, query.dtype, torch.float32):
+        allowed = " or ".join(dict.fromkeys(("bool", dtype_name(query.dtype), "float32")))
+        raise TypeError(f"attn_mask: expected {allowed}, got {dtype_name(mask.dtype)}")
     if mask.device != query.device:
         raise ValueError(f"attn_mask: expected a tensor on {query.device} as query is, got one on {mask.device}")
     scores, size = (*leading, query.shape[2], keys), mask.shape
@@ -274,7 +271,7 @@ def _mask(mask: Tensor, query: Tensor, leading: tuple[int, ...], keys: int) -> T
 def _slopes(slopes: Tensor, query: Tensor, leading: tuple[int, ...]) -> Tensor:
     """The slopes as (H,) or (B, H), in the dtype that the op takes."""
     if not isinstance(slopes, Tensor) or not slopes.is_floating_point():
-        got = _name(slopes.dtype) if isinstance(slopes, Tensor) else type(slopes).__name__
+        got = dtype_name(slopes.dtype) if isinstance(slopes, Tensor) else type(slopes).__name__
         raise TypeError(f"alibi_slopes: expected a floating tensor, got {got}")
     batch, heads = query.shape[:2]
     if slopes.shape not in ((heads,), leading):
@@ -321,7 +318,9 @@ def _sequences(
 
 def _check_boundaries(name: str, cu: Tensor, of: str, length: int) -> None:
     if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or not cu.is_cpu:
-        got = f"{_name(cu.dtype)} {tuple(cu.shape)} on {cu.device}" if isinstance(cu, Tensor) else type(cu).__name__
+        got = type(cu).__name__
+        if isinstance(cu, Tensor):
+            got = f"{dtype_name(cu.dtype)} {tuple(cu.shape)} on {cu.device}"
         raise ValueError(f"{name}: expected int32 or int64 of shape (N + 1,) on the CPU, got {got}")
     if torch.compiler.is_compiling():
         return  # a graph cannot depend on its values
@@ -358,7 +357,3 @@ def _nested(query: Tensor, key: Tensor, value: Tensor, *args: Any, return_lse: b
     )
     out, lse = (torch.nested.nested_tensor_from_jagged(x, offsets[0], jagged_dim=2) for x in results)
     return (out, lse) if return_lse else out
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

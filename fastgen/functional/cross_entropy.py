@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgen import _validate
+from fastgen._dtypes import dtype_name
 from fastgen._ops.library import plain_only
 from fastgen._ops.linear import linear, product
 from fastgen.reference._work import work_dtype
@@ -76,7 +77,7 @@ def _check(
 ) -> None:
     _validate.choice("reduction", reduction, _REDUCTIONS)
     if not input.is_floating_point() or input.dim() < 2:
-        raise ValueError(f"input: expected floats (..., D), got {_dtype(input)} {tuple(input.shape)}")
+        raise ValueError(f"input: expected floats (..., D), got {dtype_name(input.dtype)} {tuple(input.shape)}")
     if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or weight.shape[0] == 0:
         raise ValueError(f"weight: expected shape (V, {input.shape[-1]}), V at least 1, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -84,9 +85,10 @@ def _check(
     if not torch.is_autocast_enabled(input.device.type):
         for name, value in (("weight", weight), ("bias", bias)):
             if value is not None and value.dtype != input.dtype:
-                raise TypeError(f"{name}: expected {_dtype(input)} as input is, got {_dtype(value)}")
+                expected, got = dtype_name(input.dtype), dtype_name(value.dtype)
+                raise TypeError(f"{name}: expected {expected} as input is, got {got}")
     if target.dtype != torch.int64:
-        raise TypeError(f"target: expected int64, got {_dtype(target)}")
+        raise TypeError(f"target: expected int64, got {dtype_name(target.dtype)}")
     if target.shape != input.shape[:-1]:
         raise ValueError(f"target: expected shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
     if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling() and not plain_only():
@@ -202,7 +204,3 @@ def _chunked(
 def _is_one(grad: Tensor) -> bool:
     """Whether a factor can be left out; asked only where the answer is at hand."""
     return grad.device.type == "cpu" and not torch.compiler.is_compiling() and float(grad) == 1.0
-
-
-def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")

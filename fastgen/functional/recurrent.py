@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen import _validate
+from fastgen._dtypes import dtype_name
 from fastgen._ops import recurrent as ops
 from fastgen._ops.recurrent import Mode
 from fastgen.random import AnyGenerator, seed_offset_for
@@ -531,12 +533,8 @@ def _described(value: Any) -> str:
 
 
 def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in _DTYPES:
-        raise ValueError(
-            f"{name}: expected float32, float64, bfloat16 or float16, got {str(value.dtype).removeprefix('torch.')}"
-        )
+    if _validate.tensor(name, value).dtype not in _DTYPES:
+        raise ValueError(f"{name}: expected float32, float64, bfloat16 or float16, got {dtype_name(value.dtype)}")
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...], input: Tensor) -> None:

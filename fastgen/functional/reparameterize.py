@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgen import _validate
+from fastgen._dtypes import dtype_name
 from fastgen._ops import reparameterize as ops
 from fastgen.random import AnyGenerator, fresh_seed_offset, seed_offset_for
 
@@ -14,12 +16,8 @@ _DTYPES = _FULL + _HALVES
 
 
 def _check(name: str, value: Tensor, mu: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name}: expected float32, float64, bfloat16 or float16, got {str(value.dtype).removeprefix('torch.')}"
-        )
+    if _validate.tensor(name, value).dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {dtype_name(value.dtype)}")
     if value.device != mu.device:
         raise ValueError(f"{name}: expected a tensor on {mu.device} as mu is, got one on {value.device}")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen._dtypes import dtype_name
 from fastgen.models._pretrained import WEIGHTS_FILE, existing, parse_json, read_tensors
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def to_huggingface(config: GPTConfig, state: Mapping[str, Tensor]) -> tuple[dict
             "rope_theta": config.rope_theta,
             "rope_scaling": rope if config.rope_scaling is not None else None,
         }
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    dtype = dtype_name(next(iter(state.values())).dtype)
     # No token of theirs: which ends a text is the tokenizer's to say.
     fields |= {"model_type": model_type, "dtype": dtype, "bos_token_id": None, "eos_token_id": None}
     tensors: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import fastgen.nn as nn
 from fastgen import _validate
+from fastgen._dtypes import dtype_name
 from fastgen.random import AnyGenerator, Generator
 
 __all__ = [
@@ -17,7 +18,6 @@ __all__ = [
     "ConditionalLinear",
     "Labels",
     "check_data",
-    "check_tensor",
     "conv_channels",
     "may_look_at",
     "no_channels",
@@ -88,21 +88,15 @@ def pyramid(shape: tuple[int, ...], channels: Sequence[int]) -> list[tuple[int, 
     return shapes
 
 
-def check_tensor(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-
-
 def check_data(
     name: str, x: Tensor, shape: tuple[int, ...], data_range: tuple[float, float] | None, reason: str = ""
 ) -> None:
     """That `x` is (B, *shape), floating-point and, where that can be seen at no cost, in the range."""
-    check_tensor(name, x)
+    _validate.tensor(name, x)
     if x.shape[1:] != shape or x.dim() == 0:
         expected = ", ".join(str(extent) for extent in ("B", *shape))
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected floating-point values, got {str(x.dtype).removeprefix('torch.')}")
+    _validate.floats(name, x)
     if data_range is not None and may_look_at(x) and x.numel():
         least, greatest = data_range
         low, high = (float(value) for value in torch.aminmax(x.detach()))
@@ -128,7 +122,7 @@ def one_hot(labels: Labels, batch: int, num_classes: int, like: Tensor) -> Tenso
     except (TypeError, ValueError):
         raise TypeError(f"labels: expected ints, got {labels!r}") from None
     if labels.dtype not in _INTEGERS:
-        raise TypeError(f"labels: expected ints, got {str(labels.dtype).removeprefix('torch.')}")
+        raise TypeError(f"labels: expected ints, got {dtype_name(labels.dtype)}")
     if labels.shape != (batch,):
         raise ValueError(f"labels: expected shape ({batch},), got {tuple(labels.shape)}")
     if may_look_at(labels) and batch:

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fastgen import _validate, reference
+from fastgen._dtypes import dtype_name
 from fastgen.models._pretrained import read_tensors, write_tensors
 from fastgen.reference.generate import Status
 from fastgen.tokenizers import Tokenizer
@@ -248,7 +249,7 @@ class _TokenPrompts:
             except ValueError as error:
                 raise ValueError(f"prompt: {error}") from None
         if item.dtype not in (torch.int64, torch.int32) or item.dim() != 1:
-            dtype = str(item.dtype).removeprefix("torch.")
+            dtype = dtype_name(item.dtype)
             raise TypeError(f"prompt: expected int64 tokens (L,) a row, got {dtype} {tuple(item.shape)}")
         if item.numel() and not 0 <= int(item.min()) <= int(item.max()) < model.vocab_size:
             wrong = int(item.min()) if int(item.min()) < 0 else int(item.max())
@@ -514,7 +515,7 @@ def generate_values(
         )
     for item in prompts:
         if not item.is_floating_point() or item.dim() != 2 or item.shape[1] != features:
-            dtype = str(item.dtype).removeprefix("torch.")
+            dtype = dtype_name(item.dtype)
             raise ValueError(f"prompt: expected floats (T, {features}) a row, got {dtype} {tuple(item.shape)}")
         if not bool(torch.isfinite(item).all()):
             raise ValueError("prompt: expected finite values, got NaN or infinity")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from fastgen import _validate
+from fastgen._dtypes import dtype_name
 from fastgen.models._pretrained import Folder, PretrainedConfig, PretrainedModel
 from fastgen.models._sampling import (
     Generation,
@@ -157,10 +159,8 @@ class TextModel(PretrainedModel):
             raise ValueError(f"{name}: expected {self.vocab_size} tokens as the model has, got {self.tokenizer!r}")
 
     def _check_tokens(self, name: str, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name}: expected int64 or int32 tokens, got {str(x.dtype).removeprefix('torch.')}")
+        if _validate.tensor(name, x).dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: expected int64 or int32 tokens, got {dtype_name(x.dtype)}")
         if x.dim() != 2 or x.numel() == 0:
             raise ValueError(f"{name}: expected shape (B, T), neither of them 0, got {tuple(x.shape)}")
         # Not on a device that would have to be waited for, nor while it is traced.

@@ -26,14 +26,13 @@ from typing_extensions import Self
 
 import fastgen.nn as nn
 from fastgen import _validate
-from fastgen._dtypes import at_least_float32
+from fastgen._dtypes import at_least_float32, dtype_name
 from fastgen.functional import adversarial
 from fastgen.models._gan_networks import NORMALIZATIONS, discriminator_of, generator_of
 from fastgen.models._layers import (
     ACTIVATIONS,
     Labels,
     check_data,
-    check_tensor,
     conv_channels,
     no_channels,
     noise_source,
@@ -391,7 +390,7 @@ class GAN(PretrainedModel):
         """
         _validate.number("decay", decay, minimum=0, below=1)
         if self.dtype in (torch.bfloat16, torch.float16):  # whose numbers lie further apart than an average moves
-            name = str(self.dtype).removeprefix("torch.")
+            name = dtype_name(self.dtype)
             raise TypeError(f"generator: expected float32 or float64 weights to average, got {name}; use autocast")
         weight = (10 / (10 + self.ema_updates.double())).clamp_min(1 - decay)  # no wait for a device
         now = [*self.generator.parameters(), *self.generator.buffers()]
@@ -557,7 +556,7 @@ class GAN(PretrainedModel):
         check_data(name, x, self.config.input_shape, self.config.data_range, " (data_range)")
 
     def _check_latents(self, name: str, z: Tensor) -> None:
-        check_tensor(name, z)
+        _validate.tensor(name, z)
         if z.dim() != 2 or z.shape[1] != self.config.latent_dim:
             raise ValueError(f"{name}: expected shape (B, {self.config.latent_dim}), got {tuple(z.shape)}")
 

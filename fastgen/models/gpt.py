@@ -29,6 +29,7 @@ from typing_extensions import Self
 
 import fastgen.nn as nn
 from fastgen import _validate
+from fastgen._dtypes import dtype_name
 from fastgen._ops.library import plain_only
 from fastgen.functional import linear, linear_cross_entropy, scaled_dot_product_attention
 from fastgen.models._cached import CachedRows, GPTState, LayerPass
@@ -446,9 +447,7 @@ class GPT(TextModel):
         return _dropout(x, p) if self.training and p > 0 else x
 
     def _check_targets(self, input_ids: Tensor, targets: Tensor) -> None:
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
-        if targets.shape != input_ids.shape:
+        if _validate.tensor("targets", targets).shape != input_ids.shape:
             raise ValueError(
                 f"targets: expected the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}"
             )
@@ -591,4 +590,4 @@ def _dropout(x: Tensor, p: float) -> Tensor:
 def _kind(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"{dtype_name(value.dtype)} {tuple(value.shape)}"

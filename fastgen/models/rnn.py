@@ -26,7 +26,7 @@ from typing_extensions import Self
 
 import fastgen.nn as nn
 from fastgen import _validate, functional
-from fastgen._dtypes import at_least_float32
+from fastgen._dtypes import at_least_float32, dtype_name
 from fastgen.models._pretrained import PretrainedConfig
 from fastgen.models._sampling import (
     Generation,
@@ -417,26 +417,21 @@ class RNN(TextModel):
         if self.is_text:
             self._check_tokens(name, x)
             return
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected floating-point values, got {_dtype_name(x)}")
+        _validate.floats(name, x)
         if x.dim() != 3 or x.shape[2] != self.config.input_size or x.numel() == 0:
             raise ValueError(
                 f"{name}: expected shape (B, T, {self.config.input_size}), none of them 0, got {tuple(x.shape)}"
             )
 
     def _check_targets(self, inputs: Tensor, targets: Tensor) -> None:
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
-        if targets.shape != inputs.shape:
+        if _validate.tensor("targets", targets).shape != inputs.shape:
             raise ValueError(
                 f"targets: expected the shape of inputs, {tuple(inputs.shape)}, got {tuple(targets.shape)}"
             )
         if self.is_text and targets.dtype != torch.int64:
-            raise TypeError(f"targets: expected int64 tokens, got {_dtype_name(targets)}")
-        if not self.is_text and not targets.is_floating_point():
-            raise TypeError(f"targets: expected floating-point values, got {_dtype_name(targets)}")
+            raise TypeError(f"targets: expected int64 tokens, got {dtype_name(targets.dtype)}")
+        if not self.is_text:
+            _validate.floats("targets", targets)
 
 
 class _TokenHead(nn.Module):
@@ -499,7 +494,3 @@ def detach_state(state: State) -> State:
     if isinstance(state, tuple):
         return state[0].detach(), state[1].detach()
     return state.detach()
-
-
-def _dtype_name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")

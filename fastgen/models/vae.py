@@ -32,7 +32,6 @@ from fastgen.models._layers import (
     ConditionalLinear,
     Labels,
     check_data,
-    check_tensor,
     conv_channels,
     no_channels,
     noise_source,
@@ -242,7 +241,7 @@ class VAE(PretrainedModel):
 
     def decode(self, z: Tensor, labels: Labels = None) -> Tensor:
         """(B, *input_shape): the means of p(x | z) for z (B, latent_dim)."""
-        check_tensor("z", z)
+        _validate.tensor("z", z)
         if z.dim() != 2 or z.shape[1] != self.config.latent_dim:
             raise ValueError(f"z: expected shape (B, {self.config.latent_dim}), got {tuple(z.shape)}")
         return _means(self._decode(z, self._condition(labels, len(z))), self.config.likelihood)
