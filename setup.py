@@ -7,7 +7,7 @@ every torch from 2.10 on. Only torch's headers and `libtorch_cpu.so` are needed,
 Environment:
     FASTGEN_NO_EXT=1              no compilation: the pure-Python package, equal results, slower
     FASTGEN_BUILD_CUDA=auto|0|1   CUDA kernels if nvcc is found | never | or fail (default auto)
-    TORCH_CUDA_ARCH_LIST          architectures, as PyTorch reads it (default "8.0;9.0;10.0+PTX")
+    TORCH_CUDA_ARCH_LIST          architectures, as PyTorch reads it (default "8.0;9.0+PTX")
     FASTGEN_CXXFLAGS              more flags for every C++ source (sanitizers, debugging)
     CXX, CUDA_HOME, MAX_JOBS      as usual
 """
@@ -48,6 +48,8 @@ SOURCE_FLAGS = {
 }
 CPU_SOURCES = [s for s in SOURCE_FLAGS if X86 or "avx" not in s]
 TORCH_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))
+# The CUDA sources that promise the same bits as the CPU.
+WITHOUT_CONTRACTION = ("csrc/cuda/random.cu", "csrc/cuda/reparameterize.cu")
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
@@ -103,7 +105,7 @@ def cuda_architectures(nvcc_path: str) -> tuple[list[str], list[str]]:
     listed = subprocess.run([nvcc_path, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     able = {int(n) for n in re.findall(r"compute_(\d+)\b", listed)}
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    names = re.split(r"[;\s]+", (asked or "8.0;9.0;10.0+PTX").strip())
+    names = re.split(r"[;\s]+", (asked or "8.0;9.0+PTX").strip())
     kept, flags = [], []
     for name in names:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
@@ -210,7 +212,8 @@ class BuildLibraries(build_ext):
         if source.endswith(".cu"):
             path = nvcc()
             _, gencode = cuda_architectures(path)
-            device = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler", ",".join([*common[1:3], "-Wall"])]
+            contract = "false" if source in WITHOUT_CONTRACTION else "true"
+            device = ["-std=c++20", "-O3", f"-fmad={contract}", "-Xcompiler", ",".join([*common[1:3], "-Wall"])]
             defines = [TARGET, "-DUSE_CUDA", f'-DFASTGEN_TORCH_BUILT="{self.version}"']  # objects follow torch
             return [path, *device, "-ccbin", self.cxx[-1], *gencode, *defines, "-isystem", headers]
         if source in SOURCE_FLAGS:

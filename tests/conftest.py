@@ -12,6 +12,8 @@ import pytest
 import torch
 from support import ISAS, build, setup_script
 
+import fastgen
+
 # The same examples every time, and no deadline: the machines that run the tests are shared.
 hypothesis.settings.register_profile("fastgen", deadline=None, derandomize=True, print_blob=True, database=None)
 hypothesis.settings.load_profile("fastgen")
@@ -46,6 +48,17 @@ def cpp_cache(request: pytest.FixtureRequest) -> Path:
 def emulated(cpp_cache: Path) -> emulation.Emulated:
     """The CUDA kernels on the emulated device."""
     return emulation.load(cpp_cache)
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def gpu(request: pytest.FixtureRequest) -> emulation.Gpu:
+    """Each device that has the CUDA kernels: the emulated one and, where it is, a GPU."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+        return emulation.Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
+    if not (fastgen.build_info()["cuda"] and torch.cuda.is_available()):
+        pytest.skip(f"no CUDA kernels: {fastgen.build_info()['cuda_error'] or 'no device'}")
+    return emulation.Gpu(torch.device("cuda", torch.cuda.current_device()), torch.ops.fastgen)
 
 
 @pytest.fixture(scope="session")

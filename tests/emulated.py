@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,18 @@ class Emulated:
     def resize(self, multiprocessors: int = 4, shared_limit: int = 227 * 1024) -> None:
         """How many multiprocessors kernels are told of, and the bytes of shared memory that a block may have."""
         self._library.fastgen_emulated_device(multiprocessors, shared_limit)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Where the CUDA kernels run: the device of their tensors, and the namespace of their ops."""
+
+    device: torch.device
+    ops: Any
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device, in the same memory order."""
+        return tensor.to(self.device)
 
 
 def load(cache: Path) -> Emulated:
