@@ -168,7 +168,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const Args&... args) {
   detail::allow_shared(kernel, shared);
-  kernel<<<grid, block, shared, stream> > >(args...);
+  // clang-format off
+  kernel<<<grid, block, shared, stream>>>(args...);
+  // clang-format on
   FASTGEN_CUDA_CHECK(cudaGetLastError());
 }
 
