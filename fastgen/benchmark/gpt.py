@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,28 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgen.benchmark.case import COMPILED, EAGER, OURS, ProductCase, WrongResult, compiled
+from fastgen.benchmark.case import COMPILED, EAGER, OURS, compiled
+from fastgen.benchmark.language_model import LanguageModelCase
 from fastgen.models import GPT, GPTConfig
 
 __all__ = ["GPTCase", "cases"]
 
-_SEED = 20_190_214
-
 
 @dataclass(frozen=True, kw_only=True)
-class GPTCase(ProductCase):
-    """Forward pass, backward pass and AdamW of a GPT-2, on one batch.
-
-    The learning rate is 0: the optimiser does all its work, and every call starts from the same weights.
-
-    Shape: (B, T, V, D): rows, tokens of a row, vocabulary, hidden size.
+class GPTCase(LanguageModelCase):
+    """A GPT-2.
 
     Attributes:
-        dtype: float32, or bfloat16 for autocast over float32 weights.
         layers, heads: of the model.
     """
 
-    keeps_memory = True
+    seed = 20_190_214
 
     layers: int = 6
     heads: int = 6
@@ -42,13 +35,7 @@ class GPTCase(ProductCase):
         return f"gpt/{self.layers}layers+{self.heads}heads/training"
 
     @property
-    def elements(self) -> int:
-        """Tokens of the batch."""
-        return self.shape[0] * self.shape[1]
-
-    @property
     def _weights(self) -> int:
-        """Weights that every token is multiplied by."""
         *_, vocabulary, hidden = self.shape
         return (12 * self.layers * hidden + vocabulary) * hidden
 
@@ -57,37 +44,21 @@ class GPTCase(ProductCase):
         """Products with weights forward and in both gradients, and of attention what the causal mask leaves."""
         _, length, _, hidden = self.shape
         attention = self.layers * (length + 1) * hidden  # scores and values: 2 products of half the places
-        return 6 * self.elements * (self._weights + attention)
+        return super().flops + 6 * self.elements * attention
 
     @property
     def weights(self) -> tuple[int, int]:
-        return self._weights * 4, 3
-
-    @property
-    def bytes(self) -> int:
-        """Of the weights."""
-        return self._weights * 4
+        return self.bytes, 3
 
     def shrunk(self) -> GPTCase:
         return replace(self, shape=(2, 8, 16, 4 * self.heads), layers=2)
 
-    @property
-    def _config(self) -> GPTConfig:
+    def _new_model(self) -> GPT:
         _, length, vocabulary, hidden = self.shape
-        return GPTConfig(vocabulary, hidden, self.layers, self.heads, max_position_embeddings=length)
+        return GPT(GPTConfig(vocabulary, hidden, self.layers, self.heads, max_position_embeddings=length))
 
-    def _model(self) -> GPT:
-        """The model, of the same weights each time."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            return GPT(self._config)
-
-    def inputs(self) -> tuple[Tensor, ...]:
-        """Tokens and targets, (B, T) each."""
-        rows, length, vocabulary, _ = self.shape
-        draw = torch.Generator().manual_seed(_SEED)
-        window = torch.randint(vocabulary, (rows, length + 1), generator=draw)
-        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+    def _plain(self, model: GPT) -> PlainGPT:
+        return PlainGPT(model)
 
     def rivals(self) -> dict[str, Callable[..., Any]]:
         """All take tokens and targets and give the loss."""
@@ -98,33 +69,6 @@ class GPTCase(ProductCase):
             EAGER: self._step(plain[EAGER], plain[EAGER]),
             COMPILED: self._step(plain[COMPILED], compiled(plain[COMPILED])),
         }
-
-    def _step(self, model: nn.Module, loss_of: Callable[..., Any]) -> Callable[..., Tensor]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-
-        def step(*batch: Tensor) -> Tensor:
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                loss: Tensor = loss_of(*batch)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return step
-
-    def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
-        """The loss is within 64 roundings, of the dtype of the products, of that of plain PyTorch in float32."""
-        loss = float(function(*inputs))
-        expected = _expected_loss(self)
-        allowed = 64 * torch.finfo(self.dtype).eps * expected
-        if not abs(loss - expected) <= allowed:  # also a NaN
-            raise WrongResult(f"{self.name}, {rival}: loss {loss:.9g} instead of {expected:.9g}")
-
-
-@functools.lru_cache(maxsize=1)
-def _expected_loss(case: GPTCase) -> float:
-    with torch.no_grad():
-        return float(PlainGPT(case._model())(*case.inputs()))
 
 
 class PlainGPT(nn.Module):
