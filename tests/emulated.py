@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,29 @@ class Gpu:
     ops: Any
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device, in the same memory order."""
-        return tensor.to(self.device)
+        """The tensor on the device, with the same strides."""
+        return guarded(tensor) if self.ops is torch.ops.fastgen_emulated else tensor.to(self.device)
+
+
+_PROTECT = ctypes.CDLL(None, use_errno=True).mprotect
+_PROTECT.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the tensor and its whole storage, at most 15 bytes before a page that ends whoever touches it."""
+    storage = tensor.untyped_storage()
+    used = -(-storage.nbytes() // 16) * 16
+    room = (used // mmap.PAGESIZE + 1) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if _PROTECT(start + room, mmap.PAGESIZE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    # The tensor keeps the memory alive.
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=max(used, 1), offset=room - max(used, 1))
+    copy[: storage.nbytes()] = torch.empty(0, dtype=torch.uint8).set_(storage)
+    placed = torch.empty(0, dtype=tensor.dtype)
+    placed.set_(copy.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return placed.requires_grad_(tensor.requires_grad)
 
 
 def load(cache: Path) -> Emulated:

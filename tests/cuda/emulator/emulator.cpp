@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <random>
@@ -43,6 +44,7 @@ namespace fastgen::emulator {
 namespace {
 
 constexpr size_t kStack = 128 * 1024;
+constexpr unsigned char kPoison = 0xff;  // in every byte of a number: NaN
 
 int device_multiprocessors = 4;
 size_t device_shared_limit = 227 * 1024;
@@ -102,6 +104,10 @@ struct Block {
   int waiting = 0, running = 0;  // at the barrier; not yet through
   std::unique_ptr<Guarded> shared;
   size_t shared_bytes;
+
+  // It begins where 128 divides the address: up to 127 bytes lie between its end and the page behind.
+  unsigned char* shared_begin() const { return shared->end() - (shared_bytes + 127) / 128 * 128; }
+  unsigned char* shared_end() const { return shared_begin() + shared_bytes; }
 };
 
 class Run {
@@ -129,8 +135,8 @@ class Run {
       block.running = threads;
       block.warps.resize(size_t(threads / kLanes));
       block.shared = std::make_unique<Guarded>(shared_bytes);
-      block.shared_bytes = (shared_bytes + 127) / 128 * 128;  // it begins where 128 divides the address
-      std::fill(block.shared->end() - block.shared_bytes, block.shared->end(), 0xff);  // NaN in every dtype
+      block.shared_bytes = shared_bytes;
+      std::fill(block.shared_begin(), block.shared->end(), kPoison);
       for (int t = 0; t < threads; ++t) {
         auto& fibre = *fibres.emplace_back(std::make_unique<Fibre>());
         fibre.block = &block;
@@ -144,6 +150,10 @@ class Run {
     }
     remaining = int64_t(fibres.size());
     switch_to_next(&outside);
+    for (const auto& block : blocks) {
+      const auto untouched = [](unsigned char byte) { return byte == kPoison; };
+      if (!std::all_of(block->shared_end(), block->shared->end(), untouched)) error = "written behind shared memory";
+    }
     if (!error.empty()) throw std::runtime_error("emulated device: " + error);
   }
 
@@ -238,15 +248,13 @@ int lane() { return running->current->number % kLanes; }
 int multiprocessors() { return device_multiprocessors; }
 size_t shared_limit() { return device_shared_limit; }
 
-unsigned char* shared_memory() {
-  const Block& block = *running->current->block;
-  return block.shared->end() - block.shared_bytes;
-}
+unsigned char* shared_memory() { return running->current->block->shared_begin(); }
 
 void check_shared(const void* p, size_t bytes, size_t alignment) {
   const auto* at = static_cast<const unsigned char*>(p);
-  const unsigned char *begin = shared_memory(), *end = running->current->block->shared->end();
-  if (at < begin || at + bytes > end) running->fail("outside of shared memory, " + name(*running->current));
+  const Block& block = *running->current->block;
+  if (at < block.shared_begin() || at + bytes > block.shared_end())
+    running->fail("outside of shared memory, " + name(*running->current));
   if (reinterpret_cast<uintptr_t>(p) % alignment != 0) running->fail("misaligned, " + name(*running->current));
 }
 

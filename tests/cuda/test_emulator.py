@@ -1,0 +1,43 @@
+"""The emulated device runs kernels as CUDA would, and finds the faults it is there for."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import build
+
+FOUND = {
+    "reverse": "right",
+    "no barrier": "wrong result",
+    "copy": "right",
+    "no wait": "wrong result",
+    "half a barrier": "threads wait for others that do not come",
+    "two shuffles": "lanes of a warp at",
+    "behind shared": "outside of shared memory",
+    "write behind shared": "written behind shared memory",
+    "rounds": "right",
+    "no grid barrier": "wrong result",
+    "too many blocks": "more blocks than fit at once",
+    "nobody sets the flag": "nobody sets the flag",
+    "too much shared memory": "more shared memory than a block may have",
+    "product": "right",
+}
+
+
+@pytest.fixture(scope="module")
+def planted(cpp_cache: Path) -> Path:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("the emulated device switches stacks in the assembly of x86-64")
+    flags = ["-std=c++20", "-O1", "-Itests/cuda/emulator", "-DFASTGEN_EMULATED"]
+    units = [[*flags, f"tests/cuda/emulator/{name}.cpp"] for name in ("planted", "emulator")]
+    return build(cpp_cache, "planted", units, [])
+
+
+@pytest.mark.parametrize("kernel", FOUND)
+def test_what_becomes_of_a_kernel(planted, kernel):
+    done = subprocess.run([planted, kernel], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert FOUND[kernel] in done.stdout
