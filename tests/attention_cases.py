@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from unittest import mock
 
 import torch
+from emulated import Gpu
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +29,15 @@ def taking(path: str) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(ops, f"_{name}", getattr(reference, name)))
         else:
             stack.enter_context(_load.use_cpu_isa(path))
+        yield
+
+
+@contextlib.contextmanager
+def on(gpu: Gpu) -> Iterator[None]:
+    """Both attention ops by the CUDA kernels of this device."""
+    with contextlib.ExitStack() as stack:
+        for name in ops.SCHEMAS:
+            stack.enter_context(mock.patch.object(ops, f"_{name}", getattr(gpu.ops, name).default))
         yield
 
 
@@ -197,6 +207,25 @@ def outputs_and_gradients(function, leaves: list[Tensor], seed: int) -> list[Ten
         lse.detach(),
         *(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True)),
     ]
+
+
+def assert_no_worse(mine: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype, units: float = 0.5) -> None:
+    """Mean and largest error at most twice PyTorch's in the same dtype; in float32 also some units at most.
+
+    units: what is allowed besides in the mean; by itself the rounding of the result.
+    dtype: of the operands; lse and the gradient of the slopes stay in float32 beside half types.
+    """
+    finite = exact.isfinite()
+    assert torch.equal(finite, mine.isfinite())
+    mine, theirs, exact = mine[finite], theirs[finite], exact[finite]
+    if exact.numel() == 0:
+        return
+    unit = torch.finfo(mine.dtype).eps * float(exact.abs().max())
+    mine_off, theirs_off = ((y.double() - exact).abs() for y in (mine, theirs))
+    assert float(mine_off.mean()) <= 2 * float(theirs_off.mean()) + units * unit
+    assert float(mine_off.max()) <= 2 * float(theirs_off.max()) + 4 * unit  # one of many: partly luck
+    if dtype == torch.float32:
+        assert float(mine_off.max()) <= 64 * max(unit, torch.finfo(mine.dtype).eps)
 
 
 @st.composite

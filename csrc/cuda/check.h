@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <tuple>
+#include <utility>
 
 #include "../torch/tensor.h"
 
@@ -72,8 +73,11 @@ struct FromStack {
 template <class... Results>
 struct FromStack<std::tuple<Results...>> {
   static std::tuple<Results...> take(StableIValue* stack) {
-    size_t next = 0;
-    return std::tuple<Results...>{torch::stable::detail::to<Results>(stack[next++])...};  // in order, as it is braced
+    return take(stack, std::make_index_sequence<sizeof...(Results)>());
+  }
+  template <size_t... kIndex>
+  static std::tuple<Results...> take(StableIValue* stack, std::index_sequence<kIndex...>) {
+    return {torch::stable::detail::to<Results>(stack[kIndex])...};
   }
 };
 

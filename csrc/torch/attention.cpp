@@ -103,15 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
 
   p.rows = query.size(0) * p.heads * p.queries;
-  p.most_queries = p.queries;
-  p.most_keys = p.keys;
-  if (p.query_starts != nullptr) {
-    p.most_queries = p.most_keys = 0;
-    for (int64_t n = 0; n < p.batch; ++n) {
-      p.most_queries = std::max(p.most_queries, p.query_starts[n + 1] - p.query_starts[n]);
-      p.most_keys = std::max(p.most_keys, p.key_starts[n + 1] - p.key_starts[n]);
-    }
-  }
+  std::tie(p.most_queries, p.most_keys) = arguments.longest();
   // By shape alone: the order of sums must not depend on the threads.
   const int64_t heads = std::max<int64_t>(p.batch * p.kv_heads, 1);
   const int64_t wanted = (kUnitsWanted + heads - 1) / heads;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "tensor.h"
@@ -128,6 +129,17 @@ class Arguments {
     }
     params.first_units = first_units_.data();
     return first_units_.back();
+  }
+
+  // The most queries and the most keys of a sequence.
+  std::tuple<int64_t, int64_t> longest() const {
+    if (p.query_starts == nullptr) return {p.queries, p.keys};
+    int64_t queries = 0, keys = 0;
+    for (int64_t n = 0; n < p.batch; ++n) {
+      queries = std::max(queries, p.query_starts[n + 1] - p.query_starts[n]);
+      keys = std::max(keys, p.key_starts[n + 1] - p.key_starts[n]);
+    }
+    return {queries, keys};
   }
 
   // Multiply-adds of the two products, as if everything were seen.

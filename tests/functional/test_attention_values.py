@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import EXAMPLES, Case, boundaries, cases, outputs_and_gradients, taking
+from attention_cases import EXAMPLES, Case, assert_no_worse, boundaries, cases, outputs_and_gradients, taking
 from hypothesis import HealthCheck, given, settings
 from support import ALL_ISAS, assert_same_bits
 
@@ -67,25 +67,6 @@ def test_sizes_around_the_tiles(path):
 
 # ---------------------------------------------------------------------------------------------------
 # Errors
-
-
-def assert_no_worse(mine, theirs, exact, dtype, units=0.5):
-    """Mean and largest error at most twice PyTorch's in the same dtype; in float32 also some units at most.
-
-    units: what is allowed besides in the mean; by itself the rounding of the result.
-    dtype: of the operands; lse and the gradient of the slopes stay in float32 beside half types.
-    """
-    finite = exact.isfinite()
-    assert torch.equal(finite, mine.isfinite())
-    mine, theirs, exact = mine[finite], theirs[finite], exact[finite]
-    if exact.numel() == 0:
-        return
-    unit = torch.finfo(mine.dtype).eps * float(exact.abs().max())
-    mine_off, theirs_off = ((y.double() - exact).abs() for y in (mine, theirs))
-    assert float(mine_off.mean()) <= 2 * float(theirs_off.mean()) + units * unit
-    assert float(mine_off.max()) <= 2 * float(theirs_off.max()) + 4 * unit  # one of many: partly luck
-    if dtype == torch.float32:
-        assert float(mine_off.max()) <= 64 * max(unit, torch.finfo(mine.dtype).eps)
 
 
 LONG = [

@@ -1,0 +1,488 @@
+// The forward pass of attention (Dao, "FlashAttention-2: faster attention with better parallelism and work
+// partitioning", 2023): a block has a tile of query rows and walks over the keys that they see, tile by tile; scores,
+// weights and the running maximum and sum of each row stay in registers.
+//
+// Rows of a tile are those of one head or, where there are few queries, of all the heads that read one key head, so
+// that a tile of keys serves all of them. And where there are too few tiles of queries to fill the device, the keys of
+// each are split over several blocks, whose sums another kernel joins.
+#pragma once
+
+#include "attention.h"
+
+namespace fastgen {
+namespace {
+
+struct ForwardCall : AttentionCall {
+  Tensor4 out;
+  float* lse;
+  int packed;     // heads whose rows are packed together: 1, or all that read one key head
+  int tile_rows;  // of a block
+  int splits;     // of the keys of a tile of rows
+  int64_t rows;   // of lse
+  float* parts;   // [splits][rows][value_width]: sums of values relative to 2^top
+  float2* tops;   // [splits][rows]: top in units of log 2, and the sum of the weights relative to 2^top
+};
+
+// What a block works on: `count` of the rows of some heads, row r being query r % queries of head first_head +
+// r / queries.
+struct Unit {
+  Sequence sequence;
+  int first_head, kv_head;
+  int first, count;
+  Range keys;  // from a whole tile of keys on
+};
+
+struct Place {
+  int head, query;
+};
+FASTGEN_FN Place place_of(const ForwardCall& c, const Unit& u, int row) {
+  if (c.packed == 1) return {u.first_head, row};
+  return {u.first_head + row / u.sequence.queries, row % u.sequence.queries};
+}
+
+// Queries of the rows [first, end), or more.
+FASTGEN_FN Range queries_of(const ForwardCall& c, const Unit& u, int first, int end) {
+  if (c.packed == 1) return {first, end};
+  return {0, u.sequence.queries};
+}
+
+// Tiles of rows go from the last to the first: under a causal mask the last ones see most keys, and long blocks that
+// start early leave no tail.
+FASTGEN_FN Unit unit_of(const ForwardCall& c, int64_t unit, int split, int tile_keys) {
+  Unit u;
+  const int heads = c.heads / c.packed;
+  const int64_t tiles_of_each = (int64_t(c.packed) * c.queries + c.tile_rows - 1) / c.tile_rows;
+  u.sequence = sequence_of(c, unit, heads * tiles_of_each);
+  const int rows = c.packed * u.sequence.queries, tiles = (rows + c.tile_rows - 1) / c.tile_rows;
+  u.first_head = int(unit / tiles) * c.packed;
+  u.kv_head = u.first_head / (c.heads / c.kv_heads);
+  u.first = (tiles - 1 - int(unit % tiles)) * c.tile_rows;
+  u.count = smaller_int(c.tile_rows, rows - u.first);
+  const Range queries = queries_of(c, u, u.first, u.first + u.count);
+  u.keys = seen_keys(c, u.sequence, queries.begin, queries.end);
+  u.keys.begin = u.keys.begin / tile_keys * tile_keys;
+  if (c.splits > 1) {
+    const int key_tiles = (larger_int(u.keys.end - u.keys.begin, 0) + tile_keys - 1) / tile_keys;
+    const int length = (key_tiles + c.splits - 1) / c.splits * tile_keys;
+    u.keys.begin += split * length;
+    u.keys.end = smaller_int(u.keys.end, u.keys.begin + length);
+  }
+  return u;
+}
+
+FASTGEN_FN int64_t offset_of(const Tensor4& tensor, const Unit& u, const Place& place) {
+  return u.sequence.number * tensor.stride[0] + place.head * tensor.stride[1] +
+         int64_t(u.sequence.query_start + place.query) * tensor.stride[2];
+}
+
+// The tile of queries, from row u.first on.
+template <class T, int kWidth>
+__device__ __forceinline__ void load_queries(T* tile, const ForwardCall& c, const Unit& u, int rows) {
+  // Alignment is a matter of all strides: another head may start elsewhere.
+  Rows<T> from = rows_of<T>(c.query, 0, 0, 0, c.width);
+  constexpr int kPiece = Tile<T, kWidth>::kPiece;
+  from.vectors = from.vectors && c.query.stride[0] % kPiece == 0 && c.query.stride[1] % kPiece == 0;
+  load_tile<T, kWidth>(tile, from, rows, [&](int row) {
+    return row < u.count ? offset_of(c.query, u, place_of(c, u, u.first + row)) : int64_t(-1);
+  });
+}
+
+// Where a row's results belong, and what its scores need. Rows behind the last are taken for the last; nothing of them
+// is kept.
+struct Row {
+  Head head;
+  int query;
+};
+FASTGEN_FN Row row_at(const ForwardCall& c, const Unit& u, int row) {
+  const Place place = place_of(c, u, u.first + smaller_int(row, u.count - 1));
+  return {head_of(c, u.sequence, place.head), place.query};
+}
+
+// A score that is -inf is not seen.
+FASTGEN_FN float score_of(const ForwardCall& c, const Unit& u, const Row& row, int key, float product) {
+  float tangent;
+  if (!sees(c, u.sequence, row.query, key)) return -INFINITY;
+  return finish_score(c, u.sequence, row.head, row.query, key, product, tangent);
+}
+
+// The logarithm of a row's sum, or its part of it.
+__device__ __forceinline__ void finish_row(const ForwardCall& c, const Row& row, int split, float top, float sum) {
+  const int64_t number = row.head.row + row.query;
+  if (c.splits > 1) {
+    c.tops[split * c.rows + number] = {top, sum};
+  } else {
+    c.lse[number] = sum == 0.0f ? -INFINITY : top * kLn2 + logf(sum);
+  }
+}
+
+// What sums of values are multiplied with; a row that sees no key has the value 0.
+FASTGEN_FN float share_of(const ForwardCall& c, float sum) { return sum == 0.0f ? 0.0f : c.kept_weight / sum; }
+
+// ---------------------------------------------------------------------------------------------------
+// bfloat16, float16: products on tensor cores. A warp has 16 rows; of two of them, `lane / 4` and the one 8 below, a
+// thread has every fourth pair of keys, and the same of the width in the sums of values.
+
+constexpr int kTileKeys = 64;
+
+template <int kWidth>
+constexpr size_t kForwardShared = size_t(2 * 2 * kTileKeys * kWidth) * 2;  // keys and values twice, of 2 bytes
+
+// Extras: softcap, mask, ALiBi, dropout, a scale that is not above 0. Without them the scale is applied with the exp2.
+template <class T, int kWidth, bool kExtras>
+__global__ void __launch_bounds__(256, kWidth == 64 && !kExtras ? 2 : 1) attention_kernel(const ForwardCall c) {
+  constexpr int kSteps = kWidth / 16, kPairs = kTileKeys / 16, kStage = 2 * kTileKeys * kWidth;
+  static_assert(kStage >= 128 * kWidth, "the queries, and later the results, stand where keys and values do");
+  T* const shared = reinterpret_cast<T*>(dynamic_shared());
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, column = lane % 4 * 2, split = int(blockIdx.y);
+  const Unit u = unit_of(c, blockIdx.x, split, kTileKeys);
+  const Sequence& s = u.sequence;
+
+  const Rows<T> key = rows_of<T>(c.key, s.number, u.kv_head, s.key_start, c.width);
+  const Rows<T> value = rows_of<T>(c.value, s.number, u.kv_head, s.key_start, c.value_width);
+  const auto load = [&](int first, T* stage) {
+    load_tile<T, kWidth>(stage, key, first, kTileKeys, s.keys);
+    load_tile<T, kWidth>(stage + kTileKeys * kWidth, value, first, kTileKeys, s.keys);
+    copy_async_commit();
+  };
+
+  const int first_row = warp * 16, end_row = smaller_int(first_row + 16, u.count);  // of the warp
+  const auto row_of = [&](int r) { return row_at(c, u, first_row + lane / 4 + 8 * r); };
+  Row rows[2];  // without extras only the queries are kept
+  FASTGEN_UNROLL
+  for (int r = 0; r < 2; ++r) rows[r] = row_of(r);
+  const Range queries = queries_of(c, u, u.first + first_row, u.first + end_row);
+  const Range seen = seen_keys(c, s, queries.begin, queries.end);
+  const float factor = kExtras ? 1.0f : c.product_scale;  // from what stands in `score` to units of log 2
+
+  uint32_t query[kSteps][4];
+  float out[kWidth / 8][4] = {};
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+  if (u.keys.begin < u.keys.end) {
+    load_queries<T, kWidth>(shared + kStage, c, u, int(blockDim.x) / 2);
+    load(u.keys.begin, shared);
+    copy_async_wait<0>();
+    block_barrier();
+    FASTGEN_UNROLL
+    for (int k = 0; k < kSteps; ++k) load_left<T, kWidth>(query[k], shared + kStage, first_row, k * 16);
+  }
+  for (int j = u.keys.begin, stage = 0; j < u.keys.end; j += kTileKeys, stage ^= 1) {
+    copy_async_wait<0>();
+    block_barrier();  // this tile is there, and nobody reads what stood where the next one goes
+    if (j + kTileKeys < u.keys.end) load(j + kTileKeys, shared + (stage ^ 1) * kStage);
+    if (first_row >= end_row || j >= seen.end || j + kTileKeys <= seen.begin) continue;
+
+    const T* const keys = shared + stage * kStage;
+    float score[2 * kPairs][4] = {};
+    FASTGEN_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      FASTGEN_UNROLL
+      for (int n = 0; n < kPairs; ++n) {
+        uint32_t right[2][2];
+        load_right_of_rows<T, kWidth>(right, keys, n * 16, k * 16);
+        multiply_add<T>(score[2 * n], query[k], right[0]);
+        multiply_add<T>(score[2 * n + 1], query[k], right[1]);
+      }
+    }
+
+    if (kExtras || !all_seen(c, s, queries.begin, queries.end, j, j + kTileKeys)) {
+      FASTGEN_UNROLL
+      for (int n = 0; n < 2 * kPairs; ++n) {
+        FASTGEN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int at = j + n * 8 + column + e % 2;
+          const Row& row = rows[e / 2];
+          if constexpr (kExtras) {
+            score[n][e] = score_of(c, u, row, at, score[n][e]);
+          } else if (!sees(c, s, row.query, at)) {
+            score[n][e] = -INFINITY;
+          }
+        }
+      }
+    }
+
+    float base[2], fade[2];
+    FASTGEN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float highest = top[r];
+      FASTGEN_UNROLL
+      for (int n = 0; n < 2 * kPairs; ++n) highest = fmaxf(highest, fmaxf(score[n][2 * r], score[n][2 * r + 1]));
+      highest = fmaxf(highest, shuffle_xor(highest, 1));
+      highest = fmaxf(highest, shuffle_xor(highest, 2));
+      // A row that has seen no key has no top: its weights are 2^-inf.
+      base[r] = highest == -INFINITY ? 0.0f : highest * factor;
+      fade[r] = exp2_approx(top[r] * factor - base[r]);
+      top[r] = highest;
+    }
+    float weights[2] = {0.0f, 0.0f};
+    FASTGEN_UNROLL
+    for (int n = 0; n < 2 * kPairs; ++n) {
+      FASTGEN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        score[n][e] = exp2_approx(score[n][e] * factor - base[e / 2]);
+        weights[e / 2] += score[n][e];
+      }
+    }
+    if (kExtras && drops(c)) {
+      FASTGEN_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        uint64_t kept = kept_keys(c, s, rows[r].head.row + rows[r].query, j, lane % 4, 4);
+        kept |= shuffle_xor(kept, 1);
+        kept |= shuffle_xor(kept, 2);
+        FASTGEN_UNROLL
+        for (int n = 0; n < 2 * kPairs; ++n) {
+          FASTGEN_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            if ((kept >> (n * 8 + column + e) & 1) == 0) score[n][2 * r + e] = 0.0f;
+          }
+        }
+      }
+    }
+    sum[0] = sum[0] * fade[0] + weights[0];
+    sum[1] = sum[1] * fade[1] + weights[1];
+    if (warp_any(fade[0] != 1.0f || fade[1] != 1.0f)) {
+      FASTGEN_UNROLL
+      for (int n = 0; n < kWidth / 8; ++n) {
+        FASTGEN_UNROLL
+        for (int e = 0; e < 4; ++e) out[n][e] *= fade[e / 2];
+      }
+    }
+
+    // The results of one product are, in pairs, the left side of the next.
+    FASTGEN_UNROLL
+    for (int k = 0; k < kPairs; ++k) {
+      const uint32_t left[4] = {pack<T>(score[2 * k][0], score[2 * k][1]), pack<T>(score[2 * k][2], score[2 * k][3]),
+                                pack<T>(score[2 * k + 1][0], score[2 * k + 1][1]),
+                                pack<T>(score[2 * k + 1][2], score[2 * k + 1][3])};
+      FASTGEN_UNROLL
+      for (int n = 0; n < kSteps; ++n) {
+        uint32_t right[2][2];
+        load_right_of_columns<T, kWidth>(right, keys + kTileKeys * kWidth, k * 16, n * 16);
+        multiply_add<T>(out[2 * n], left, right[0]);
+        multiply_add<T>(out[2 * n + 1], left, right[1]);
+      }
+    }
+  }
+  block_barrier();  // nobody reads tiles any more
+
+  FASTGEN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    sum[r] += shuffle_xor(sum[r], 1);
+    sum[r] += shuffle_xor(sum[r], 2);
+    const int row = first_row + lane / 4 + 8 * r;
+    const Row of = row_of(r);
+    if (lane % 4 == 0 && row < end_row) finish_row(c, of, split, top[r] * factor, sum[r]);
+    if (c.splits > 1) {
+      float* const part = c.parts + (split * c.rows + of.head.row + of.query) * c.value_width;
+      FASTGEN_UNROLL
+      for (int n = 0; n < kWidth / 8; ++n) {
+        FASTGEN_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          if (row < end_row && n * 8 + column + e < c.value_width) part[n * 8 + column + e] = out[n][2 * r + e];
+        }
+      }
+    } else {
+      const float share = share_of(c, sum[r]);
+      FASTGEN_UNROLL
+      for (int n = 0; n < kWidth / 8; ++n) {
+        const uint32_t pair = pack<T>(out[n][2 * r] * share, out[n][2 * r + 1] * share);
+        memcpy(shared + Tile<T, kWidth>::at(row, n * 8 + column), &pair, sizeof pair);
+      }
+    }
+  }
+  if (c.splits > 1) return;
+  warp_barrier();  // each warp takes its own rows out again, in whole pieces
+  constexpr int kPieces = kWidth / 8;
+  T* const to = static_cast<T*>(const_cast<void*>(c.out.data));
+  for (int i = lane; i < 16 * kPieces; i += 32) {
+    const int row = first_row + i / kPieces, piece = i % kPieces * 8;
+    if (row >= end_row || piece >= c.value_width) continue;
+    const T* from = shared + Tile<T, kWidth>::at(row, piece);
+    T* const at = to + offset_of(c.out, u, place_of(c, u, u.first + row)) + piece;
+    if (c.value_width % 8 == 0) {  // out is a fresh tensor: then its rows are aligned
+      *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int k = 0; k < 8 && piece + k < c.value_width; ++k) at[k] = from[k];
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------
+// float32: exact products by multiply-adds. 16 threads share kRows rows: thread x has keys x, x + 16, ..., and of the
+// values' width 4 x to 4 x + 3, 64 + 4 x, ...
+
+template <int kWidth>
+constexpr int kFloatKeys = 4096 / kWidth;  // of a tile: two blocks of 64 rows fit a multiprocessor
+
+template <int kWidth, int kRows>
+constexpr size_t kFloatShared =
+    sizeof(float) * size_t(16 * kRows * (Tile<float, kWidth>::kRow + kFloatKeys<kWidth> + 4) +
+                           2 * kFloatKeys<kWidth> * Tile<float, kWidth>::kRow);
+
+__device__ __forceinline__ void add_products(float& sum, const float4& a, const float4& b) {
+  sum = a.x * b.x + sum;
+  sum = a.y * b.y + sum;
+  sum = a.z * b.z + sum;
+  sum = a.w * b.w + sum;
+}
+
+template <int kWidth, int kRows>
+__global__ void __launch_bounds__(256, 2) attention_float_kernel(const ForwardCall c) {
+  using Layout = Tile<float, kWidth>;
+  constexpr int kKeys = kFloatKeys<kWidth>, kEach = kKeys / 16, kWeightRow = kKeys + 4, kParts = kWidth / 64;
+  float* const queries = reinterpret_cast<float*>(dynamic_shared());  // [16 kRows]
+  float* const keys = queries + 16 * kRows * Layout::kRow;            // [kKeys]
+  float* const values = keys + kKeys * Layout::kRow;                  // [kKeys]
+  float* const weights = values + kKeys * Layout::kRow;               // [16 kRows][kWeightRow]
+  const int x = int(threadIdx.x) % 16, first_row = int(threadIdx.x) / 16 * kRows, split = int(blockIdx.y);
+  const Unit u = unit_of(c, blockIdx.x, split, kKeys);
+  const Sequence& s = u.sequence;
+  const Rows<float> key = rows_of<float>(c.key, s.number, u.kv_head, s.key_start, c.width);
+  const Rows<float> value = rows_of<float>(c.value, s.number, u.kv_head, s.key_start, c.value_width);
+
+  float4 out[kRows][kParts] = {};
+  float top[kRows], sum[kRows];
+  FASTGEN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    top[r] = -INFINITY;
+    sum[r] = 0.0f;
+  }
+  // Copies belong to groups by turns of keys and of values: all but the last have arrived means the keys have.
+  if (u.keys.begin < u.keys.end) {
+    load_queries<float, kWidth>(queries, c, u, 16 * kRows);
+    load_tile<float, kWidth>(keys, key, u.keys.begin, kKeys, s.keys);
+    copy_async_commit();
+    load_tile<float, kWidth>(values, value, u.keys.begin, kKeys, s.keys);
+    copy_async_commit();
+  }
+  for (int j = u.keys.begin; j < u.keys.end; j += kKeys) {
+    copy_async_wait<1>();
+    block_barrier();
+    float score[kRows][kEach] = {};
+    for (int k = 0; k < kWidth; k += 4) {
+      float4 left[kRows];
+      FASTGEN_UNROLL
+      for (int r = 0; r < kRows; ++r)
+        left[r] = *reinterpret_cast<const float4*>(queries + Layout::at(first_row + r, k));
+      FASTGEN_UNROLL
+      for (int n = 0; n < kEach; ++n) {
+        const float4 right = *reinterpret_cast<const float4*>(keys + Layout::at(x + 16 * n, k));
+        FASTGEN_UNROLL
+        for (int r = 0; r < kRows; ++r) add_products(score[r][n], left[r], right);
+      }
+    }
+    FASTGEN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Row row = row_at(c, u, first_row + r);
+      float highest = top[r];
+      FASTGEN_UNROLL
+      for (int n = 0; n < kEach; ++n) {
+        score[r][n] = score_of(c, u, row, j + x + 16 * n, score[r][n]);
+        highest = fmaxf(highest, score[r][n]);
+      }
+      FASTGEN_UNROLL
+      for (int mask = 1; mask < 16; mask *= 2) highest = fmaxf(highest, shuffle_xor(highest, mask));
+      const float base = highest == -INFINITY ? 0.0f : highest, fade = exp2_approx(top[r] - base);
+      top[r] = highest;
+      sum[r] *= fade;
+      FASTGEN_UNROLL
+      for (int i = 0; i < kParts; ++i) {
+        float4& o = out[r][i];
+        o = {o.x * fade, o.y * fade, o.z * fade, o.w * fade};
+      }
+      uint64_t kept = ~uint64_t(0);
+      if (drops(c)) {
+        kept = kept_keys(c, s, row.head.row + row.query, j, x, 16);
+        FASTGEN_UNROLL
+        for (int mask = 1; mask < 16; mask *= 2) kept |= shuffle_xor(kept, mask);
+      }
+      FASTGEN_UNROLL
+      for (int n = 0; n < kEach; ++n) {
+        const float weight = exp2_approx(score[r][n] - base);
+        sum[r] += weight;
+        weights[(first_row + r) * kWeightRow + x + 16 * n] = (kept >> (x + 16 * n) & 1) != 0 ? weight : 0.0f;
+      }
+    }
+    copy_async_wait<0>();
+    block_barrier();  // weights and values are there, and nobody reads the keys any more
+    const bool more = j + kKeys < u.keys.end;
+    if (more) load_tile<float, kWidth>(keys, key, j + kKeys, kKeys, s.keys);
+    copy_async_commit();
+    for (int k = 0; k < kKeys; k += 4) {
+      float left[kRows][4];
+      FASTGEN_UNROLL
+      for (int r = 0; r < kRows; ++r) memcpy(left[r], weights + (first_row + r) * kWeightRow + k, sizeof left[r]);
+      FASTGEN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        FASTGEN_UNROLL
+        for (int i = 0; i < kParts; ++i) {
+          const float4 right = *reinterpret_cast<const float4*>(values + Layout::at(k + e, 64 * i + 4 * x));
+          FASTGEN_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            float4& o = out[r][i];
+            const float weight = left[r][e];
+            o = {weight * right.x + o.x, weight * right.y + o.y, weight * right.z + o.z, weight * right.w + o.w};
+          }
+        }
+      }
+    }
+    block_barrier();
+    if (more) load_tile<float, kWidth>(values, value, j + kKeys, kKeys, s.keys);
+    copy_async_commit();
+  }
+  copy_async_wait<0>();
+
+  FASTGEN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGEN_UNROLL
+    for (int mask = 1; mask < 16; mask *= 2) sum[r] += shuffle_xor(sum[r], mask);
+    if (first_row + r >= u.count) continue;
+    const Row row = row_at(c, u, first_row + r);
+    if (x == 0) finish_row(c, row, split, top[r], sum[r]);
+    const bool splits = c.splits > 1;
+    const float share = splits ? 1.0f : share_of(c, sum[r]);
+    float* to = static_cast<float*>(const_cast<void*>(c.out.data));
+    to = splits ? c.parts + (split * c.rows + row.head.row + row.query) * c.value_width
+                : to + offset_of(c.out, u, place_of(c, u, u.first + first_row + r));
+    FASTGEN_UNROLL
+    for (int i = 0; i < kParts; ++i) {
+      const float o[4] = {out[r][i].x, out[r][i].y, out[r][i].z, out[r][i].w};
+      FASTGEN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int at = 64 * i + 4 * x + e;
+        if (at < c.value_width) to[at] = o[e] * share;
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------
+// The parts of a row, a block for each row of lse and a thread for each element, in the order of the keys.
+
+__global__ void join_kernel(const ForwardCall c) {
+  const int64_t row = blockIdx.x;
+  float top = -INFINITY, sum = 0.0f, out = 0.0f;
+  for (int i = 0; i < c.splits; ++i) top = fmaxf(top, c.tops[i * c.rows + row].x);
+  const float base = top == -INFINITY ? 0.0f : top;
+  const int k = int(threadIdx.x);
+  for (int i = 0; i < c.splits; ++i) {
+    const float2 part = c.tops[i * c.rows + row];
+    const float weight = exp2_approx(part.x - base);
+    sum += weight * part.y;
+    if (k < c.value_width) out += weight * c.parts[(i * c.rows + row) * c.value_width + k];
+  }
+  if (k == 0) c.lse[row] = sum == 0.0f ? -INFINITY : top * kLn2 + logf(sum);
+  if (k >= c.value_width) return;
+  out *= share_of(c, sum);
+  const int64_t head = row / c.queries;  // of all sequences; ragged ones are one in memory
+  const int64_t at =
+      head / c.heads * c.out.stride[0] + head % c.heads * c.out.stride[1] + row % c.queries * c.out.stride[2] + k;
+  void* const to = const_cast<void*>(c.out.data);
+  switch (c.dtype) {
+    case DType::kBFloat16: narrow(out, static_cast<BFloat16*>(to) + at); break;
+    case DType::kFloat16: narrow(out, static_cast<Float16*>(to) + at); break;
+    default: static_cast<float*>(to)[at] = out;
+  }
+}
+
+}  // namespace
+}  // namespace fastgen
