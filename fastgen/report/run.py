@@ -316,7 +316,7 @@ def _frames(folder: Path) -> tuple[Frame, ...]:
     allowed = min(MAX_FRAMES, MAX_FRAMES if not pictures else int(MAX_BYTES * len(steps) / pictures))
     frames = []
     for step in _evenly(steps, max(3, allowed)):
-        path, caption = found[step], f"step {step:,}"
+        path, caption = found[step], f"step {step:,}" if step else "before training"
         if path.suffix == ".png":
             frames.append(_picture(path, caption, step))
         else:

@@ -103,8 +103,9 @@ class TrainingResult:
 class Trainer:
     """Trains the model of a recipe and keeps a run folder.
 
-    The folder holds config.json, metrics.csv, checkpoints/, samples/ (pictures or texts during training), events/
-    (TensorBoard), model/ (the best weights so far, for `from_pretrained`) and, at the end, the recipe's report.
+    The folder holds config.json, metrics.csv, checkpoints/, samples/ (pictures or texts, of before the first step and
+    of each evaluation), events/ (TensorBoard), model/ (the best weights so far, for `from_pretrained`) and, at the end,
+    the recipe's report.
 
     Under `torchrun` or `accelerate launch` the processes share each batch, gradients are averaged, and
     rank 0 alone writes.
@@ -220,6 +221,8 @@ class Trainer:
         self._started = time.monotonic()
         self._restart_clock()
         self._progress.start(self._step, self.total_steps)
+        if self._step == 0:
+            self._sample(show=False)
         over = config.max_seconds is not None and self._seconds_before >= config.max_seconds
         order, order_epoch = torch.empty(0), -1
         while self._step < self.total_steps and not over and not self._out_of_patience():
@@ -458,11 +461,11 @@ class Trainer:
             self.recipe.save_pretrained(self.out / "model")
         self._restart_clock()
 
-    def _sample(self) -> None:
+    def _sample(self, *, show: bool = True) -> None:
         if self._main:
             name = f"step-{self._step:08d}{self.recipe.sample_suffix}"
             shown = self.recipe.save_sample(self.out / "samples" / name)
-            if shown is not None:
+            if show and shown is not None:
                 self._progress.message(textwrap.indent(shown, "  | ", lambda line: True))
         self._restart_clock()
 

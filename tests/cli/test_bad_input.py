@@ -199,7 +199,7 @@ def largest_file(size: int) -> Iterator[None]:
     ("size", "message"),
     [
         (100, "/(config|tokenizer).json: File too large"),
-        (3000, r"/checkpoints/step-00000003.safetensors: cannot write the checkpoint: .*File too large.*"),
+        (12_000, r"/checkpoints/step-00000003.safetensors: cannot write the checkpoint: .*File too large.*"),
     ],
 )
 def test_a_full_disk(
@@ -226,7 +226,7 @@ def test_a_disk_that_is_full_between_checkpoints(
     out, hook = tmp_path / "run", threading.excepthook
     rows = ["--log-every", "1", "--epochs", "50", "--evaluate-every", "50", tensorboard]
     arguments = [*train("vae", runs["vae"].parent), *rows, "--out", str(out)]
-    with largest_file(6000):
+    with largest_file(12_000):
         assert main(arguments) == 2
     assert capsys.readouterr().err == f"error: {out}/{name}: File too large\n"
     assert threading.excepthook is hook

@@ -72,7 +72,8 @@ def test_it_prints_samples_and_where_everything_is(
     captured = capsys.readouterr()
     assert f"play: {len(TEXT):,} characters" in captured.err
     assert "tokens/s  test loss" in captured.err
-    samples = list((out / "samples").iterdir())
+    untrained, *samples = sorted((out / "samples").iterdir())
+    assert untrained.name == "step-00000000.txt"
     assert len(samples) == 2
     for sample in samples:
         assert "".join(f"  | {line}\n" for line in sample.read_text()[:-1].split("\n")) in captured.err

@@ -32,6 +32,15 @@ def test_a_finished_run_of_pictures(tmp_path: Path) -> None:
     assert not run.is_wide
 
 
+def test_the_sample_of_before_training_is_the_first(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "digits", evaluations=2)
+    (folder / "samples" / "step-00000000.png").write_bytes(png(60, 60, 7))
+    assert [frame.caption for frame in read(folder).frames] == ["before training", "step 10", "step 20"]
+    stopped = make_run(tmp_path / "stopped", evaluations=0, finished=False)
+    (stopped / "samples" / "step-00000000.png").write_bytes(png(60, 60, 7))
+    assert [frame.caption for frame in read(stopped).frames] == ["before training"]
+
+
 def test_metrics(tmp_path: Path) -> None:
     loss, kl, last = read(make_run(tmp_path / "digits")).metrics
     assert (loss.title, loss.unit, loss.final) == ("loss", "nats an image", 41.5)

@@ -50,7 +50,7 @@ def test_a_run_from_python(tmp_path: Path) -> None:
     with Image.open(out / "loss.png") as picture:
         assert (picture.width, picture.height) == (1350, 720)
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20) or []) > 20
-    assert len(list((out / "samples").iterdir())) == 3
+    assert len(list((out / "samples").iterdir())) == 1 + 3
 
     # Samples come closer to the data, and the best weights are the model's, and the folder's.
     distances = column(out, "frechet_distance", "test")
@@ -69,7 +69,9 @@ def test_a_run_from_python(tmp_path: Path) -> None:
 def test_pictures_of_a_run_are_of_the_same_noise(tmp_path: Path) -> None:
     model = GAN(**SMALL)
     small(model, images(60), tmp_path / "run", evaluate_every=2)
-    (sample,) = (tmp_path / "run" / "samples").iterdir()
+    untrained, sample = sorted((tmp_path / "run" / "samples").iterdir())
+    assert untrained.name == "step-00000000.png"
+    assert untrained.read_bytes() != sample.read_bytes()
     assert sample.read_bytes() == (tmp_path / "run" / "samples.png").read_bytes()
     assert model.generate(8, seed=0).equal(model.generate(64, seed=0)[:8])
 

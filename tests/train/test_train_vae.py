@@ -39,7 +39,7 @@ def test_a_run_from_python(tmp_path: Path) -> None:
     with Image.open(out / "loss.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20) or []) > 20
-    assert len(list((out / "samples").iterdir())) == 20
+    assert len(list((out / "samples").iterdir())) == 1 + 20
 
     # The model has learned, has the best weights, and so has the folder.
     table = read_metrics(out / "metrics.csv")

@@ -99,7 +99,7 @@ def test_it_learns_and_writes_what_it_says(tmp_path: Path) -> None:
     assert [row["step"] for row in table if row["split"] == "final"] == [str(best)]
     kept = {int(path.stem.split("-")[1]) for path in (out / "checkpoints").iterdir()}
     assert kept == {best, 203, 210}
-    assert len(list((out / "samples").iterdir())) == 30
+    assert len(list((out / "samples").iterdir())) == 1 + 30
     assert all(path.exists() for path in result.files)
     # The model is left with the best weights, and model/ has the same.
     assert (out / "model" / "weight.txt").read_text() == repr(regression.head.weight.tolist())
@@ -199,7 +199,10 @@ def test_samples_that_are_text_are_shown_and_speed_has_its_unit(
     place = lines.index("  | a sample for step-00000008.txt")
     assert lines[place + 1] == "  | of two lines"
     assert any(" values/s " in line for line in lines)
-    assert (tmp_path / "run" / "samples" / "step-00000008.txt").exists()
+    # That of before training is kept, and not shown.
+    names = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert names == ["step-00000000.txt", "step-00000008.txt"]
+    assert not any("step-00000000" in line for line in lines)
     assert float(read_metrics(tmp_path / "run" / "metrics.csv")[0]["values_per_second"]) > 0
 
 
