@@ -43,6 +43,11 @@ FASTGEN_FN float widen(bool x) { return x ? 1.0f : 0.0f; }
 FASTGEN_FN float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 
 FASTGEN_FN float widen(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // inf, nan
@@ -51,6 +56,7 @@ FASTGEN_FN float widen(Float16 x) {
   // A subnormal half goes by way of an integer: a thread that flushes subnormal floats must not lose it.
   const uint32_t subnormal = bits_of(float(int32_t(magnitude)) * 0x1p-24f);
   return float_of(sign | (magnitude < 0x400u ? subnormal : (magnitude << 13) + 0x38000000u));  // bias 15 to 127
+#endif
 }
 
 // Rounding is to nearest, ties to even; NaN stays NaN.
@@ -60,12 +66,19 @@ FASTGEN_FN void narrow(float x, double* out) { *out = x; }
 FASTGEN_FN void narrow(float x, bool* out) { *out = x != 0.0f; }
 
 FASTGEN_FN void narrow(float x, BFloat16* out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+#else
   const uint32_t bits = bits_of(x);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out->bits = is_nan ? uint16_t(bits >> 16 | 0x40u) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+#endif
 }
 
 FASTGEN_FN void narrow(float x, Float16* out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+#else
   const uint32_t bits = bits_of(x);
   const uint32_t sign = bits >> 16 & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -80,6 +93,7 @@ FASTGEN_FN void narrow(float x, Float16* out) {
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   }
   out->bits = uint16_t(sign | half);
+#endif
 }
 
 }  // namespace fastgen

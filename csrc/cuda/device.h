@@ -206,6 +206,12 @@ int blocks_per_multiprocessor(Kernel kernel, int threads, size_t shared) {
 
 namespace fastgen {
 
+// Elements that are read or written in one access, at an address that its size divides.
+template <class Storage, int N>
+struct alignas(sizeof(Storage) * N) Pack {
+  Storage v[N];
+};
+
 // Where all threads of a cooperative launch meet; `arrived` is 0 before the launch. What any of them wrote before is
 // seen by all behind it.
 class GridBarrier {

@@ -20,12 +20,6 @@ struct Affine {  // after the distribution: mean + std z, or nothing
   __device__ T operator()(T z) const { return on ? mean + std * z : z; }
 };
 
-// Four (two) elements that leave in one store.
-template <class Storage, int N>
-struct alignas(sizeof(Storage) * N) Pack {
-  Storage v[N];
-};
-
 // grid: (blocks of the stream, streams). out[stream][0 .. count)
 template <class T, class Storage, class Dist>
 __global__ void fill_kernel(Storage* __restrict__ out, int64_t count, const int64_t* __restrict__ seed_offset,

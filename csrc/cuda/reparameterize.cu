@@ -62,16 +62,42 @@ __device__ void block_normals(uint64_t block, const PhiloxKey& key, T (&out)[Wor
   store(out + Work<T>::kPerBlock / 2, high);
 }
 
+template <class Storage, int N>
+__device__ bool in_one_access(const Storage* p) {
+  return N > 1 && reinterpret_cast<uintptr_t>(p) % sizeof(Pack<Storage, N>) == 0;
+}
+
+// N adjacent elements: a whole block of the stream, or one.
+template <class Storage, int N>
+__device__ void save(const typename WorkType<Storage>::T (&values)[N], Storage* p) {
+  Pack<Storage, N> pack;
+  for (int i = 0; i < N; ++i) narrow(values[i], &pack.v[i]);
+  if (in_one_access<Storage, N>(p)) {
+    *reinterpret_cast<Pack<Storage, N>*>(p) = pack;
+  } else {
+    for (int i = 0; i < N; ++i) p[i] = pack.v[i];
+  }
+}
+
 // One row of an operand.
 template <class Storage>
 struct DeviceRow {
+  using T = typename WorkType<Storage>::T;
   const Storage* p;
   int64_t stride;
   __device__ DeviceRow(const Operand& operand, const Shape& shape, int64_t row)
       : p(static_cast<const Storage*>(operand.data)), stride(operand.inner_stride) {
     if (p != nullptr) p += row_offset(shape, operand.outer_stride, row);
   }
-  __device__ typename WorkType<Storage>::T operator[](int64_t column) const { return widen(p[column * stride]); }
+  template <int N>
+  __device__ void load(int64_t column, T (&values)[N]) const {
+    if (stride == 1 && in_one_access<Storage, N>(p + column)) {
+      const auto pack = *reinterpret_cast<const Pack<Storage, N>*>(p + column);
+      for (int i = 0; i < N; ++i) values[i] = widen(pack.v[i]);
+    } else {
+      for (int i = 0; i < N; ++i) values[i] = widen(p[(column + i) * stride]);
+    }
+  }
 };
 
 template <class Storage, bool kWithKl>
@@ -83,12 +109,19 @@ struct Forward {
   struct OfRow {
     DeviceRow<Storage> mu, logvar, eps;
     Storage* z;
-    // Returns the element's part of twice the divergence.
-    __device__ T operator()(int64_t column, T noise) const {
-      const T m = mu[column], v = logvar[column];
-      if (eps.p != nullptr) noise = eps[column];
-      narrow(m + exponential_of<T>(T(0.5) * v) * noise, z + column);
-      return kWithKl ? m * m + exp_minus_1_minus_of<T>(v) : T(0);
+    // Returns the elements' part of twice the divergence.
+    template <int N>
+    __device__ T operator()(int64_t column, T (&noise)[N]) const {
+      T m[N], v[N], result[N], sum = 0;
+      mu.load(column, m);
+      logvar.load(column, v);
+      if (eps.p != nullptr) eps.load(column, noise);
+      for (int i = 0; i < N; ++i) {
+        result[i] = m[i] + exponential_of<T>(T(0.5) * v[i]) * noise[i];
+        if (kWithKl) sum = sum + (m[i] * m[i] + exp_minus_1_minus_of<T>(v[i]));
+      }
+      save(result, z + column);
+      return sum;
     }
   };
   __device__ OfRow row(int64_t r) const {
@@ -109,21 +142,27 @@ struct Backward {
   struct OfRow {
     DeviceRow<Storage> grad_z, grad_kl, mu, logvar, eps;
     Storage *grad_mu, *grad_logvar;
-    __device__ T operator()(int64_t column, T noise) const {
-      const T v = logvar[column];
-      T to_mu = 0, to_logvar = 0;
+    template <int N>
+    __device__ T operator()(int64_t column, T (&noise)[N]) const {
+      T v[N], to_mu[N] = {}, to_logvar[N] = {};
+      logvar.load(column, v);
       if (grad_z.p != nullptr) {
-        if (eps.p != nullptr) noise = eps[column];
-        to_mu = grad_z[column];
-        to_logvar = to_mu * (exponential_of<T>(T(0.5) * v) * noise);
+        if (eps.p != nullptr) eps.load(column, noise);
+        grad_z.load(column, to_mu);
+        for (int i = 0; i < N; ++i) to_logvar[i] = to_mu[i] * (exponential_of<T>(T(0.5) * v[i]) * noise[i]);
       }
       if (grad_kl.p != nullptr) {
-        const T gk = grad_kl[column];
-        to_mu = to_mu + gk * mu[column];
-        to_logvar = to_logvar + gk * exp_minus_1_of<T>(v);
+        T gk[N], m[N];
+        grad_kl.load(column, gk);
+        mu.load(column, m);
+        for (int i = 0; i < N; ++i) {
+          to_mu[i] = to_mu[i] + gk[i] * m[i];
+          to_logvar[i] = to_logvar[i] + gk[i] * exp_minus_1_of<T>(v[i]);
+        }
       }
-      narrow(T(0.5) * to_logvar, grad_logvar + column);
-      if (grad_mu != nullptr) narrow(to_mu, grad_mu + column);
+      for (int i = 0; i < N; ++i) to_logvar[i] = T(0.5) * to_logvar[i];
+      save(to_logvar, grad_logvar + column);
+      if (grad_mu != nullptr) save(to_mu, grad_mu + column);
       return T(0);
     }
   };
@@ -172,8 +211,13 @@ __global__ void __launch_bounds__(kThreads) reparameterize_kernel(Op op, const i
       T noise[kPerBlock] = {};
       if (draw) block_normals<T>(first / kPerBlock + uint64_t(b), key, noise);
       const int64_t column = b * kPerBlock - lead;
+      if (column >= 0 && column + kPerBlock <= shape.inner) {
+        sum = sum + of_row(column, noise);
+        continue;
+      }
       for (int i = 0; i < kPerBlock; ++i) {
-        if (column + i >= 0 && column + i < shape.inner) sum = sum + of_row(column + i, noise[i]);
+        T one[1] = {noise[i]};
+        if (column + i >= 0 && column + i < shape.inner) sum = sum + of_row(column + i, one);
       }
     }
     if (Op::kSums) {
