@@ -17,24 +17,26 @@ struct Choice {
   size_t shared;
 };
 
+template <class T, int kWidth>
+Choice choose_half(int64_t rows, bool extras) {
+  const int warps = int(std::clamp<int64_t>(ceil_div(rows, 16), 1, extras ? 8 : 4));
+  const auto choice = [&](Kernel kernel, int fragments, size_t shared) {
+    return Choice{kernel, 16 * fragments * warps, 32 * warps, kTileKeys, shared};
+  };
+  if (extras) return choice(&attention_kernel<T, kWidth, 1, true>, 1, kForwardShared<kWidth, 1>);
+  if (rows > 64) return choice(&attention_kernel<T, kWidth, 2, false>, 2, kForwardShared<kWidth, 2>);
+  return choice(&attention_kernel<T, kWidth, 1, false>, 1, kForwardShared<kWidth, 1>);
+}
+
 template <int kWidth>
-Choice choose(const ForwardCall& c, int64_t rows, bool extras) {
+Choice choose(const ForwardCall& c, int64_t rows) {
   if (c.dtype == DType::kFloat32) {
     if (rows > 16) return {&attention_float_kernel<kWidth, 4>, 64, 256, kFloatKeys<kWidth>, kFloatShared<kWidth, 4>};
     return {&attention_float_kernel<kWidth, 1>, 16, 256, kFloatKeys<kWidth>, kFloatShared<kWidth, 1>};
   }
-  const int warps = int(std::clamp<int64_t>(ceil_div(rows, 16), 1, 8));
-  const bool is_bfloat16 = c.dtype == DType::kBFloat16;
-  const Kernel kernel =
-      extras        ? is_bfloat16 ? &attention_kernel<BFloat16, kWidth, true> : &attention_kernel<Float16, kWidth, true>
-      : is_bfloat16 ? &attention_kernel<BFloat16, kWidth, false>
-                    : &attention_kernel<Float16, kWidth, false>;
-  return {kernel, 16 * warps, 32 * warps, kTileKeys, kForwardShared<kWidth>};
-}
-
-Choice choose(const ForwardCall& c, int64_t rows) {
   const bool extras = c.cap > 0 || c.mask.data != nullptr || c.slopes != nullptr || drops(c) || !(c.product_scale > 0);
-  return std::max(c.width, c.value_width) > 64 ? choose<128>(c, rows, extras) : choose<64>(c, rows, extras);
+  return c.dtype == DType::kBFloat16 ? choose_half<BFloat16, kWidth>(rows, extras)
+                                     : choose_half<Float16, kWidth>(rows, extras);
 }
 
 constexpr int64_t kPackedRows = 64;   // heads of one key head are packed together up to here
@@ -68,7 +70,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   // Tiles of 128 rows read keys half as often as those of 64; those fill a device sooner.
   const int64_t rows = c.packed * most_queries, heads = p.heads / c.packed;
   const bool many = p.batch * heads * ceil_div(rows, 128) >= 2 * multiprocessors();
-  const Choice choice = choose(c, many ? rows : std::min<int64_t>(rows, 64));
+  const int64_t tile_rows = many ? rows : std::min<int64_t>(rows, 64);
+  const Choice choice = std::max(c.width, c.value_width) > 64 ? choose<128>(c, tile_rows) : choose<64>(c, tile_rows);
   c.tile_rows = choice.rows;
   int64_t units = p.batch * heads * ceil_div(rows, c.tile_rows);
   Optional starts;

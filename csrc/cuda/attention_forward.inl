@@ -119,88 +119,61 @@ __device__ __forceinline__ void finish_row(const ForwardCall& c, const Row& row,
 FASTGEN_FN float share_of(const ForwardCall& c, float sum) { return sum == 0.0f ? 0.0f : c.kept_weight / sum; }
 
 // ---------------------------------------------------------------------------------------------------
-// bfloat16, float16: products on tensor cores. A warp has 16 rows; of two of them, `lane / 4` and the one 8 below, a
-// thread has every fourth pair of keys, and the same of the width in the sums of values.
+// bfloat16, float16: products on tensor cores. A warp has one or two fragments of 16 rows; with two, what it reads of
+// keys and values serves twice as many products. Of two rows of a fragment, lane / 4 and the one 8 below, a thread has
+// every fourth pair of keys, and the same of the width in the sums of values.
 
-constexpr int kTileKeys = 64;
-
-template <int kWidth>
-constexpr size_t kForwardShared = size_t(2 * 2 * kTileKeys * kWidth) * 2;  // keys and values twice, of 2 bytes
+constexpr int kTileKeys = 64, kPairs = kTileKeys / 16;
 
 // Extras: softcap, mask, ALiBi, dropout, a scale that is not above 0. Without them the scale is applied with the exp2.
 template <class T, int kWidth, bool kExtras>
-__global__ void __launch_bounds__(256, kWidth == 64 && !kExtras ? 2 : 1) attention_kernel(const ForwardCall c) {
-  constexpr int kSteps = kWidth / 16, kPairs = kTileKeys / 16, kStage = 2 * kTileKeys * kWidth;
-  static_assert(kStage >= 128 * kWidth, "the queries, and later the results, stand where keys and values do");
-  T* const shared = reinterpret_cast<T*>(dynamic_shared());
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, column = lane % 4 * 2, split = int(blockIdx.y);
-  const Unit u = unit_of(c, blockIdx.x, split, kTileKeys);
-  const Sequence& s = u.sequence;
+struct Fragment {
+  int first;  // row of the block
+  float score[2 * kPairs][4];
+  float out[kWidth / 8][4];
+  float top[2], sum[2];  // top: the highest score so far; the sum and out are relative to its weight
 
-  const Rows<T> key = rows_of<T>(c.key, s.number, u.kv_head, s.key_start, c.width);
-  const Rows<T> value = rows_of<T>(c.value, s.number, u.kv_head, s.key_start, c.value_width);
-  const auto load = [&](int first, T* stage) {
-    load_tile<T, kWidth>(stage, key, first, kTileKeys, s.keys);
-    load_tile<T, kWidth>(stage + kTileKeys * kWidth, value, first, kTileKeys, s.keys);
-    copy_async_commit();
-  };
-
-  const int first_row = warp * 16, end_row = smaller_int(first_row + 16, u.count);  // of the warp
-  const auto row_of = [&](int r) { return row_at(c, u, first_row + lane / 4 + 8 * r); };
-  Row rows[2];  // without extras only the queries are kept
-  FASTGEN_UNROLL
-  for (int r = 0; r < 2; ++r) rows[r] = row_of(r);
-  const Range queries = queries_of(c, u, u.first + first_row, u.first + end_row);
-  const Range seen = seen_keys(c, s, queries.begin, queries.end);
-  const float factor = kExtras ? 1.0f : c.product_scale;  // from what stands in `score` to units of log 2
-
-  uint32_t query[kSteps][4];
-  float out[kWidth / 8][4] = {};
-  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
-  if (u.keys.begin < u.keys.end) {
-    load_queries<T, kWidth>(shared + kStage, c, u, int(blockDim.x) / 2);
-    load(u.keys.begin, shared);
-    copy_async_wait<0>();
-    block_barrier();
-    FASTGEN_UNROLL
-    for (int k = 0; k < kSteps; ++k) load_left<T, kWidth>(query[k], shared + kStage, first_row, k * 16);
+  __device__ __forceinline__ void start(int first_row) {
+    first = first_row;
+    top[0] = top[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
+    clear(out);
   }
-  for (int j = u.keys.begin, stage = 0; j < u.keys.end; j += kTileKeys, stage ^= 1) {
-    copy_async_wait<0>();
-    block_barrier();  // this tile is there, and nobody reads what stood where the next one goes
-    if (j + kTileKeys < u.keys.end) load(j + kTileKeys, shared + (stage ^ 1) * kStage);
-    if (first_row >= end_row || j >= seen.end || j + kTileKeys <= seen.begin) continue;
 
-    const T* const keys = shared + stage * kStage;
-    float score[2 * kPairs][4] = {};
+  FASTGEN_MEMBER int number(int r) const { return first + int(threadIdx.x) % 32 / 4 + 8 * r; }
+  FASTGEN_MEMBER static int column(int n) { return n * 8 + int(threadIdx.x) % 4 * 2; }
+
+  template <int kCount>
+  FASTGEN_MEMBER static void clear(float (&x)[kCount][4]) {
     FASTGEN_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      FASTGEN_UNROLL
-      for (int n = 0; n < kPairs; ++n) {
-        uint32_t right[2][2];
-        load_right_of_rows<T, kWidth>(right, keys, n * 16, k * 16);
-        multiply_add<T>(score[2 * n], query[k], right[0]);
-        multiply_add<T>(score[2 * n + 1], query[k], right[1]);
-      }
-    }
+    for (int n = 0; n < kCount; ++n) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0.0f;
+  }
 
-    if (kExtras || !all_seen(c, s, queries.begin, queries.end, j, j + kTileKeys)) {
+  // From products with the keys from j on to scores.
+  __device__ __forceinline__ void finish(const ForwardCall& c, const Unit& u, int j) {
+    FASTGEN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const Row row = row_at(c, u, number(r));
       FASTGEN_UNROLL
       for (int n = 0; n < 2 * kPairs; ++n) {
         FASTGEN_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const int at = j + n * 8 + column + e % 2;
-          const Row& row = rows[e / 2];
+        for (int e = 0; e < 2; ++e) {
+          const int key = j + column(n) + e;
+          float& at = score[n][2 * r + e];
           if constexpr (kExtras) {
-            score[n][e] = score_of(c, u, row, at, score[n][e]);
-          } else if (!sees(c, s, row.query, at)) {
-            score[n][e] = -INFINITY;
+            at = score_of(c, u, row, key, at);
+          } else if (!sees(c, u.sequence, row.query, key)) {
+            at = -INFINITY;
           }
         }
       }
     }
+  }
 
-    float base[2], fade[2];
+  // From scores to weights. Where a top rises, what was summed up under the old one fades. factor: from scores to units
+  // of log 2.
+  __device__ __forceinline__ void weigh(float factor) {
+    float base[2], fade[2], weights[2] = {0.0f, 0.0f};
     FASTGEN_UNROLL
     for (int r = 0; r < 2; ++r) {
       float highest = top[r];
@@ -213,7 +186,6 @@ __global__ void __launch_bounds__(256, kWidth == 64 && !kExtras ? 2 : 1) attenti
       fade[r] = exp2_approx(top[r] * factor - base[r]);
       top[r] = highest;
     }
-    float weights[2] = {0.0f, 0.0f};
     FASTGEN_UNROLL
     for (int n = 0; n < 2 * kPairs; ++n) {
       FASTGEN_UNROLL
@@ -222,88 +194,190 @@ __global__ void __launch_bounds__(256, kWidth == 64 && !kExtras ? 2 : 1) attenti
         weights[e / 2] += score[n][e];
       }
     }
-    if (kExtras && drops(c)) {
+    sum[0] = sum[0] * fade[0] + weights[0];
+    sum[1] = sum[1] * fade[1] + weights[1];
+    if (!warp_any(fade[0] != 1.0f || fade[1] != 1.0f)) return;
+    FASTGEN_UNROLL
+    for (int n = 0; n < kWidth / 8; ++n) {
       FASTGEN_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        uint64_t kept = kept_keys(c, s, rows[r].head.row + rows[r].query, j, lane % 4, 4);
-        kept |= shuffle_xor(kept, 1);
-        kept |= shuffle_xor(kept, 2);
+      for (int e = 0; e < 4; ++e) out[n][e] *= fade[e / 2];
+    }
+  }
+
+  // Dropout of the weights.
+  __device__ __forceinline__ void drop(const ForwardCall& c, const Unit& u, int j) {
+    FASTGEN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const Row row = row_at(c, u, number(r));
+      uint64_t kept = kept_keys(c, u.sequence, row.head.row + row.query, j, int(threadIdx.x) % 4, 4);
+      kept |= shuffle_xor(kept, 1);
+      kept |= shuffle_xor(kept, 2);
+      FASTGEN_UNROLL
+      for (int n = 0; n < 2 * kPairs; ++n) {
         FASTGEN_UNROLL
-        for (int n = 0; n < 2 * kPairs; ++n) {
-          FASTGEN_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            if ((kept >> (n * 8 + column + e) & 1) == 0) score[n][2 * r + e] = 0.0f;
-          }
+        for (int e = 0; e < 2; ++e) {
+          if ((kept >> (column(n) + e) & 1) == 0) score[n][2 * r + e] = 0.0f;
         }
       }
     }
-    sum[0] = sum[0] * fade[0] + weights[0];
-    sum[1] = sum[1] * fade[1] + weights[1];
-    if (warp_any(fade[0] != 1.0f || fade[1] != 1.0f)) {
+  }
+
+  // The weights of 16 keys as the left side of a product: results of one are, in pairs, the left side of the next.
+  __device__ __forceinline__ void pack_weights(int pair, uint32_t (&left)[4]) const {
+    FASTGEN_UNROLL
+    for (int i = 0; i < 4; ++i)
+      left[i] = pack<T>(score[2 * pair + i / 2][i % 2 * 2], score[2 * pair + i / 2][i % 2 * 2 + 1]);
+  }
+
+  // Writes what is known of the rows: their results, or parts of them. tile: for the rows of the block.
+  __device__ __forceinline__ void put(const ForwardCall& c, const Unit& u, int split, float factor, T* tile) {
+    FASTGEN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += shuffle_xor(sum[r], 1);
+      sum[r] += shuffle_xor(sum[r], 2);
+      const bool there = number(r) < u.count;
+      const Row row = row_at(c, u, number(r));
+      if (there && threadIdx.x % 4 == 0) finish_row(c, row, split, top[r] * factor, sum[r]);
+      float* const part = c.parts + (split * c.rows + row.head.row + row.query) * c.value_width;
+      const float share = share_of(c, sum[r]);
       FASTGEN_UNROLL
       for (int n = 0; n < kWidth / 8; ++n) {
-        FASTGEN_UNROLL
-        for (int e = 0; e < 4; ++e) out[n][e] *= fade[e / 2];
+        const float low = out[n][2 * r], high = out[n][2 * r + 1];
+        if (c.splits > 1) {
+          if (there && column(n) < c.value_width) part[column(n)] = low;
+          if (there && column(n) + 1 < c.value_width) part[column(n) + 1] = high;
+        } else {
+          const uint32_t pair = pack<T>(low * share, high * share);
+          memcpy(tile + Tile<T, kWidth>::at(number(r), column(n)), &pair, sizeof pair);
+        }
       }
     }
+    if (c.splits > 1) return;
+    warp_barrier();  // the rows of a fragment are its warp's alone, which takes them out again in whole pieces
+    constexpr int kPieces = kWidth / 8;
+    T* const to = static_cast<T*>(const_cast<void*>(c.out.data));
+    for (int i = int(threadIdx.x) % 32; i < 16 * kPieces; i += 32) {
+      const int row = first + i / kPieces, piece = i % kPieces * 8;
+      if (row >= u.count || piece >= c.value_width) continue;
+      const T* from = tile + Tile<T, kWidth>::at(row, piece);
+      T* const at = to + offset_of(c.out, u, place_of(c, u, u.first + row)) + piece;
+      if (c.value_width % 8 == 0) {  // out is a fresh tensor: then its rows are aligned
+        *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
+      } else {
+        for (int k = 0; k < 8 && piece + k < c.value_width; ++k) at[k] = from[k];
+      }
+    }
+  }
+};
 
-    // The results of one product are, in pairs, the left side of the next.
+// Queries are held in registers or, where these are full of sums, read again for each tile of keys.
+template <int kWidth, int kFragments>
+constexpr bool kHoldsQueries = kFragments * kWidth <= 128;
+
+constexpr int kMostRows = 128;  // of a block
+
+// Keys and values twice, and queries where they stay.
+template <int kWidth, int kFragments>
+constexpr size_t kForwardShared =
+    sizeof(uint16_t) * size_t((4 * kTileKeys + (kHoldsQueries<kWidth, kFragments> ? 0 : kMostRows)) * kWidth);
+
+template <bool kExtras>
+constexpr int kMostThreads = kExtras ? 256 : 128;  // with extras always one fragment a warp
+
+template <class T, int kWidth, int kFragments, bool kExtras>
+__global__ void __launch_bounds__(kMostThreads<kExtras>, kExtras                           ? 1
+                                                         : kWidth == 64 && kFragments == 1 ? 3
+                                                                                           : 2)
+    attention_kernel(const ForwardCall c) {
+  constexpr int kSteps = kWidth / 16, kStage = 2 * kTileKeys * kWidth;
+  constexpr bool kHolds = kHoldsQueries<kWidth, kFragments>;
+  static_assert(kStage >= kMostRows * kWidth, "queries that are held, and later results, stand where a stage does");
+  T* const shared = reinterpret_cast<T*>(dynamic_shared());
+  T* const queries = shared + (kHolds ? 1 : 2) * kStage;
+  const Unit u = unit_of(c, blockIdx.x, int(blockIdx.y), kTileKeys);
+  const Sequence& s = u.sequence;
+  const Rows<T> key = rows_of<T>(c.key, s.number, u.kv_head, s.key_start, c.width);
+  const Rows<T> value = rows_of<T>(c.value, s.number, u.kv_head, s.key_start, c.value_width);
+  const auto load = [&](int first, T* stage) {
+    load_tile<T, kWidth>(stage, key, first, kTileKeys, s.keys);
+    load_tile<T, kWidth>(stage + kTileKeys * kWidth, value, first, kTileKeys, s.keys);
+    copy_async_commit();
+  };
+
+  constexpr int kWarpRows = 16 * kFragments;
+  const int first_row = int(threadIdx.x) / 32 * kWarpRows, end_row = smaller_int(first_row + kWarpRows, u.count);
+  const Range of_warp = queries_of(c, u, u.first + first_row, u.first + end_row);
+  const Range seen = seen_keys(c, s, of_warp.begin, of_warp.end);
+  const float factor = kExtras ? 1.0f : c.product_scale;
+  Fragment<T, kWidth, kExtras> fragment[kFragments];
+  FASTGEN_UNROLL
+  for (int f = 0; f < kFragments; ++f) fragment[f].start(first_row + 16 * f);
+
+  uint32_t query[kHolds ? kSteps : 1][kFragments][4];
+  const auto load_query = [&](int k, uint32_t (&to)[kFragments][4]) {
+    FASTGEN_UNROLL
+    for (int f = 0; f < kFragments; ++f) load_left<T, kWidth>(to[f], queries, first_row + 16 * f, k * 16);
+  };
+  if (u.keys.begin < u.keys.end) {
+    load_queries<T, kWidth>(queries, c, u, int(blockDim.x) / 32 * kWarpRows);
+    load(u.keys.begin, shared);
+    copy_async_wait<0>();
+    block_barrier();
+    if constexpr (kHolds) {
+      FASTGEN_UNROLL
+      for (int k = 0; k < kSteps; ++k) load_query(k, query[k]);
+    }
+  }
+  for (int j = u.keys.begin, stage = 0; j < u.keys.end; j += kTileKeys, stage ^= 1) {
+    copy_async_wait<0>();
+    block_barrier();  // this tile is there, and nobody reads what stood where the next one goes
+    if (j + kTileKeys < u.keys.end) load(j + kTileKeys, shared + (stage ^ 1) * kStage);
+    if (first_row >= end_row || j >= seen.end || j + kTileKeys <= seen.begin) continue;
+
+    const T* const keys = shared + stage * kStage;
+    FASTGEN_UNROLL
+    for (int f = 0; f < kFragments; ++f) fragment[f].clear(fragment[f].score);
+    FASTGEN_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      if constexpr (!kHolds) load_query(k, query[0]);
+      FASTGEN_UNROLL
+      for (int n = 0; n < kPairs; ++n) {
+        uint32_t right[2][2];
+        load_right_of_rows<T, kWidth>(right, keys, n * 16, k * 16);
+        FASTGEN_UNROLL
+        for (int f = 0; f < kFragments; ++f) {
+          multiply_add<T>(fragment[f].score[2 * n], query[kHolds ? k : 0][f], right[0]);
+          multiply_add<T>(fragment[f].score[2 * n + 1], query[kHolds ? k : 0][f], right[1]);
+        }
+      }
+    }
+    const bool finished = !kExtras && all_seen(c, s, of_warp.begin, of_warp.end, j, j + kTileKeys);
+    FASTGEN_UNROLL
+    for (int f = 0; f < kFragments; ++f) {
+      if (!finished) fragment[f].finish(c, u, j);
+      fragment[f].weigh(factor);
+      if (kExtras && drops(c)) fragment[f].drop(c, u, j);
+    }
     FASTGEN_UNROLL
     for (int k = 0; k < kPairs; ++k) {
-      const uint32_t left[4] = {pack<T>(score[2 * k][0], score[2 * k][1]), pack<T>(score[2 * k][2], score[2 * k][3]),
-                                pack<T>(score[2 * k + 1][0], score[2 * k + 1][1]),
-                                pack<T>(score[2 * k + 1][2], score[2 * k + 1][3])};
+      uint32_t weights[kFragments][4];
+      FASTGEN_UNROLL
+      for (int f = 0; f < kFragments; ++f) fragment[f].pack_weights(k, weights[f]);
       FASTGEN_UNROLL
       for (int n = 0; n < kSteps; ++n) {
         uint32_t right[2][2];
         load_right_of_columns<T, kWidth>(right, keys + kTileKeys * kWidth, k * 16, n * 16);
-        multiply_add<T>(out[2 * n], left, right[0]);
-        multiply_add<T>(out[2 * n + 1], left, right[1]);
+        FASTGEN_UNROLL
+        for (int f = 0; f < kFragments; ++f) {
+          multiply_add<T>(fragment[f].out[2 * n], weights[f], right[0]);
+          multiply_add<T>(fragment[f].out[2 * n + 1], weights[f], right[1]);
+        }
       }
     }
   }
   block_barrier();  // nobody reads tiles any more
-
   FASTGEN_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    sum[r] += shuffle_xor(sum[r], 1);
-    sum[r] += shuffle_xor(sum[r], 2);
-    const int row = first_row + lane / 4 + 8 * r;
-    const Row of = row_of(r);
-    if (lane % 4 == 0 && row < end_row) finish_row(c, of, split, top[r] * factor, sum[r]);
-    if (c.splits > 1) {
-      float* const part = c.parts + (split * c.rows + of.head.row + of.query) * c.value_width;
-      FASTGEN_UNROLL
-      for (int n = 0; n < kWidth / 8; ++n) {
-        FASTGEN_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          if (row < end_row && n * 8 + column + e < c.value_width) part[n * 8 + column + e] = out[n][2 * r + e];
-        }
-      }
-    } else {
-      const float share = share_of(c, sum[r]);
-      FASTGEN_UNROLL
-      for (int n = 0; n < kWidth / 8; ++n) {
-        const uint32_t pair = pack<T>(out[n][2 * r] * share, out[n][2 * r + 1] * share);
-        memcpy(shared + Tile<T, kWidth>::at(row, n * 8 + column), &pair, sizeof pair);
-      }
-    }
-  }
-  if (c.splits > 1) return;
-  warp_barrier();  // each warp takes its own rows out again, in whole pieces
-  constexpr int kPieces = kWidth / 8;
-  T* const to = static_cast<T*>(const_cast<void*>(c.out.data));
-  for (int i = lane; i < 16 * kPieces; i += 32) {
-    const int row = first_row + i / kPieces, piece = i % kPieces * 8;
-    if (row >= end_row || piece >= c.value_width) continue;
-    const T* from = shared + Tile<T, kWidth>::at(row, piece);
-    T* const at = to + offset_of(c.out, u, place_of(c, u, u.first + row)) + piece;
-    if (c.value_width % 8 == 0) {  // out is a fresh tensor: then its rows are aligned
-      *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int k = 0; k < 8 && piece + k < c.value_width; ++k) at[k] = from[k];
-    }
-  }
+  for (int f = 0; f < kFragments; ++f) fragment[f].put(c, u, int(blockIdx.y), factor, shared);
 }
 
 // ---------------------------------------------------------------------------------------------------
