@@ -1,0 +1,234 @@
+// The product of a step with a matrix that stays on the chip: out[row][unit] = sum_k matrix[unit][k] operand[row][k],
+// for the rows of the batch at that step.
+//
+// A tile is kUnits units by kRows rows. Its eight warps share out the sum over k, a chunk of kChunk bytes of every row
+// at a time, each through a ring of its own: they need not wait for each other, and the first multiplies while the
+// operand of the last is on its way from L2. Their sums stand in shared memory behind each other and are added in that
+// order: the result does not depend on timing.
+//
+// A unit has kGroups rows of the matrix (the gates of W_hh), which are multiplied with the same operand. Halves go
+// through the tensor cores, the matrix as the left side (16 rows: two groups) and the rows of the batch as columns.
+#pragma once
+
+#include "device.h"
+
+namespace fastgen {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kUnits = 8, kRows = 16;
+constexpr int kChunk = 64;                // bytes of a row
+constexpr int kChunkPitch = kChunk + 16;  // in shared memory: eight rows begin in eight different sets of four banks
+constexpr int kStages = 4;                // chunks of a warp on their way
+constexpr int kSumPitch = 24;             // floats: the pairs of a quarter of a warp fall into different banks
+constexpr int kGroupsMost = 4;
+
+// The matrix in tiles, [tiles][groups][kUnits][pitch], padded with zeros to whole tiles and chunks, and the operand,
+// [2][batch][chunks * kChunk bytes], padded likewise: a step reads one half of it while the next one is written.
+struct Product {
+  const unsigned char* matrix;
+  unsigned char* operand;
+  int64_t units, width, batch;  // of the result, of the sum, of the operand
+  int groups, chunks, tiles;
+  int tiles_of_block;  // each block has as many, but for the last ones
+  int shared;          // where the tiles of a block stand in its shared memory; -1: they are read from L2 at each step
+
+  FASTGEN_MEMBER int64_t operand_pitch() const { return int64_t(chunks) * kChunk; }
+  // Eight rows at this distance begin in different banks, as in a chunk.
+  FASTGEN_MEMBER int64_t pitch() const { return operand_pitch() + 16; }
+  FASTGEN_MEMBER int64_t tile_bytes() const { return groups * kUnits * pitch(); }
+  FASTGEN_MEMBER int first_tile(int block) const { return block * tiles_of_block; }
+  FASTGEN_MEMBER int end_tile(int block) const {
+    const int end = (block + 1) * tiles_of_block;
+    return end < tiles ? end : tiles;
+  }
+  template <class Element>
+  FASTGEN_MEMBER Element* operand_row(int64_t half, int64_t row) const {
+    return reinterpret_cast<Element*>(operand + (half * batch + row) * operand_pitch());
+  }
+};
+
+// Where everything stands in the shared memory of a block: resident tiles, rings, sums.
+struct SharedPlan {
+  int rings, stage, sums, bytes;  // stage: bytes of a chunk of the operand, and of the matrix where it is streamed
+};
+constexpr int kStageOperand = kRows * kChunkPitch;
+constexpr int kStageStreamed = kStageOperand + kGroupsMost * kUnits * kChunkPitch;
+
+template <class Element>
+struct PackParams {
+  const Element* source;
+  int64_t group_stride, unit_stride, stride;  // of the source, in elements
+  Product product;
+};
+
+template <class Element>
+__global__ void pack_kernel(PackParams<Element> p) {
+  const Product& product = p.product;
+  const int64_t pitch = product.pitch() / int64_t(sizeof(Element));
+  auto* out = reinterpret_cast<Element*>(const_cast<unsigned char*>(product.matrix));
+  const int64_t count = product.tiles * product.tile_bytes() / int64_t(sizeof(Element));
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t k = i % pitch, row = i / pitch, group = row / kUnits % product.groups;
+    const int64_t unit = row / (kUnits * product.groups) * kUnits + row % kUnits;
+    Element value{};
+    if (k < product.width && unit < product.units) {
+      value = p.source[group * p.group_stride + unit * p.unit_stride + k * p.stride];
+    }
+    out[i] = value;
+  }
+}
+
+// Brings the tiles of a block into its shared memory, where they stay. A barrier must follow.
+__device__ inline void load_resident(const Product& product, int block) {
+  if (product.shared < 0) return;
+  const int first = product.first_tile(block), end = product.end_tile(block);
+  const int64_t bytes = (end - first) * product.tile_bytes();
+  for (int64_t i = int64_t(threadIdx.x) * 16; i < bytes; i += kThreads * 16) {
+    copy_async16(dynamic_shared() + product.shared + i, product.matrix + first * product.tile_bytes() + i);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+}
+
+// What a thread holds of the sums of its warp.
+template <class Element, int kGroups>
+struct PartialSums {
+  static constexpr int kPairs = (kGroups + 1) / 2;  // of groups: the rows of a product of tensor cores
+  float d[kPairs][2][4] = {};
+
+  // `left` and `right`: the chunk of the matrix and of the operand.
+  __device__ void add(const unsigned char* left, int64_t pitch, const unsigned char* right, bool many) {
+    const int lane = threadIdx.x % 32, row = lane % 8, part = lane / 8;
+    uint32_t b[2][4] = {};
+    load_matrices(b[0], right + row * kChunkPitch + part * 16);
+    if (many) load_matrices(b[1], right + (8 + row) * kChunkPitch + part * 16);
+    FASTGEN_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      FASTGEN_UNROLL
+      for (int pair = 0; pair < kPairs; ++pair) {
+        // A group that does not exist repeats the one before: its sums are dropped.
+        const int group = pair * 2 + part % 2 < kGroups ? pair * 2 + part % 2 : kGroups - 1;
+        uint32_t a[4];
+        load_matrices(a, left + (group * kUnits + row) * pitch + (2 * k + part / 2) * 16);
+        const uint32_t few[] = {b[0][2 * k], b[0][2 * k + 1]}, more[] = {b[1][2 * k], b[1][2 * k + 1]};
+        fastgen::multiply_add<Element>(d[pair][0], a, few);
+        if (many) fastgen::multiply_add<Element>(d[pair][1], a, more);
+      }
+    }
+  }
+
+  __device__ void store(float* sums, bool many) const {
+    const int lane = threadIdx.x % 32;
+    FASTGEN_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      float* row = sums + (group * kUnits + lane / 4) * kSumPitch + 2 * (lane % 4);
+      const float (&of)[2][4] = d[group / 2];
+      *reinterpret_cast<float2*>(row) = {of[0][group % 2 * 2], of[0][group % 2 * 2 + 1]};
+      if (many) *reinterpret_cast<float2*>(row + 8) = {of[1][group % 2 * 2], of[1][group % 2 * 2 + 1]};
+    }
+  }
+};
+
+template <int kGroups>
+struct PartialSums<float, kGroups> {
+  float d[kGroups][4] = {};  // of unit lane % 8 and the rows lane / 8 + 4 j
+
+  __device__ void add(const unsigned char* left, int64_t pitch, const unsigned char* right, bool many) {
+    const int lane = threadIdx.x % 32;
+    FASTGEN_UNROLL
+    for (int k = 0; k < kChunk; k += 16) {
+      float4 a[kGroups];
+      FASTGEN_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        a[group] = *reinterpret_cast<const float4*>(left + (group * kUnits + lane % 8) * pitch + k);
+      }
+      FASTGEN_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if (j >= 2 && !many) continue;
+        const float4 b = *reinterpret_cast<const float4*>(right + (j * 4 + lane / 8) * kChunkPitch + k);
+        FASTGEN_UNROLL
+        for (int group = 0; group < kGroups; ++group) {
+          float& sum = d[group][j];
+          sum = a[group].x * b.x + sum;
+          sum = a[group].y * b.y + sum;
+          sum = a[group].z * b.z + sum;
+          sum = a[group].w * b.w + sum;
+        }
+      }
+    }
+  }
+
+  __device__ void store(float* sums, bool many) const {
+    const int lane = threadIdx.x % 32;
+    FASTGEN_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      FASTGEN_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if (j < 2 || many) sums[(group * kUnits + lane % 8) * kSumPitch + j * 4 + lane / 8] = d[group][j];
+      }
+    }
+  }
+};
+
+// The sums of one tile, to be read by `sum_of` behind a block_barrier. operand: the first of `rows` rows, 1 to kRows.
+template <class Element, int kGroups>
+__device__ void multiply_tile(const Product& product, int tile, int block, const unsigned char* operand, int rows,
+                              const SharedPlan& plan) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp >= product.chunks) return;
+  const bool streamed = product.shared < 0, many = rows > 8;
+  const unsigned char* matrix =
+      streamed ? product.matrix + tile * product.tile_bytes()
+               : dynamic_shared() + product.shared + (tile - product.first_tile(block)) * product.tile_bytes();
+  const int64_t pitch = product.pitch(), operand_pitch = product.operand_pitch();
+  unsigned char* ring = dynamic_shared() + plan.rings + warp * kStages * plan.stage;
+  const int count = (product.chunks - warp + kWarps - 1) / kWarps;  // chunks warp, warp + kWarps, ...
+
+  const auto fetch = [&](int i) {
+    if (i < count) {
+      const int64_t at = int64_t(warp + i * kWarps) * kChunk;
+      unsigned char* stage = ring + i % kStages * plan.stage;
+      for (int j = lane; j < (many ? 16 : 8) * (kChunk / 16); j += 32) {
+        const int row = j / (kChunk / 16), part = j % (kChunk / 16) * 16;
+        const bool there = row < rows;
+        copy_async16(stage + row * kChunkPitch + part, operand + (there ? row : 0) * operand_pitch + at + part, there);
+      }
+      for (int j = lane; streamed && j < kGroups * kUnits * (kChunk / 16); j += 32) {
+        const int row = j / (kChunk / 16), part = j % (kChunk / 16) * 16;
+        copy_async16(stage + kStageOperand + row * kChunkPitch + part, matrix + row * pitch + at + part);
+      }
+    }
+    copy_async_commit();
+  };
+
+  PartialSums<Element, kGroups> sums;
+  FASTGEN_UNROLL
+  for (int i = 0; i < kStages; ++i) fetch(i);
+  for (int i = 0; i < count; ++i) {
+    copy_async_wait<kStages - 1>();
+    warp_barrier();
+    const unsigned char* stage = ring + i % kStages * plan.stage;
+    if (streamed) {
+      sums.add(stage + kStageOperand, kChunkPitch, stage, many);
+    } else {
+      sums.add(matrix + int64_t(warp + i * kWarps) * kChunk, pitch, stage, many);
+    }
+    warp_barrier();
+    fetch(i + kStages);
+  }
+  sums.store(reinterpret_cast<float*>(dynamic_shared() + plan.sums) + warp * kGroups * kUnits * kSumPitch, many);
+}
+
+template <int kGroups>
+__device__ float sum_of(const Product& product, const SharedPlan& plan, int group, int unit, int row) {
+  const float* sums =
+      reinterpret_cast<const float*>(dynamic_shared() + plan.sums) + (group * kUnits + unit) * kSumPitch + row;
+  const int parts = product.chunks < kWarps ? product.chunks : kWarps;
+  float total = 0;
+  for (int i = 0; i < parts; ++i) total = total + sums[i * kGroups * kUnits * kSumPitch];
+  return total;
+}
+
+}  // namespace
+}  // namespace fastgen
