@@ -65,15 +65,16 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   c.rows = lse.numel();
 
   const auto [most_queries, most_keys] = arguments.longest();
-  const int64_t group = p.heads / p.kv_heads;
-  c.packed = int(group * most_queries <= kPackedRows ? group : 1);
+  c.group = int(p.heads / p.kv_heads);
+  c.packed = c.group * most_queries <= kPackedRows ? c.group : 1;
   // Tiles of 128 rows read keys half as often as those of 64; those fill a device sooner.
   const int64_t rows = c.packed * most_queries, heads = p.heads / c.packed;
   const bool many = p.batch * heads * ceil_div(rows, 128) >= 2 * multiprocessors();
   const int64_t tile_rows = many ? rows : std::min<int64_t>(rows, 64);
   const Choice choice = std::max(c.width, c.value_width) > 64 ? choose<128>(c, tile_rows) : choose<64>(c, tile_rows);
   c.tile_rows = choice.rows;
-  int64_t units = p.batch * heads * ceil_div(rows, c.tile_rows);
+  c.tiles = int(ceil_div(rows, c.tile_rows));
+  int64_t units = p.batch * heads * c.tiles;
   Optional starts;
   if (cu_q) {
     units = arguments.plan_units(p, heads, p.query_starts, c.tile_rows, c.packed);

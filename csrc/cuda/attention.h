@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "../common/params.h"
 #include "../common/philox.h"
@@ -123,7 +124,8 @@ FASTGEN_FN Sequence sequence_at(const AttentionCall& c, int number) {
 
 // The sequence that a unit belongs to, of units_of_each of every sequence or, ragged, as first_units says; `unit`
 // becomes its number there.
-FASTGEN_FN Sequence sequence_of(const AttentionCall& c, int64_t& unit, int64_t units_of_each) {
+template <class Int>
+FASTGEN_FN Sequence sequence_of(const AttentionCall& c, Int& unit, std::type_identity_t<Int> units_of_each) {
   int low = 0;
   if (c.query_starts == nullptr) {
     low = int(unit / units_of_each);
@@ -134,7 +136,7 @@ FASTGEN_FN Sequence sequence_of(const AttentionCall& c, int64_t& unit, int64_t u
       const int middle = (low + high) / 2;
       (c.first_units[middle] <= unit ? low : high) = middle;
     }
-    unit -= c.first_units[low];
+    unit -= Int(c.first_units[low]);
   }
   return sequence_at(c, low);
 }
@@ -298,13 +300,13 @@ template <class T, int kWidth, class Place>
 __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int rows, const Place& place) {
   using Layout = Tile<T, kWidth>;
   constexpr int kPiece = Layout::kPiece, kPieces = kWidth / kPiece;
-  for (int i = int(threadIdx.x); i < rows * kPieces; i += int(blockDim.x)) {
-    const int row = i / kPieces, column = i % kPieces * kPiece;
+  const int column = int(threadIdx.x) % kPieces * kPiece;  // a thread has the same piece of all its rows
+  for (int row = int(threadIdx.x) / kPieces; row < rows; row += int(blockDim.x) / kPieces) {
     const int64_t at = place(row);
     T* to = tile + Layout::at(row, column);
     if (from.vectors) {
       const bool there = at >= 0 && column < from.width;
-      copy_async16(to, there ? from.data + at + column : from.data, there);
+      copy_async16(to, from.data + (there ? at + column : 0), there);
     } else {
       for (int k = 0; k < kPiece; ++k) {
         const bool there = at >= 0 && column + k < from.width;
@@ -317,8 +319,21 @@ __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int rows
 // Rows [first, first + rows); those from `end` on are zero.
 template <class T, int kWidth>
 __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int first, int rows, int end) {
-  load_tile<T, kWidth>(tile, from, rows,
-                       [&](int row) { return first + row < end ? (first + row) * from.row : int64_t(-1); });
+  using Layout = Tile<T, kWidth>;
+  constexpr int kPiece = Layout::kPiece, kPieces = kWidth / kPiece;
+  if (!from.vectors) {
+    return load_tile<T, kWidth>(tile, from, rows,
+                                [&](int row) { return first + row < end ? (first + row) * from.row : int64_t(-1); });
+  }
+  // The usual case, in as few instructions as it takes: they stand between the products.
+  const int step = int(blockDim.x) / kPieces, column = int(threadIdx.x) % kPieces * kPiece;
+  const bool inside = column < from.width;
+  int row = int(threadIdx.x) / kPieces;
+  int64_t at = (first + row) * from.row + column;
+  for (; row < rows; row += step, at += step * from.row) {
+    const bool there = inside && first + row < end;
+    copy_async16(tile + Layout::at(row, column), from.data + (there ? at : 0), there);
+  }
 }
 
 // Fragments of products of a warp (multiply_add, 16 x 8 results of depth 16). Thread `lane` has of a result d[0], d[1]

@@ -15,8 +15,10 @@ namespace {
 struct ForwardCall : AttentionCall {
   Tensor4 out;
   float* lse;
-  int packed;     // heads whose rows are packed together: 1, or all that read one key head
+  int group;      // heads that read one key head
+  int packed;     // heads whose rows are packed together: 1 or `group`
   int tile_rows;  // of a block
+  int tiles;      // of the rows of every sequence, unless ragged
   int splits;     // of the keys of a tile of rows
   int64_t rows;   // of lse
   float* parts;   // [splits][rows][value_width]: sums of values relative to 2^top
@@ -48,15 +50,16 @@ FASTGEN_FN Range queries_of(const ForwardCall& c, const Unit& u, int first, int 
 
 // Tiles of rows go from the last to the first: under a causal mask the last ones see most keys, and long blocks that
 // start early leave no tail.
-FASTGEN_FN Unit unit_of(const ForwardCall& c, int64_t unit, int split, int tile_keys) {
+FASTGEN_FN Unit unit_of(const ForwardCall& c, unsigned unit, int split, int tile_keys) {
   Unit u;
-  const int heads = c.heads / c.packed;
-  const int64_t tiles_of_each = (int64_t(c.packed) * c.queries + c.tile_rows - 1) / c.tile_rows;
-  u.sequence = sequence_of(c, unit, heads * tiles_of_each);
-  const int rows = c.packed * u.sequence.queries, tiles = (rows + c.tile_rows - 1) / c.tile_rows;
-  u.first_head = int(unit / tiles) * c.packed;
-  u.kv_head = u.first_head / (c.heads / c.kv_heads);
-  u.first = (tiles - 1 - int(unit % tiles)) * c.tile_rows;
+  const unsigned units_of_each = unsigned(c.packed == 1 ? c.heads : c.kv_heads) * unsigned(c.tiles);
+  u.sequence = sequence_of(c, unit, units_of_each);
+  const int rows = c.packed * u.sequence.queries;
+  const int tiles = c.query_starts == nullptr ? c.tiles : (rows + c.tile_rows - 1) / c.tile_rows;
+  const int head = int(unit / unsigned(tiles));
+  u.first_head = head * c.packed;
+  u.kv_head = c.packed == 1 ? int(unsigned(head) / unsigned(c.group)) : head;
+  u.first = (tiles - 1 - (int(unit) - head * tiles)) * c.tile_rows;
   u.count = smaller_int(c.tile_rows, rows - u.first);
   const Range queries = queries_of(c, u, u.first, u.first + u.count);
   u.keys = seen_keys(c, u.sequence, queries.begin, queries.end);
