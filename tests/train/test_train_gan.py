@@ -165,7 +165,8 @@ def own(**fields: Any) -> GAN:
 def test_no_pass_is_wasted(tmp_path: Path) -> None:
     model = own()
     small(model, images(60), tmp_path / "run", max_steps=1, num_critic_steps=3, log_every=100)
-    generator = model.generator.calls
+    untrained, *generator = model.generator.calls
+    assert untrained == (64, False)  # the picture of before training, when `ema` is no average yet
     assert generator[:3] == [(10, False), (10, False), (10, True)]  # the last batch of fakes serves both
     assert generator[3:] == [(54, False)]  # the figures, on all of the data
     assert all(not grad for _, grad in model.ema.calls)
