@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,13 @@ import fastgen
 # The same examples every time, and no deadline: the machines that run the tests are shared.
 hypothesis.settings.register_profile("fastgen", deadline=None, derandomize=True, print_blob=True, database=None)
 hypothesis.settings.load_profile("fastgen")
+
+# The workers of pytest-xdist share the cores, and so do the programs that they start. Threads of several pools on one
+# core wait for each other at the end of every loop, which makes the trainings several times slower. Tests whose
+# subject is threads ask for them.
+if (workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT")) and "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 @pytest.fixture(params=ISAS or [pytest.param(None, marks=pytest.mark.skip("the CPU kernels are not built"))])
