@@ -9,8 +9,8 @@ The method, each point of which has its module:
 * the physical bound of a case is timed beside them, not looked up (`bounds`);
 * losses are named (`report`).
 
-Times are of the CPU. What is timed is the call a user writes, with Python's part and the allocation of the
-result in it.
+What is timed is the call a user writes, with Python's part and the allocation of the result in it; on a GPU until
+it has finished the calls of a sample, of which there are several where they are short.
 
 Example:
     >>> from fastgen.benchmark import measure, select
@@ -30,29 +30,29 @@ from fastgen.benchmark.timing import Spread, interleave
 __all__ = ["Case", "Report", "Result", "Spread", "bandwidth", "interleave", "measure", "select"]
 
 
-def select(*, full: bool, filter: str = "", threads: int | None = None) -> list[Case]:
+# Those whose ops have kernels on CUDA.
+_ON_CUDA = (random, reparameterize, recurrent, attention, vae, gan, rnn, gpt)
+
+
+def select(*, full: bool, filter: str = "", threads: int | None = None, device: str = "cpu") -> list[Case]:
     """The cases to run.
 
     Args:
         full: all cases, or the few that tell most.
         filter: a part of the names of the cases wanted, such as `reparam`, `lstm` or `64x20`; capitals do not matter.
         threads: of the run; with 1 the cases on one thread are left out, being there already.
+        device: "cpu" or "cuda", which have cases of their own.
 
     Raises:
         ValueError: if no case's name has `filter` in it.
     """
-    every: list[Case] = [
-        *random.cases(full=full),
-        *reparameterize.cases(full=full),
-        *recurrent.cases(full=full),
-        *generate.cases(full=full),
-        *attention.cases(full=full),
-        *linear.cases(full=full),
-        *vae.cases(full=full),
-        *gan.cases(full=full),
-        *rnn.cases(full=full),
-        *gpt.cases(full=full),
-    ]
+    every: list[Case] = []
+    if device == "cpu":
+        for family in (*_ON_CUDA[:4], generate, linear, *_ON_CUDA[4:]):
+            every += family.cases(full=full)
+    else:
+        for family in _ON_CUDA:
+            every += family.cuda_cases(full=full)
     chosen = [
         case for case in every if filter.lower() in case.name.lower() and not (threads == 1 and case.threads == 1)
     ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -12,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgen.benchmark.case import EAGER, OURS, ProductCase, WrongResult
+from fastgen.benchmark.case import CUDNN, EAGER, EFFICIENT, FLASH, OURS, ProductCase, WrongResult
 from fastgen.functional import scaled_dot_product_attention
 
 __all__ = ["AttentionCase", "cases"]
@@ -101,11 +104,7 @@ class AttentionCase(ProductCase):
     def inputs(self) -> tuple[Tensor, ...]:
         """query, key, value, the bias if there is one, and in training the gradient of the output."""
         batch, heads, queries, keys, width = self.shape
-        draw = torch.Generator().manual_seed(_SEED)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw).to(self.dtype)
-
+        normal = self.normals(_SEED)
         key_heads, training = self.key_heads or heads, self.direction == "training"
         given = [normal(batch, heads, queries, width)]
         given += [normal(batch, key_heads, keys, width) for _ in range(2)]
@@ -121,7 +120,7 @@ class AttentionCase(ProductCase):
     def _slopes(self) -> Tensor:
         """Of ALiBi: 2^(-8 / H), 2^(-16 / H), ..., 2^-8."""
         heads = self.shape[1]
-        return torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)])
+        return torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)], device=self.device)
 
     def _ours(self) -> Callable[..., Tensor]:
         options: dict[Kind, dict[str, Any]] = {
@@ -152,7 +151,8 @@ class AttentionCase(ProductCase):
                 return torch.cat([attention(*part, is_causal=True) for part in parts], 2)
 
             return loop
-        distance = torch.arange(queries).unsqueeze(1) - torch.arange(keys)
+        places = torch.arange(max(queries, keys), device=self.device)
+        distance = places[:queries].unsqueeze(1) - places[:keys]
         hidden = distance < 0
         if self.kind == "bias":
 
@@ -184,8 +184,17 @@ class AttentionCase(ProductCase):
         return step
 
     def rivals(self) -> dict[str, Callable[..., Any]]:
-        """Ours and PyTorch's own; its FlexAttention trains on no CPU."""
-        return {OURS: self._call(self._ours()), EAGER: self._call(self._theirs(self.dtype))}
+        """Ours and PyTorch's own, whose FlexAttention trains on no CPU; on CUDA each of its kernels too."""
+        theirs = self._call(self._theirs(self.dtype))
+        functions = {OURS: self._call(self._ours()), EAGER: theirs}
+        if self.device != "cpu":
+            for name, backend in _BACKENDS.items():
+                function = _with_backend(backend, theirs)
+                with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # where it takes no such call
+                    warnings.simplefilter("ignore")
+                    function(*self.inputs())
+                    functions[name] = function
+        return functions
 
     def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         """Ours may be twice as far from double precision as PyTorch is, in the mean of each result, and four times in
@@ -215,6 +224,21 @@ class AttentionCase(ProductCase):
                         )
             if not off <= limit:  # also a NaN
                 raise WrongResult(f"{self.name}, {rival}, {name}: off by {off:.3g}, allowed are {limit:.3g}")
+
+
+_BACKENDS = {
+    FLASH: SDPBackend.FLASH_ATTENTION,
+    CUDNN: SDPBackend.CUDNN_ATTENTION,
+    EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def _with_backend(backend: SDPBackend, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*given: Tensor) -> Any:
+        with sdpa_kernel(backend):
+            return function(*given)
+
+    return call
 
 
 class _Error(NamedTuple):
@@ -258,3 +282,20 @@ def cases(*, full: bool) -> list[AttentionCase]:
         both += [replace(decode, shape=(1, 9, 1, keys, 64)) for keys in (1024, 8192)]
         chosen += [case for case in both if case not in chosen]
     return chosen
+
+
+def cuda_cases(*, full: bool) -> list[AttentionCase]:
+    """The cases of `fastgen bench --device cuda`: short sequences of small heads, in both directions; and decode."""
+    lengths = (128, 256, 512, 1024, 4096) if full else (512, 1024)
+    plain = [AttentionCase(shape=(max(1, 16384 // n), 12, n, n, 64), dtype=torch.bfloat16) for n in lengths]
+    if full:
+        long = (4, 16, 4096, 4096, 128)
+        plain += [AttentionCase(kind=kind, shape=long, dtype=torch.bfloat16) for kind in ("causal", "full")]
+        kinds: tuple[Kind, ...] = ("full", "dropout", "alibi", "window", "bias")
+        plain += [AttentionCase(kind=kind, shape=(8, 12, 1024, 1024, 64), dtype=torch.bfloat16) for kind in kinds]
+        plain.append(AttentionCase(kind="ragged", shape=(1, 12, 8192, 8192, 64), dtype=torch.bfloat16))
+        plain.append(AttentionCase(shape=(8, 12, 1024, 1024, 64)))
+    both = [replace(case, direction=direction) for case in plain for direction in ("inference", "training")]
+    decode = AttentionCase(kind="decode", shape=(), dtype=torch.bfloat16, key_heads=8, direction="inference")
+    both += [replace(decode, shape=(8, 32, 1, keys, 128)) for keys in ((512, 2048, 8192) if full else (2048,))]
+    return [replace(case, device="cuda") for case in both]

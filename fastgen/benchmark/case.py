@@ -13,7 +13,10 @@ from torch import Tensor
 
 __all__ = [
     "COMPILED",
+    "CUDNN",
     "EAGER",
+    "EFFICIENT",
+    "FLASH",
     "OURS",
     "Case",
     "ProductCase",
@@ -26,6 +29,8 @@ __all__ = [
 ]
 
 OURS, EAGER, COMPILED = "fastgen", "eager", "torch.compile"
+# PyTorch's attention kernels on CUDA, one of which eager takes.
+FLASH, CUDNN, EFFICIENT = "flash", "cuDNN", "efficient"
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -48,6 +53,7 @@ class Case(ABC):
     Attributes:
         shape, dtype: of the tensors.
         threads: of PyTorch's pool; None for as many as the run is given.
+        device: "cpu" or "cuda".
     """
 
     keeps_memory: ClassVar[bool] = False
@@ -56,6 +62,7 @@ class Case(ABC):
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     threads: int | None = None
+    device: str = "cpu"
 
     @property
     def elements(self) -> int:
@@ -76,7 +83,9 @@ class Case(ABC):
     def name(self) -> str:
         """Such as `reparameterize/fwd/fp32/4M`; rivals of one name are comparable."""
         parts = [self.workload, _DTYPE_NAMES[self.dtype], self.size]
-        return "/".join(parts if self.threads is None else [*parts, f"{self.threads}-thread"])
+        if self.threads is not None:
+            parts.append(f"{self.threads}-thread")
+        return "/".join(parts if self.device == "cpu" else [*parts, self.device])
 
     @property
     @abstractmethod
@@ -96,6 +105,11 @@ class Case(ABC):
     def shrunk(self) -> Case:
         """The same on little data, for a smoke test."""
         return replace(self, shape=tuple(min(extent, 512) for extent in self.shape))
+
+    def normals(self, seed: int) -> Callable[..., Tensor]:
+        """A function of a size that draws normal numbers, the same on every device, in the dtype of the case."""
+        draw = torch.Generator().manual_seed(seed)
+        return lambda *size: torch.randn(size, generator=draw).to(self.device, self.dtype)
 
     @abstractmethod
     def inputs(self) -> tuple[Tensor, ...]:
@@ -138,7 +152,7 @@ class ProductCase(Case):
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` at its best for one shape: static, no graph break, for the threads in use now."""
-    # Inductor writes the thread count into its kernels; naming it keeps its disk cache from mixing them up.
+    # Inductor writes the thread count into its CPU kernels; naming it keeps its disk cache from mixing them up.
     options: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}
     compiled_function: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     return compiled_function

@@ -81,15 +81,15 @@ class GANCase(ProductCase):
         """The model, of the same weights each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            return GAN(GANConfig(architecture=self.architecture))
+            return GAN(GANConfig(architecture=self.architecture)).to(self.device)
 
     def inputs(self) -> tuple[Tensor, ...]:
         """Pictures (B, 1, 28, 28)."""
-        return (torch.rand(self.shape, generator=torch.Generator().manual_seed(_SEED)),)
+        return (torch.rand(self.shape, generator=torch.Generator().manual_seed(_SEED)).to(self.device),)
 
     def rivals(self) -> dict[str, Callable[..., Any]]:
         """All take pictures and give both losses, (2,); with a `generator` of fastgen's, of its noise."""
-        plain = {name: PlainGAN(self._model()) for name in (EAGER, COMPILED)}
+        plain = {name: PlainGAN(self._model()).to(self.device) for name in (EAGER, COMPILED)}
         return {
             OURS: _our_step(self._model()),
             EAGER: _plain_step(plain[EAGER], lambda function: function),
@@ -206,7 +206,10 @@ def _plain_step(model: PlainGAN, wrap: Callable[[Any], Any]) -> Callable[..., Te
 
     def step(real: Tensor, generator: Generator | None = None) -> Tensor:
         size = (len(real), 64)
-        noise = torch.randn(size) if generator is None else normal(size, generator=generator)
+        device = real.device
+        noise = (
+            torch.randn(size, device=device) if generator is None else normal(size, generator=generator, device=device)
+        )
         fake = make(noise)
         discriminator_optimizer.zero_grad()
         discriminator_loss = judge(real, fake.detach())
@@ -223,7 +226,8 @@ def _plain_step(model: PlainGAN, wrap: Callable[[Any], Any]) -> Callable[..., Te
 
 @functools.lru_cache(maxsize=2)
 def _expected_losses(case: GANCase) -> Tensor:
-    return _plain_step(PlainGAN(case._model()), lambda function: function)(*case.inputs(), generator=Generator(_SEED))
+    step = _plain_step(PlainGAN(case._model()).to(case.device), lambda function: function)
+    return step(*case.inputs(), generator=Generator(_SEED))
 
 
 def cases(*, full: bool) -> list[GANCase]:
@@ -233,3 +237,8 @@ def cases(*, full: bool) -> list[GANCase]:
     if full:
         chosen.append(GANCase(shape=shape, architecture="mlp"))
     return chosen
+
+
+def cuda_cases(*, full: bool) -> list[GANCase]:
+    """The cases of `fastgen bench --device cuda`: those of the CPU."""
+    return [replace(case, device="cuda") for case in cases(full=full)]

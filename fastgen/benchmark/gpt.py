@@ -63,7 +63,7 @@ class GPTCase(LanguageModelCase):
     def rivals(self) -> dict[str, Callable[..., Any]]:
         """All take tokens and targets and give the loss."""
         ours = self._model()
-        plain = {name: PlainGPT(ours) for name in (EAGER, COMPILED)}
+        plain = {name: PlainGPT(ours).to(self.device) for name in (EAGER, COMPILED)}
         return {
             OURS: self._step(ours, lambda *batch: ours(*batch).loss),
             EAGER: self._step(plain[EAGER], plain[EAGER]),
@@ -127,3 +127,10 @@ def cases(*, full: bool) -> list[GPTCase]:
         demo = GPTCase(shape=(16, 64, 100, 128), layers=4, heads=4)  # of the size that `make demo` trains
         chosen += [demo, gpt2, *(replace(case, dtype=torch.bfloat16) for case in (characters, gpt2))]
     return chosen
+
+
+def cuda_cases(*, full: bool) -> list[GPTCase]:
+    """The cases of `fastgen bench --device cuda`: nanoGPT's model of characters, and GPT-2, both with autocast."""
+    characters = GPTCase(shape=(64, 256, 65, 384), dtype=torch.bfloat16, device="cuda")
+    gpt2 = replace(characters, shape=(16, 1024, 50257, 768), layers=12, heads=12)
+    return [characters, gpt2] if full else [characters]

@@ -67,20 +67,20 @@ class LanguageModelCase(ProductCase):
         rows, length, vocabulary, _ = self.shape
         draw = torch.Generator().manual_seed(self.seed)
         window = torch.randint(vocabulary, (rows, length + 1), generator=draw)
-        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        return window[:, :-1].contiguous().to(self.device), window[:, 1:].contiguous().to(self.device)
 
     def _model(self) -> Any:
         """The model, of the same weights each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return self._new_model()
+            return self._new_model().to(self.device)
 
     def _step(self, model: nn.Module, loss_of: Callable[..., Any]) -> Callable[..., Tensor]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
         def step(*batch: Tensor) -> Tensor:
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 loss: Tensor = loss_of(*batch)
             loss.backward()
             if self.max_grad_norm is not None:
@@ -101,4 +101,4 @@ class LanguageModelCase(ProductCase):
 @functools.lru_cache(maxsize=1)
 def _expected_loss(case: LanguageModelCase) -> float:
     with torch.no_grad():
-        return float(case._plain(case._model())(*case.inputs()))
+        return float(case._plain(case._model()).to(case.device)(*case.inputs()))

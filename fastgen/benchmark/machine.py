@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["available_cores", "cache_sizes", "cpu_flags", "cpu_model", "describe", "openmp_runtimes", "residence"]
+__all__ = [
+    "available_cores",
+    "cache_sizes",
+    "cpu_flags",
+    "cpu_model",
+    "describe",
+    "gpu",
+    "openmp_runtimes",
+    "residence",
+]
 
 # The extensions that a kernel of this package or a library under PyTorch chooses its path by.
 _FLAGS = (
@@ -62,11 +71,13 @@ def cache_sizes() -> dict[str, int]:
     return sizes
 
 
-def residence(working_set: int, threads: int) -> str:
+def residence(working_set: int, threads: int, device: str = "cpu") -> str:
     """Where `working_set` bytes stay between two calls: `L1`, `L2`, `L3` or `memory`.
 
-    L1 and L2 belong to a core, so each thread brings its own; L3 is counted once.
+    L1 and L2 belong to a core, so each thread brings its own; L3 is counted once. A GPU has one L2.
     """
+    if device != "cpu":
+        return "L2" if working_set <= torch.cuda.get_device_properties(device).L2_cache_size else "memory"
     for level, size in cache_sizes().items():
         if working_set <= size * (1 if level == "L3" else threads):
             return level
@@ -83,8 +94,22 @@ def openmp_runtimes() -> list[str]:
     return sorted(path for path in paths if _OPENMP.search(path))
 
 
-def describe() -> dict[str, Any]:
-    """What goes into a report: processor, cores, caches, system, versions and what else is running.
+def gpu(device: str) -> dict[str, Any]:
+    """What goes into a report about a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "arch": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "L2": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """What goes into a report: processor, cores, caches, system, versions and what else is running; and the GPU.
 
     load: processes that wanted a core over the last minute, on average; None where nobody tells.
     """
@@ -97,4 +122,5 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "gpu": None if device == "cpu" else gpu(device),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,8 @@ class Distribution(NamedTuple):
     mean: float
     variance: float
     kurtosis: float
-    ours: Callable[[tuple[int, ...], torch.dtype], Tensor]
-    eager: Callable[[tuple[int, ...], torch.dtype], Tensor]
+    ours: Callable[[tuple[int, ...], torch.dtype, str], Tensor]
+    eager: Callable[[tuple[int, ...], torch.dtype, str], Tensor]
     reference: Callable[[Tensor, list[int], torch.dtype], Tensor]
 
 
@@ -36,32 +36,32 @@ DISTRIBUTIONS = {
         0.0,
         1.0,
         3.0,
-        lambda shape, dtype: fastgen_random.normal(shape, dtype=dtype),
-        lambda shape, dtype: torch.randn(shape, dtype=dtype),
+        lambda shape, dtype, device: fastgen_random.normal(shape, dtype=dtype, device=device),
+        lambda shape, dtype, device: torch.randn(shape, dtype=dtype, device=device),
         lambda state, shape, dtype: reference.normal(state, shape, dtype, 0.0, 1.0),
     ),
     "uniform": Distribution(
         0.5,
         1 / 12,
         9 / 5,
-        lambda shape, dtype: fastgen_random.uniform(shape, dtype=dtype),
-        lambda shape, dtype: torch.rand(shape, dtype=dtype),
+        lambda shape, dtype, device: fastgen_random.uniform(shape, dtype=dtype, device=device),
+        lambda shape, dtype, device: torch.rand(shape, dtype=dtype, device=device),
         lambda state, shape, dtype: reference.uniform(state, shape, dtype, 0.0, 1.0),
     ),
     "exponential": Distribution(
         1.0,
         1.0,
         9.0,
-        lambda shape, dtype: fastgen_random.exponential(shape, dtype=dtype),
-        lambda shape, dtype: torch.empty(shape, dtype=dtype).exponential_(),
+        lambda shape, dtype, device: fastgen_random.exponential(shape, dtype=dtype, device=device),
+        lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device).exponential_(),
         lambda state, shape, dtype: reference.exponential(state, shape, dtype, 1.0),
     ),
     "bernoulli": Distribution(
         _P,
         _P * (1 - _P),
         1 / (_P * (1 - _P)) - 3,
-        lambda shape, dtype: fastgen_random.bernoulli(shape, p=_P, dtype=dtype),
-        lambda shape, dtype: torch.empty(shape, dtype=dtype).bernoulli_(_P),
+        lambda shape, dtype, device: fastgen_random.bernoulli(shape, p=_P, dtype=dtype, device=device),
+        lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device).bernoulli_(_P),
         lambda state, shape, dtype: reference.bernoulli(state, shape, dtype, _P),
     ),
 }
@@ -87,16 +87,16 @@ class RandomCase(StreamCase):
     def rivals(self) -> dict[str, Callable[..., Any]]:
         distribution = DISTRIBUTIONS[self.distribution]
         return {
-            OURS: lambda: distribution.ours(self.shape, self.dtype),
-            EAGER: lambda: distribution.eager(self.shape, self.dtype),
+            OURS: lambda: distribution.ours(self.shape, self.dtype, self.device),
+            EAGER: lambda: distribution.eager(self.shape, self.dtype, self.device),
         }
 
     def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         """The moments of any rival; of ours also both ends of the stream, bit for bit."""
         distribution = DISTRIBUTIONS[self.distribution]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(_SEED)
-            state = fastgen_random.seed_offset_for(None, self.elements, torch.device("cpu"))
+            state = fastgen_random.seed_offset_for(None, self.elements, torch.device(self.device)).cpu()
             torch.manual_seed(_SEED)
             values = function(*inputs).flatten()
         what = f"{self.name}, {rival}"
@@ -106,7 +106,8 @@ class RandomCase(StreamCase):
             for first in (0, self.elements - count):
                 there = state + torch.tensor([0, first])
                 expected = distribution.reference(there, [count], self.dtype)
-                require_close(f"{what}, stream from element {first}", values[first : first + count], expected)
+                drawn = values[first : first + count].cpu()
+                require_close(f"{what}, stream from element {first}", drawn, expected)
 
 
 def cases(*, full: bool) -> list[RandomCase]:
@@ -124,3 +125,13 @@ def cases(*, full: bool) -> list[RandomCase]:
             RandomCase(distribution=name, shape=large, threads=1),
         ]
     return chosen
+
+
+def cuda_cases(*, full: bool) -> list[RandomCase]:
+    """The cases of `fastgen bench --device cuda`."""
+    large = (1 << 26,)
+    chosen = [RandomCase(distribution="normal", shape=large, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    if full:
+        chosen += [RandomCase(distribution=name, shape=large) for name in DISTRIBUTIONS if name != "normal"]
+        chosen += [RandomCase(distribution="normal", shape=(1 << 16,))]
+    return [replace(case, device="cuda") for case in chosen]

@@ -101,15 +101,15 @@ class RecurrentCase(ProductCase):
     def bytes(self) -> int:
         """Of parameters, input and output."""
         _, _, features, hidden = self._sizes
-        parameters = sum(p.numel() for p in self._module(torch.nn, device="meta").parameters())
+        parameters = sum(p.numel() for p in self._module(torch.nn, meta=True).parameters())
         out = (self.proj_size or hidden) * (2 if self.bidirectional else 1)
         return (parameters + self.elements * (features + out)) * self.dtype.itemsize
 
     def shrunk(self) -> RecurrentCase:
         return replace(self, shape=tuple(min(n, 12) for n in self.shape), proj_size=min(self.proj_size, 4))
 
-    def _module(self, package: ModuleType, **options: Any) -> torch.nn.Module:
-        """The module of one package, of the same weights each time."""
+    def _module(self, package: ModuleType, *, meta: bool = False, **options: Any) -> torch.nn.Module:
+        """The module of one package, of the same weights each time, or without memory."""
         _, _, features, hidden = self._sizes
         if self.module != "LSTMCell":
             options |= {"num_layers": self.layers, "bidirectional": self.bidirectional}
@@ -121,9 +121,10 @@ class RecurrentCase(ProductCase):
             kind = kind if package is fastgen.nn else _LayerNormLoop
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            module: torch.nn.Module = kind(features, hidden, **options)
+            # The weights are drawn on the CPU, whatever the device.
+            module: torch.nn.Module = kind(features, hidden, device="meta" if meta else "cpu", **options)
         training = self.direction == "training"
-        return module.to(self.dtype).train(training).requires_grad_(training)
+        return module.to("meta" if meta else self.device, self.dtype).train(training).requires_grad_(training)
 
     def _call(self, module: Callable[..., Any], parameters: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         """(input, [states,] [gradient of the output]) -> (output, [gradients of input and parameters])."""
@@ -155,18 +156,14 @@ class RecurrentCase(ProductCase):
         names = [
             "output",
             "grad_input",
-            *(name for name, _ in self._module(torch.nn, device="meta").named_parameters()),
+            *(name for name, _ in self._module(torch.nn, meta=True).named_parameters()),
         ]
         return dict(zip(names, results, strict=False))
 
     def inputs(self) -> tuple[Tensor, ...]:
         """The input ((T, B, I), packed (N, I), of a cell (B, I)), a cell's states, the gradient of the output."""
         steps, batch, features, hidden = self._sizes
-        draw = torch.Generator().manual_seed(_SEED)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw).to(self.dtype)
-
+        normal = self.normals(_SEED)
         cell = self.module == "LSTMCell"
         leading = (self.elements,) if self.valid < 1 else (batch,) if cell else (steps, batch)
         given = [normal(*leading, features).requires_grad_(self.direction == "training")]
@@ -290,3 +287,23 @@ def cases(*, full: bool) -> list[RecurrentCase]:
         both = [replace(case, direction=direction) for case in every for direction in ("inference", "training")]
         chosen += [case for case in both if case not in chosen]
     return chosen
+
+
+def cuda_cases(*, full: bool) -> list[RecurrentCase]:
+    """The cases of `fastgen bench --device cuda`: sizes around those where cuDNN changes its algorithm."""
+    usual = RecurrentCase(shape=(128, 16, 768, 768), dtype=torch.bfloat16)
+    chosen = [usual, replace(usual, valid=0.68), replace(usual, dtype=torch.float32)]
+    if full:
+        small = replace(usual, shape=(128, 64, 128, 192))
+        wide = replace(usual, shape=(128, 64, 1024, 1024))
+        chosen += [
+            replace(usual, module="GRU"),
+            replace(usual, module="RNN"),
+            *(replace(case, dtype=dtype) for case in (small, wide) for dtype in (torch.bfloat16, torch.float32)),
+            replace(usual, proj_size=64),
+            replace(usual, layer_norm=True),
+            replace(usual, layers=2),
+            replace(usual, shape=(128, 1, 768, 768)),
+        ]
+    both = [replace(case, direction=direction) for case in chosen for direction in ("inference", "training")]
+    return [replace(case, device="cuda") for case in both]

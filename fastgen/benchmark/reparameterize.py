@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -67,11 +67,7 @@ class ReparameterizeCase(StreamCase):
 
     def inputs(self) -> tuple[Tensor, ...]:
         """mu, logvar, and for the backward pass the gradients of z and kl."""
-        draw = torch.Generator().manual_seed(_SEED)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw).to(self.dtype)
-
+        normal = self.normals(_SEED)
         gradient = self.direction != "inference"
         mu, logvar = (normal(*self.shape).requires_grad_(gradient) for _ in range(2))
         if self.direction != "fwd+bwd":
@@ -90,9 +86,9 @@ class ReparameterizeCase(StreamCase):
     def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         """The noise that z implies is standard normal and all else follows from it in fp64; ours is the stream's."""
         what = f"{self.name}, {rival}"
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(_SEED)
-            state = fastgen_random.seed_offset_for(None, self.elements, torch.device("cpu"))
+            state = fastgen_random.seed_offset_for(None, self.elements, torch.device(self.device)).cpu()
             torch.manual_seed(_SEED)
             results = function(*inputs)
         results = results if isinstance(results, tuple) else (results,)
@@ -125,7 +121,8 @@ class ReparameterizeCase(StreamCase):
             count = min(_PREFIX, self.elements)
             for first in (0, self.elements - count):
                 part = slice(first, first + count)
-                drawn = reference.normal(state + torch.tensor([0, first]), [count], work, 0.0, 1.0).double()
+                drawn = reference.normal(state + torch.tensor([0, first]), [count], work, 0.0, 1.0)
+                drawn = drawn.double().to(self.device)
                 exact = mu.flatten()[part] + sigma.flatten()[part] * drawn
                 # Computed in `work`, rounded once.
                 atol = 8 * torch.finfo(work).eps * float(exact.abs().max())
@@ -165,3 +162,23 @@ def cases(*, full: bool) -> list[ReparameterizeCase]:
             ReparameterizeCase(shape=rows, kl=True, direction="fwd+bwd", threads=1),
         ]
     return chosen
+
+
+def cuda_cases(*, full: bool) -> list[ReparameterizeCase]:
+    """The cases of `fastgen bench --device cuda`: many elements, long and short rows, and a model's few."""
+    large, rows, small = (1 << 26,), (1 << 19, 128), (64, 20)
+    chosen = [
+        ReparameterizeCase(shape=large),
+        ReparameterizeCase(shape=large, dtype=torch.bfloat16),
+        ReparameterizeCase(shape=rows, kl=True, direction="fwd+bwd"),
+        ReparameterizeCase(shape=small, kl=True, direction="fwd+bwd"),
+    ]
+    if full:
+        chosen += [
+            ReparameterizeCase(shape=large, direction="fwd+bwd"),
+            ReparameterizeCase(shape=rows, kl=True, direction="inference"),
+            ReparameterizeCase(shape=(64, 1 << 20), kl=True, direction="inference"),
+            ReparameterizeCase(shape=rows, kl=True, direction="fwd+bwd", dtype=torch.bfloat16),
+            ReparameterizeCase(shape=small, direction="inference"),
+        ]
+    return [replace(case, device="cuda") for case in chosen]

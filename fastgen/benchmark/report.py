@@ -15,7 +15,7 @@ from fastgen._extras import extra
 from fastgen._files import atomic_path, write_text
 from fastgen.benchmark import machine
 from fastgen.benchmark.bounds import IN_PLACE, MULTIPLY_ADDS, NEW_MEMORY, READS
-from fastgen.benchmark.case import COMPILED, EAGER, OURS
+from fastgen.benchmark.case import COMPILED, CUDNN, EAGER, EFFICIENT, FLASH, OURS
 from fastgen.benchmark.result import Result
 from fastgen.benchmark.timing import Spread
 
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "Report", "duration", "verdict"]
 
 SCHEMA = 1
-RIVALS = (EAGER, COMPILED)
+RIVALS = (EAGER, COMPILED, FLASH, CUDNN, EFFICIENT)
 
 Verdict = Literal["faster", "slower", "even"]
 _STYLES: dict[Verdict, str] = {"faster": "green", "slower": "bold red", "even": "yellow"}
-_COLOURS = {EAGER: "#4477aa", COMPILED: "#ccbb44"}  # told apart in print and by the colour-blind
+# Told apart in print and by the colour-blind.
+_COLOURS = {EAGER: "#4477aa", COMPILED: "#ccbb44", FLASH: "#66ccee", CUDNN: "#228833", EFFICIENT: "#aa3377"}
 _LOSS = "#cc3311"
 
 
@@ -89,12 +90,18 @@ class Report:
 
     def header(self) -> list[str]:
         """Lines that name the machine and the build."""
-        kernels = str(self.build["isa_active"]) if self.build["native"] else "none, the plain PyTorch reference runs"
+        gpu = self.machine.get("gpu")
+        none = "none, the plain PyTorch reference runs"
+        if gpu is None:
+            kernels = str(self.build["isa_active"]) if self.build["native"] else none
+        else:
+            kernels = f"cuda {', '.join(self.build['cuda_archs'])}" if self.build["cuda"] else none
         copy = {name: f"{value / 1e9:.3g} GB/s" for name, value in self.bandwidth.items()}
         load = self.machine["load"]
         busy = load is not None and load > 0.5
         return [
             f"{self.machine['cpu']}, {self.machine['cores']} cores, {self.threads} threads"
+            + (f"; {gpu['name']}, {gpu['multiprocessors']} multiprocessors, CUDA {gpu['cuda']}" if gpu else "")
             + (f"; busy with other work (load {load:g}), expect swings" if busy else ""),
             f"fastgen {self.build['version']}, kernels: {kernels}; torch {self.machine['torch']}",
             f"copy (read + write): {copy[IN_PLACE]} in place, {copy[NEW_MEMORY]} into new memory",
@@ -155,7 +162,7 @@ class Report:
         axes = figure.add_subplot()
         _bars(axes, shown)
         axes.set_title("fastgen against PyTorch\n" + "\n".join(self.header()[:2]), loc="left", fontsize=9)
-        legend = [Patch(**_bar_style(name), label=f"against {name}") for name in RIVALS]
+        legend = [Patch(**_bar_style(name), label=f"against {name}") for name in _rivals(shown)]
         legend.append(Patch(facecolor=_LOSS, label="fastgen is slower"))
         figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=8)
         figure.savefig(path)
@@ -175,16 +182,25 @@ def _table(family: str, results: Sequence[Result]) -> Table:
     table = Table(title=family, title_justify="left", title_style="bold", header_style="bold")
     table.add_column("case", no_wrap=True)
     rate = "GFLOP/s" if any(result.flops for result in results) else "G elem/s"
-    for column in (
-        "fastgen", "+-", rate, EAGER, COMPILED, f"vs {EAGER}", f"vs {COMPILED}", "bound", "of bound"
-    ):  # fmt: skip
+    rivals = _rivals(results)
+    versus = [f"vs {name}" for name in rivals]
+    for column in ("fastgen", "+-", rate, *rivals, *versus, "bound", "of bound"):
         table.add_column(column, justify="right")
     for result in results:
-        table.add_row(*_row(result))
+        table.add_row(*_row(result, rivals))
     return table
 
 
-def _row(result: Result) -> list[str]:
+def _rivals(results: Sequence[Result]) -> list[str]:
+    """Those that always have a place, and those that took part."""
+    return [
+        name
+        for name in RIVALS
+        if name in (EAGER, COMPILED) or any(name in result.seconds or name in result.failures for result in results)
+    ]
+
+
+def _row(result: Result, rivals: Sequence[str]) -> list[str]:
     def time(name: str) -> str:
         if name in result.failures:
             return "[red]wrong[/]" if result.failures[name].startswith("wrong") else "[red]failed[/]"
@@ -212,10 +228,8 @@ def _row(result: Result) -> list[str]:
         time(OURS),
         f"{ours.relative / 2:.0%}{_mark(ours)}" if ours else "-",
         f"{(result.flops or result.elements) / ours.median / 1e9:.3g}" if ours else "-",
-        time(EAGER),
-        time(COMPILED),
-        against(EAGER),
-        against(COMPILED),
+        *map(time, rivals),
+        *map(against, rivals),
         bound,
         ", ".join(shares) or "-",
     ]
@@ -226,14 +240,15 @@ def _mark(spread: Spread) -> str:
 
 
 def _bars(axes: Axes, results: Sequence[Result]) -> None:
-    height = 0.38
-    for place, name in enumerate(RIVALS):
+    rivals = _rivals(results)
+    height = 0.76 / len(rivals)
+    for place, name in enumerate(rivals):
         for row, result in enumerate(results):
             if name not in result.speedups:
                 continue
             speedup = result.speedups[name]
             word = verdict(speedup)
-            centre = row + (place - 0.5) * height
+            centre = row + (place - (len(rivals) - 1) / 2) * height
             style = _bar_style(name) | ({"facecolor": _LOSS} if word == "slower" else {})
             axes.barh(centre, speedup.median - 1, height, left=1, **style)
             axes.annotate(

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from fastgen.benchmark import machine
-from fastgen.benchmark.bounds import bounds_of
+from fastgen.benchmark.bounds import bounds_of, finish, share
 from fastgen.benchmark.case import COMPILED, OURS, Case, WrongResult
 from fastgen.benchmark.timing import Spread, interleave, ratio, use_threads
 from fastgen.train.memory import kept_memory
@@ -89,7 +89,8 @@ def measure(case: Case, *, threads: int, budget: float = 1.0, min_rounds: int = 
         samples: dict[str, list[float]] = {}
         if OURS in functions:
             functions |= bounds_of(case, threads)
-            samples = interleave(functions, budget=budget, min_rounds=min_rounds)
+            samples = interleave(functions, budget=budget, min_rounds=min_rounds, finish=finish(case.device))
+            samples = {name: [share(case, name) * value for value in values] for name, values in samples.items()}
         # Each case compiles for its own shape: what earlier ones left would count against the recompile limit.
         torch.compiler.reset()
     return Result(
@@ -98,7 +99,7 @@ def measure(case: Case, *, threads: int, budget: float = 1.0, min_rounds: int = 
         elements=case.elements,
         bytes=case.bytes,
         flops=case.flops,
-        residence=machine.residence(case.bytes, threads),
+        residence=machine.residence(case.bytes, threads, case.device),
         rounds=len(samples.get(OURS, ())),
         seconds={name: Spread.of(values) for name, values in samples.items()},
         speedups={name: ratio(values, samples[OURS]) for name, values in samples.items() if name != OURS},

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,7 +61,7 @@ class RNNCase(LanguageModelCase):
     def rivals(self) -> dict[str, Callable[..., Any]]:
         """Both take tokens and targets and give the loss; Dynamo refuses PyTorch's LSTM."""
         ours = self._model()
-        plain = PlainRNN(ours)
+        plain = PlainRNN(ours).to(self.device)
         return {OURS: self._step(ours, lambda *batch: ours(*batch).loss), EAGER: self._step(plain, plain)}
 
 
@@ -91,3 +92,10 @@ def cases(*, full: bool) -> list[RNNCase]:
     if full:
         chosen.append(RNNCase(shape=(32, 64, 100, 256), layers=1, embedding_dim=64))
     return chosen
+
+
+def cuda_cases(*, full: bool) -> list[RNNCase]:
+    """The cases of `fastgen bench --device cuda`: that of the CPU, and one that fills a GPU."""
+    usual, large = RNNCase(shape=(32, 128, 100, 256)), RNNCase(shape=(64, 256, 4096, 768), embedding_dim=768)
+    chosen = [usual, replace(large, dtype=torch.bfloat16)] if full else [usual]
+    return [replace(case, device="cuda") for case in chosen]

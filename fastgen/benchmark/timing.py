@@ -64,6 +64,7 @@ def interleave(
     max_rounds: int = 1000,
     min_sample: float = 1e-3,
     clock: Callable[[], float] = time.perf_counter,
+    finish: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds a call of each function, one sample a round.
 
@@ -74,6 +75,7 @@ def interleave(
         min_rounds, max_rounds: bounds on the number of rounds that win over the budget; min_rounds >= 2.
         min_sample: seconds that one sample lasts at least; shorter functions are called several times.
         clock: gives the time in seconds.
+        finish: waits for what the calls have begun, as on a GPU; its time counts.
 
     Returns:
         The samples of each function; those at the same place come from the same round.
@@ -87,6 +89,7 @@ def interleave(
         start = clock()
         for _ in itertools.repeat(None, calls):
             function()
+        finish()
         return (clock() - start) / calls
 
     with _no_collection():

@@ -68,16 +68,16 @@ class VAECase(ProductCase):
         """The model, of the same weights each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            return VAE(_CONFIG)
+            return VAE(_CONFIG).to(self.device)
 
     def inputs(self) -> tuple[Tensor, ...]:
         """Pictures (B, 1, 28, 28)."""
-        return (torch.rand(self.shape, generator=torch.Generator().manual_seed(_SEED)),)
+        return (torch.rand(self.shape, generator=torch.Generator().manual_seed(_SEED)).to(self.device),)
 
     def rivals(self) -> dict[str, Callable[..., Any]]:
         """All take pictures and give the loss; with a `generator` of fastgen's, of its noise."""
         ours = self._model()
-        plain = {name: PlainVAE(ours) for name in (EAGER, COMPILED)}
+        plain = {name: PlainVAE(ours).to(self.device) for name in (EAGER, COMPILED)}
         stream = Generator(_SEED + 1)  # not that of the check
         return {
             OURS: _step(ours, lambda x, generator: ours(x, generator=generator or stream).loss),
@@ -108,7 +108,9 @@ def _step(model: nn.Module, loss_of: Callable[[Tensor, Generator | None], Tensor
 
 def _noise(x: Tensor, generator: Generator | None) -> Tensor:
     size = (len(x), _CONFIG.latent_dim)
-    return torch.randn(size) if generator is None else normal(*size, generator=generator)
+    return (
+        torch.randn(size, device=x.device) if generator is None else normal(*size, generator=generator, device=x.device)
+    )
 
 
 def _with_noise(model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Generator | None], Tensor]:
@@ -119,7 +121,7 @@ def _with_noise(model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, 
 def _expected_loss(case: VAECase) -> float:
     (x,) = case.inputs()
     with torch.no_grad():
-        return float(PlainVAE(case._model())(x, _noise(x, Generator(_SEED))))
+        return float(PlainVAE(case._model()).to(case.device)(x, _noise(x, Generator(_SEED))))
 
 
 class PlainVAE(nn.Module):
@@ -168,3 +170,8 @@ def cases(*, full: bool) -> list[VAECase]:
     """The cases of `fastgen bench`: the batch that `fastgen train vae` takes; a small and a large one too."""
     sizes = (64, 16, 256) if full else (64,)
     return [VAECase(shape=(size, 1, 28, 28)) for size in sizes]
+
+
+def cuda_cases(*, full: bool) -> list[VAECase]:
+    """The cases of `fastgen bench --device cuda`: those of the CPU."""
+    return [replace(case, device="cuda") for case in cases(full=full)]

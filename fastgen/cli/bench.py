@@ -21,6 +21,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads. [default: as many as PyTorch uses]", show_default=False)
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     filter: Annotated[str, typer.Option(help="Only cases with this in their name, such as reparam or lstm.")] = "",
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Whether torch.compile takes part (needs a C++ compiler).")
@@ -48,6 +49,8 @@ def bench(
         fastgen bench --full --threads 1 --out runs/bench-1-thread
 
         fastgen bench --filter reparam --no-compile
+
+        fastgen bench --device cuda --filter attention
     """
     import torch
     from rich.console import Console
@@ -61,14 +64,18 @@ def bench(
 
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected an int of at least 1, got {threads}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected cpu, as PyTorch finds no CUDA device, got 'cuda'")
     count = threads or torch.get_num_threads()
-    cases = select(full=full, filter=filter, threads=count)
+    cases = select(full=full, filter=filter, threads=count, device=device)
     folder = out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)  # an error here comes before the minutes, not after them
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"out: cannot write into {folder}")
 
-    before = machine.describe()  # with the load of the machine before ours
+    before = machine.describe(device)  # with the load of the machine before ours
 
     # Into a file or a pipe the tables take the width that they need.
     console = Console()
@@ -79,13 +86,14 @@ def bench(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("copy bandwidth", total=len(cases))
-        copy = bandwidth(count)
+        copy = bandwidth(count, device=device)
         for case in cases:
             progress.update(task, description=case.name)
             results.append(measure(case, threads=count, budget=budget, min_rounds=min_rounds, compile=compile))
             progress.advance(task)
 
-    settings = {"full": full, "filter": filter, "compile": compile, "budget": budget, "min_rounds": min_rounds}
+    settings: dict[str, object] = {"full": full, "filter": filter, "compile": compile, "device": device}
+    settings |= {"budget": budget, "min_rounds": min_rounds}
     report = Report(results=results, threads=count, bandwidth=copy, settings=settings, machine=before)
     for line in report.header():
         console.print(line, highlight=False)

@@ -55,6 +55,20 @@ def test_every_case_has_its_own_name_and_ours_comes_first(full):
     assert all(list(case.shrunk().rivals())[:2] == [OURS, EAGER] for case in cases)
 
 
+def test_cases_of_a_gpu_have_names_of_their_own_and_right_rivals():
+    """As far as a CPU shows it: the same cases, there and small."""
+    quick, cases = (select(full=full, device="cuda") for full in (False, True))
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    assert all(name.endswith("/cuda") for name in names)
+    assert {case.name for case in quick} <= set(names)
+    for case in {(case.workload, case.dtype): case for case in cases}.values():
+        small = dataclasses.replace(case.shrunk(), device="cpu")
+        rivals = small.rivals()
+        for name in (OURS, EAGER):
+            small.check(name, rivals[name], small.inputs())
+
+
 def test_select_filters_by_name():
     assert {case.workload.split("/")[0] for case in select(full=True, filter="reparam")} == {
         "reparameterize",

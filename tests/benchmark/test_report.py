@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fastgen.benchmark import Report, Result, Spread
 from fastgen.benchmark.bounds import IN_PLACE, NEW_MEMORY
-from fastgen.benchmark.case import COMPILED, EAGER, OURS
+from fastgen.benchmark.case import COMPILED, EAGER, FLASH, OURS
 from fastgen.benchmark.report import duration, verdict
 
 BUILD = {
@@ -178,6 +178,24 @@ def test_header_names_the_machine_and_the_path():
     assert busy.endswith("2 threads; busy with other work (load 2.5), expect swings")
     assert report(machine=MACHINE | {"load": None}).header() == report(WIN).header()
     assert "none, the plain PyTorch reference runs" in report(build=BUILD | {"native": False}).header()[1]
+
+
+def test_a_gpu_and_its_rivals_are_named():
+    gpu = {"name": "Test GPU", "multiprocessors": 132, "cuda": "13.0"}
+    row = dataclasses.replace(
+        WIN,
+        case="attention/x",
+        speedups=WIN.speedups | {FLASH: around(0.8)},
+        seconds=WIN.seconds | {FLASH: around(8e-4)},
+    )
+    on_gpu = report(row, machine=MACHINE | {"gpu": gpu}, build=BUILD | {"cuda": True, "cuda_archs": ["9.0+PTX"]})
+    assert on_gpu.header()[0].endswith("; Test GPU, 132 multiprocessors, CUDA 13.0")
+    assert "kernels: cuda 9.0+PTX;" in on_gpu.header()[1]
+    text = printed(on_gpu.tables())
+    assert f"vs {FLASH}" in text
+    assert "0.80x slower" in text
+    assert f"vs {FLASH}" not in printed(report(WIN).tables())
+    assert on_gpu.lost() == [f"attention/x ({FLASH})"]
 
 
 def test_json_holds_every_figure(tmp_path):

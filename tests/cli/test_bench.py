@@ -32,7 +32,9 @@ def run(monkeypatch, tmp_path):
     for name in ("reparameterize", "recurrent", "generate", "attention", "linear", "vae", "gan", "rnn", "gpt"):
         family = getattr(fastgen.benchmark, name)
         monkeypatch.setattr(family, "cases", lambda full: [])
-    monkeypatch.setattr(fastgen.benchmark, "bandwidth", lambda threads: {bounds.IN_PLACE: 2e10, bounds.NEW_MEMORY: 4e9})
+    monkeypatch.setattr(
+        fastgen.benchmark, "bandwidth", lambda threads, device: {bounds.IN_PLACE: 2e10, bounds.NEW_MEMORY: 4e9}
+    )
     monkeypatch.setattr("fastgen.cli.bench._BUDGETS", {False: (0.0, 3), True: (0.0, 5)})
     return lambda *arguments: CliRunner().invoke(app, list(arguments))
 
@@ -102,3 +104,11 @@ def test_help_teaches(run):
     text = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, ["--help"]).output
     for word in ("--quick", "--full", "--threads", "--filter", "--no-compile", "--out", "Examples", "bench.png"):
         assert word in text
+
+
+def test_a_device_that_is_not_there(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, message in (("tpu", "expected cpu or cuda, got 'tpu'"), ("cuda", "PyTorch finds no CUDA device")):
+        result = run("--device", device)
+        assert isinstance(result.exception, ValueError)
+        assert message in str(result.exception)
