@@ -11,7 +11,7 @@ from support import assert_same_bits
 
 import fastgen
 from fastgen import random
-from fastgen.functional import reparameterize, reparameterize_kl
+from fastgen.functional import lstm, reparameterize, reparameterize_kl, scaled_dot_product_attention
 from fastgen.random import Generator
 
 pytestmark = [
@@ -34,36 +34,81 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_on_a_stream_of_its_own():
-    """The kernel waits for what its stream did before, and for nothing else."""
-    stream = torch.cuda.Stream()
-    mu = torch.zeros(1 << 20, device="cuda")
+def attend(x: torch.Tensor, generator: Generator, **options: object) -> torch.Tensor:
+    return scaled_dot_product_attention(x, x, x, is_causal=True, dropout_p=0.5, generator=generator, **options)
+
+
+def attend_to_ragged(x: torch.Tensor, generator: Generator) -> torch.Tensor:
+    return attend(x[:1], generator, cu_seqlens_q=torch.tensor([0, 3, 40, x.shape[-2]]))
+
+
+def recur(x: torch.Tensor, generator: Generator) -> torch.Tensor:
+    draw = torch.Generator(x.device).manual_seed(1)
+    weights = [torch.randn(*size, generator=draw, device=x.device).to(x) / 8 for size in ((256, 64), (256, 64))]
+    zeros = torch.zeros(1, x.shape[1], 64, device=x.device, dtype=x.dtype)
+    options = (False, 1, 0.0, True, False)
+    return lstm(x[0], (zeros, zeros), weights, *options, generator=generator, zoneout=(0.3, 0.0))[0]
+
+
+# Functions of a tensor (2, 4, 96, 64) that draw from the stream.
+CALLS = [
+    pytest.param(lambda x, generator: reparameterize(x, x, generator=generator), id="reparameterize"),
+    pytest.param(attend, id="attention"),
+    pytest.param(attend_to_ragged, id="ragged-attention"),
+    pytest.param(recur, id="lstm"),
+]
+
+
+def operand(dtype: torch.dtype, device: str = "cuda") -> torch.Tensor:
+    return torch.randn(2, 4, 96, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_on_a_stream_of_its_own(call):
+    """The kernels wait for what their stream did before, and for nothing else."""
+    stream, x = torch.cuda.Stream(), operand(torch.bfloat16)
+    want = call(x, Generator(7, device="cuda"))
+    late = torch.full_like(x, torch.nan)
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        mu.fill_(3.0)
-        z = reparameterize(mu, torch.full_like(mu, -200.0))  # sigma is 0 to rounding
+        late.copy_(x)
+        got = call(late, Generator(7, device="cuda"))
     stream.synchronize()
-    assert (z == 3.0).all()
+    assert_same_bits(got, want)
 
 
-def test_a_graph_draws_fresh_numbers_at_each_replay():
-    generator = Generator(5, device="cuda")
-    mu, logvar = torch.zeros(1000, device="cuda"), torch.zeros(1000, device="cuda")
-    reparameterize(mu, logvar, generator=generator)
-    torch.cuda.synchronize()
+@pytest.mark.parametrize("call", CALLS)
+def test_a_graph_draws_fresh_numbers_at_each_replay(call):
+    """Forward and backward, captured once: each replay gives what a call there would have given."""
+    x = operand(torch.bfloat16).requires_grad_()
+
+    def step(generator: Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        out = call(x, generator)
+        return out.detach(), torch.autograd.grad(out, x, torch.ones_like(out))[0]
+
+    eager, captured = Generator(5, device="cuda"), Generator(5, device="cuda")
+    want = [step(eager) for _ in range(4)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(captured)  # the first call, which allocates
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        z = reparameterize(mu, logvar, generator=generator)
-    replays = []
-    for _ in range(3):
+        results = step(captured)
+    for expected in want[1:]:
         graph.replay()
-        replays.append(z.clone())
-    want = random.normal(4000, generator=Generator(5))[1000:].reshape(3, 1000)
-    assert_same_bits(torch.stack(replays).cpu(), want)
+        for got, exact in zip(results, expected, strict=True):
+            assert_same_bits(got, exact)
+    assert not torch.equal(want[1][0], want[2][0])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_device_of_the_operands():
-    mu = torch.zeros(1000, device="cuda:1")
-    assert reparameterize(mu, mu).device == mu.device
+@pytest.mark.parametrize("call", CALLS)
+def test_the_device_of_the_operands(call):
+    x = operand(torch.bfloat16, "cuda:1")
+    got = call(x, Generator(7, device="cuda:1"))
+    assert got.device == x.device
     assert torch.cuda.current_device() == 0
+    assert_same_bits(got.cpu(), call(x.to("cuda:0"), Generator(7, device="cuda:0")).cpu())
