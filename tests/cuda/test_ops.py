@@ -46,7 +46,7 @@ def recur(x: torch.Tensor, generator: Generator) -> torch.Tensor:
     draw = torch.Generator(x.device).manual_seed(1)
     weights = [torch.randn(*size, generator=draw, device=x.device).to(x) / 8 for size in ((256, 64), (256, 64))]
     zeros = torch.zeros(1, x.shape[1], 64, device=x.device, dtype=x.dtype)
-    options = (False, 1, 0.0, True, False)
+    options = (False, 1, 0.0, True, False, True)
     return lstm(x[0], (zeros, zeros), weights, *options, generator=generator, zoneout=(0.3, 0.0))[0]
 
 
