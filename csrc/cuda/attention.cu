@@ -83,13 +83,16 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   STD_TORCH_CHECK(units < int64_t(1) << 31, "query: expected fewer than 2^31 tiles of rows on CUDA, got ", units);
 
   // Splits as many as run at once, by the shape and the device alone.
-  const int64_t window =
+  const int64_t span =
       std::min(p.left, most_keys) + std::min(p.right, most_keys) + std::min<int64_t>(most_queries, c.tile_rows);
-  const int64_t tiles = ceil_div(std::min(most_keys, window), choice.tile_keys);
-  const int64_t at_once =
-      int64_t(multiprocessors()) * blocks_per_multiprocessor(choice.kernel, choice.threads, choice.shared);
-  const int64_t splits = std::clamp<int64_t>(at_once / units, 1, std::max<int64_t>(tiles / kTilesOfSplit, 1));
-  c.splits = int(ceil_div(tiles, ceil_div(std::max<int64_t>(tiles, 1), splits)));
+  const int64_t tiles = ceil_div(std::min(most_keys, span), choice.tile_keys), most_splits = tiles / kTilesOfSplit;
+  c.splits = 1;
+  if (most_splits > 1) {
+    const int64_t at_once =
+        int64_t(multiprocessors()) * blocks_per_multiprocessor(choice.kernel, choice.threads, choice.shared);
+    const int64_t splits = std::clamp<int64_t>(at_once / units, 1, most_splits);
+    c.splits = int(ceil_div(tiles, ceil_div(tiles, splits)));  // none that would be empty
+  }
   Optional parts;
   if (c.splits > 1) {
     const int64_t tops = c.splits * c.rows * 2;
@@ -99,8 +102,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   }
 
   const cudaStream_t stream = current_stream(query);
-  launch(choice.kernel, dim3(unsigned(units), unsigned(std::max(c.splits, 1))), dim3(unsigned(choice.threads)),
-         choice.shared, stream, c);
+  launch(choice.kernel, dim3(unsigned(units), unsigned(c.splits)), dim3(unsigned(choice.threads)), choice.shared,
+         stream, c);
   if (c.splits > 1) {
     launch(join_kernel, dim3(unsigned(c.rows)), dim3(unsigned(ceil_div(p.value_width, 32) * 32)), 0, stream, c);
   }

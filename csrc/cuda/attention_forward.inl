@@ -273,16 +273,17 @@ struct Fragment {
   }
 };
 
-// Queries are held in registers or, where these are full of sums, read again for each tile of keys.
+// Queries are held in registers, and there are two stages of keys and values, one of which arrives while the other is
+// worked on. Where registers are full of sums, queries stay in shared memory, and there is room for one stage: values
+// arrive while their keys are worked on, and keys while the values before them are.
 template <int kWidth, int kFragments>
 constexpr bool kHoldsQueries = kFragments * kWidth <= 128;
 
 constexpr int kMostRows = 128;  // of a block
 
-// Keys and values twice, and queries where they stay.
 template <int kWidth, int kFragments>
 constexpr size_t kForwardShared =
-    sizeof(uint16_t) * size_t((4 * kTileKeys + (kHoldsQueries<kWidth, kFragments> ? 0 : kMostRows)) * kWidth);
+    sizeof(uint16_t) * size_t((kHoldsQueries<kWidth, kFragments> ? 4 * kTileKeys : 2 * kTileKeys + kMostRows) * kWidth);
 
 template <bool kExtras>
 constexpr int kMostThreads = kExtras ? 256 : 128;  // with extras always one fragment a warp
@@ -296,15 +297,18 @@ __global__ void __launch_bounds__(kMostThreads<kExtras>, kExtras                
   constexpr bool kHolds = kHoldsQueries<kWidth, kFragments>;
   static_assert(kStage >= kMostRows * kWidth, "queries that are held, and later results, stand where a stage does");
   T* const shared = reinterpret_cast<T*>(dynamic_shared());
-  T* const queries = shared + (kHolds ? 1 : 2) * kStage;
+  T* const queries = shared + kStage;
   const Unit u = unit_of(c, blockIdx.x, int(blockIdx.y), kTileKeys);
   const Sequence& s = u.sequence;
   const Rows<T> key = rows_of<T>(c.key, s.number, u.kv_head, s.key_start, c.width);
   const Rows<T> value = rows_of<T>(c.value, s.number, u.kv_head, s.key_start, c.value_width);
-  const auto load = [&](int first, T* stage) {
-    load_tile<T, kWidth>(stage, key, first, kTileKeys, s.keys);
+  const auto load_keys = [&](int first, T* stage) { load_tile<T, kWidth>(stage, key, first, kTileKeys, s.keys); };
+  const auto load_values = [&](int first, T* stage) {
     load_tile<T, kWidth>(stage + kTileKeys * kWidth, value, first, kTileKeys, s.keys);
+  };
+  const auto arrive = [] {
     copy_async_commit();
+    copy_async_wait<0>();
   };
 
   constexpr int kWarpRows = 16 * kFragments;
@@ -323,57 +327,73 @@ __global__ void __launch_bounds__(kMostThreads<kExtras>, kExtras                
   };
   if (u.keys.begin < u.keys.end) {
     load_queries<T, kWidth>(queries, c, u, int(blockDim.x) / 32 * kWarpRows);
-    load(u.keys.begin, shared);
-    copy_async_wait<0>();
-    block_barrier();
+    load_keys(u.keys.begin, shared);
     if constexpr (kHolds) {
+      load_values(u.keys.begin, shared);
+      arrive();
+      block_barrier();
       FASTGEN_UNROLL
       for (int k = 0; k < kSteps; ++k) load_query(k, query[k]);
     }
   }
-  for (int j = u.keys.begin, stage = 0; j < u.keys.end; j += kTileKeys, stage ^= 1) {
-    copy_async_wait<0>();
-    block_barrier();  // this tile is there, and nobody reads what stood where the next one goes
-    if (j + kTileKeys < u.keys.end) load(j + kTileKeys, shared + (stage ^ 1) * kStage);
-    if (first_row >= end_row || j >= seen.end || j + kTileKeys <= seen.begin) continue;
-
-    const T* const keys = shared + stage * kStage;
-    FASTGEN_UNROLL
-    for (int f = 0; f < kFragments; ++f) fragment[f].clear(fragment[f].score);
-    FASTGEN_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      if constexpr (!kHolds) load_query(k, query[0]);
+  for (int j = u.keys.begin, stage = 0; j < u.keys.end; j += kTileKeys, stage ^= int(kHolds)) {
+    T* const keys = shared + stage * kStage;
+    T* const next = shared + (kHolds ? stage ^ 1 : 0) * kStage;
+    const bool more = j + kTileKeys < u.keys.end;
+    const bool works = first_row < end_row && j < seen.end && j + kTileKeys > seen.begin;
+    arrive();
+    block_barrier();  // these keys are there, and nobody reads what stood where others go now
+    if constexpr (!kHolds) {
+      load_values(j, keys);
+    } else if (more) {
+      load_keys(j + kTileKeys, next);
+      load_values(j + kTileKeys, next);
+    }
+    if (works) {
       FASTGEN_UNROLL
-      for (int n = 0; n < kPairs; ++n) {
-        uint32_t right[2][2];
-        load_right_of_rows<T, kWidth>(right, keys, n * 16, k * 16);
+      for (int f = 0; f < kFragments; ++f) fragment[f].clear(fragment[f].score);
+      FASTGEN_UNROLL
+      for (int k = 0; k < kSteps; ++k) {
+        if constexpr (!kHolds) load_query(k, query[0]);
         FASTGEN_UNROLL
-        for (int f = 0; f < kFragments; ++f) {
-          multiply_add<T>(fragment[f].score[2 * n], query[kHolds ? k : 0][f], right[0]);
-          multiply_add<T>(fragment[f].score[2 * n + 1], query[kHolds ? k : 0][f], right[1]);
+        for (int n = 0; n < kPairs; ++n) {
+          uint32_t right[2][2];
+          load_right_of_rows<T, kWidth>(right, keys, n * 16, k * 16);
+          FASTGEN_UNROLL
+          for (int f = 0; f < kFragments; ++f) {
+            multiply_add<T>(fragment[f].score[2 * n], query[kHolds ? k : 0][f], right[0]);
+            multiply_add<T>(fragment[f].score[2 * n + 1], query[kHolds ? k : 0][f], right[1]);
+          }
         }
       }
-    }
-    const bool finished = !kExtras && all_seen(c, s, of_warp.begin, of_warp.end, j, j + kTileKeys);
-    FASTGEN_UNROLL
-    for (int f = 0; f < kFragments; ++f) {
-      if (!finished) fragment[f].finish(c, u, j);
-      fragment[f].weigh(factor);
-      if (kExtras && drops(c)) fragment[f].drop(c, u, j);
-    }
-    FASTGEN_UNROLL
-    for (int k = 0; k < kPairs; ++k) {
-      uint32_t weights[kFragments][4];
+      const bool finished = !kExtras && all_seen(c, s, of_warp.begin, of_warp.end, j, j + kTileKeys);
       FASTGEN_UNROLL
-      for (int f = 0; f < kFragments; ++f) fragment[f].pack_weights(k, weights[f]);
+      for (int f = 0; f < kFragments; ++f) {
+        if (!finished) fragment[f].finish(c, u, j);
+        fragment[f].weigh(factor);
+        if (kExtras && drops(c)) fragment[f].drop(c, u, j);
+      }
+    }
+    if constexpr (!kHolds) {
+      arrive();
+      block_barrier();  // the values are there, and nobody reads the keys any more
+      if (more) load_keys(j + kTileKeys, next);
+    }
+    if (works) {
       FASTGEN_UNROLL
-      for (int n = 0; n < kSteps; ++n) {
-        uint32_t right[2][2];
-        load_right_of_columns<T, kWidth>(right, keys + kTileKeys * kWidth, k * 16, n * 16);
+      for (int k = 0; k < kPairs; ++k) {
+        uint32_t weights[kFragments][4];
         FASTGEN_UNROLL
-        for (int f = 0; f < kFragments; ++f) {
-          multiply_add<T>(fragment[f].out[2 * n], weights[f], right[0]);
-          multiply_add<T>(fragment[f].out[2 * n + 1], weights[f], right[1]);
+        for (int f = 0; f < kFragments; ++f) fragment[f].pack_weights(k, weights[f]);
+        FASTGEN_UNROLL
+        for (int n = 0; n < kSteps; ++n) {
+          uint32_t right[2][2];
+          load_right_of_columns<T, kWidth>(right, keys + kTileKeys * kWidth, k * 16, n * 16);
+          FASTGEN_UNROLL
+          for (int f = 0; f < kFragments; ++f) {
+            multiply_add<T>(fragment[f].out[2 * n], weights[f], right[0]);
+            multiply_add<T>(fragment[f].out[2 * n + 1], weights[f], right[1]);
+          }
         }
       }
     }

@@ -6,6 +6,7 @@ On the emulated device wherever the tests run, and on a GPU where one is.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,17 @@ def test_each_option(gpu, case, dtype):
 def test_sizes(gpu, cases, dtype):
     for case in cases:
         assert_errors(gpu, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["", "bool-01"])
+def test_a_full_device(gpu, dtype, mask):
+    """Enough heads for tiles of 128 rows."""
+    emulated = gpu.device.type == "cpu"
+    multiprocessors = 4 if emulated else torch.cuda.get_device_properties(gpu.device).multi_processor_count
+    for width in (64, 128):
+        case = Case(batch=multiprocessors // 2, heads=4, key_heads=2, queries=97, keys=140, width=width, mask=mask)
+        assert_errors(gpu, replace(case, value_width=width - 8, causal=True, lower_right=True, seed=width), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
