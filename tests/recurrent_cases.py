@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from unittest import mock
 
 import torch
+from emulated import Gpu
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,6 +41,15 @@ def taking(path: str) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(ops, f"_{name}", getattr(reference, name)))
         else:
             stack.enter_context(_load.use_cpu_isa(path))
+        yield
+
+
+@contextlib.contextmanager
+def on(gpu: Gpu) -> Iterator[None]:
+    """The ops of a sequence by the CUDA kernels of this device."""
+    with contextlib.ExitStack() as stack:
+        for name in ("recurrent", "recurrent_backward"):
+            stack.enter_context(mock.patch.object(ops, f"_{name}", getattr(gpu.ops, name).default))
         yield
 
 

@@ -18,7 +18,11 @@ __device__ inline float tanh_of(float x) {
   return hyperbolic_tangent<float, Lanes<uint32_t, 1>>(Lanes<float, 1>(x)).v[0];
 }
 
-// The element of an operand that need not be there.
+// The element of an operand that need not be there, as it stands in memory and as a number.
+template <class Element>
+__device__ Element element_of(const void* data, int64_t at) {
+  return data == nullptr ? Element{} : static_cast<const Element*>(data)[at];
+}
 template <class Element>
 __device__ float value_of(const void* data, int64_t at, float none = 0.0f) {
   return data == nullptr ? none : widen(static_cast<const Element*>(data)[at]);

@@ -1,10 +1,10 @@
 // The product of a step with a matrix that stays on the chip: out[row][unit] = sum_k matrix[unit][k] operand[row][k],
 // for the rows of the batch at that step.
 //
-// A tile is kUnits units by kRows rows. Its eight warps share out the sum over k, a chunk of kChunk bytes of every row
-// at a time, each through a ring of its own: they need not wait for each other, and the first multiplies while the
-// operand of the last is on its way from L2. Their sums stand in shared memory behind each other and are added in that
-// order: the result does not depend on timing.
+// A tile is kUnits units by kRows rows. The warps of its block share out the sum over k, a chunk of kChunk bytes of
+// every row at a time, each through a ring of its own: they need not wait for each other, and the first multiplies
+// while the operand of the last is on its way from L2. Their sums stand in shared memory behind each other and are
+// added in that order: the result does not depend on timing.
 //
 // A unit has kGroups rows of the matrix (the gates of W_hh), which are multiplied with the same operand. Halves go
 // through the tensor cores, the matrix as the left side (16 rows: two groups) and the rows of the batch as columns.
@@ -50,10 +50,12 @@ struct Product {
 
 // Where everything stands in the shared memory of a block: resident tiles, rings, sums.
 struct SharedPlan {
+  int warps;                      // that multiply
   int rings, stage, sums, bytes;  // stage: bytes of a chunk of the operand, and of the matrix where it is streamed
 };
 constexpr int kStageOperand = kRows * kChunkPitch;
 constexpr int kStageStreamed = kStageOperand + kGroupsMost * kUnits * kChunkPitch;
+constexpr int kWarpsStreamed = 4;  // with rings of three times the size: as many bytes on their way, in 99 KB
 
 template <class Element>
 struct PackParams {
@@ -176,18 +178,18 @@ template <class Element, int kGroups>
 __device__ void multiply_tile(const Product& product, int tile, int block, const unsigned char* operand, int rows,
                               const SharedPlan& plan) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp >= product.chunks) return;
+  if (warp >= plan.warps || warp >= product.chunks) return;
   const bool streamed = product.shared < 0, many = rows > 8;
   const unsigned char* matrix =
       streamed ? product.matrix + tile * product.tile_bytes()
                : dynamic_shared() + product.shared + (tile - product.first_tile(block)) * product.tile_bytes();
   const int64_t pitch = product.pitch(), operand_pitch = product.operand_pitch();
   unsigned char* ring = dynamic_shared() + plan.rings + warp * kStages * plan.stage;
-  const int count = (product.chunks - warp + kWarps - 1) / kWarps;  // chunks warp, warp + kWarps, ...
+  const int count = (product.chunks - warp + plan.warps - 1) / plan.warps;  // chunks warp, warp + warps, ...
 
   const auto fetch = [&](int i) {
     if (i < count) {
-      const int64_t at = int64_t(warp + i * kWarps) * kChunk;
+      const int64_t at = int64_t(warp + i * plan.warps) * kChunk;
       unsigned char* stage = ring + i % kStages * plan.stage;
       for (int j = lane; j < (many ? 16 : 8) * (kChunk / 16); j += 32) {
         const int row = j / (kChunk / 16), part = j % (kChunk / 16) * 16;
@@ -212,7 +214,7 @@ __device__ void multiply_tile(const Product& product, int tile, int block, const
     if (streamed) {
       sums.add(stage + kStageOperand, kChunkPitch, stage, many);
     } else {
-      sums.add(matrix + int64_t(warp + i * kWarps) * kChunk, pitch, stage, many);
+      sums.add(matrix + int64_t(warp + i * plan.warps) * kChunk, pitch, stage, many);
     }
     warp_barrier();
     fetch(i + kStages);
@@ -224,7 +226,7 @@ template <int kGroups>
 __device__ float sum_of(const Product& product, const SharedPlan& plan, int group, int unit, int row) {
   const float* sums =
       reinterpret_cast<const float*>(dynamic_shared() + plan.sums) + (group * kUnits + unit) * kSumPitch + row;
-  const int parts = product.chunks < kWarps ? product.chunks : kWarps;
+  const int parts = product.chunks < plan.warps ? product.chunks : plan.warps;
   float total = 0;
   for (int i = 0; i < parts; ++i) total = total + sums[i * kGroups * kUnits * kSumPitch];
   return total;

@@ -5,16 +5,23 @@ On the emulated device wherever the tests run, and on a GPU where one is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
+import hypothesis
 import pytest
 import torch
+from emulated import Gpu
+from hypothesis import strategies as st
+from recurrent_cases import EXAMPLES, WHOLE_ROWS, on
+from support import assert_same_bits
 from torch import Tensor
 
+import fastgen
 from fastgen import random, reference
 from fastgen.random import Generator
 from fastgen.reference.recurrent import Mode
 
+EMULATED = Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 # A result's own rounding and that of what is kept for the backward pass, which both sides pay. Half types: h, and the
@@ -166,3 +173,237 @@ CALLS = [
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_values(gpu, call, dtype):
     check(gpu, call, dtype)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call:
+    mode = draw(st.sampled_from(Mode))
+    lstm = mode == Mode.LSTM
+    lengths = sorted(draw(st.lists(st.integers(1, 4), min_size=1, max_size=20)), reverse=True)
+    share = st.sampled_from([0.0, 0.0, 0.3, 1.0])
+    return Call(
+        mode=mode,
+        hidden=draw(st.sampled_from([1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65])),
+        inputs=draw(st.sampled_from([1, 3, 8])),
+        lengths=tuple(lengths) if draw(st.booleans()) else (lengths[0],) * len(lengths),
+        outputs=draw(st.sampled_from([None, None, 1, 8, 33])) if lstm else None,
+        bias=draw(st.booleans()),
+        masked=draw(st.booleans()),
+        batch_first=draw(st.booleans()),
+        reverse=draw(st.booleans()),
+        norm=lstm and draw(st.booleans()),
+        zoneout=(draw(share) if lstm else 0.0, draw(share)),
+        drawn=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@hypothesis.settings(max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(call=calls())
+def test_any_call(gpu, dtype, call):
+    check(gpu, call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", Mode)
+def test_weights_that_do_not_fit_on_the_chip(emulated, mode, dtype):
+    """The products read them from L2, with other rings; so does one of two matrices where only the other one fits."""
+    gpu = EMULATED
+    try:
+        emulated.resize(1, 99 * 1024)  # the smallest that a GPU of compute capability 8 has
+        check(gpu, Call(mode, hidden=70 if mode == Mode.LSTM else 150, lengths=(2,) * 9), dtype)
+        if mode == Mode.LSTM:
+            check(gpu, Call(hidden=150, outputs=9, norm=True, lengths=(2, 2, 1)), dtype)
+    finally:
+        emulated.resize()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(lengths=(2,) * 34, hidden=20),
+        Call(Mode.GRU, lengths=(2,) * 18 + (1,) * 3, hidden=40),
+        Call(norm=True, outputs=24, zoneout=(0.5, 0.5), drawn=True, lengths=(2,) * 18),
+    ],
+    ids=str,
+)
+def test_how_many_blocks_share_the_work_changes_no_bit(emulated, call):
+    device = in_dtype(torch.float32)
+    exact = forward(reference, call, in_dtype(torch.float64))
+    results = []
+    try:
+        for multiprocessors in (1, 2, 3, 11):
+            emulated.resize(multiprocessors)
+            results.append((*forward(EMULATED.ops, call, device), *backward(EMULATED.ops, call, device, exact)))
+    finally:
+        emulated.resize()
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_same_bits(a, b)
+
+
+def test_more_steps_than_travel_in_one_launch(gpu):
+    lengths = (301,) * 2
+    check(gpu, Call(Mode.RNN_TANH, hidden=3, inputs=1, lengths=(*lengths, 5), bias=False), torch.float32)
+
+
+@pytest.mark.parametrize("call", [Call(lengths=(3, 1)), Call(Mode.GRU), Call(norm=True, outputs=4)], ids=str)
+def test_only_what_is_needed(gpu, call):
+    def device(values):
+        return put(gpu, torch.float32, values)
+
+    exact = forward(reference, call, in_dtype(torch.float64))
+    every = backward(gpu.ops, call, device, exact)
+    for bit, want in enumerate(every):
+        alone = backward(gpu.ops, call, device, exact, 1 << bit)
+        for i, got in enumerate(alone):
+            assert_same_bits(got, want if i == bit else want.new_empty(0))
+
+
+def test_nothing_is_saved_unless_asked_for(gpu):
+    for call in (Call(), Call(Mode.GRU), Call(Mode.RNN_TANH, zoneout=(0.0, 0.5)), Call(norm=True)):
+        first, options = (put(gpu, torch.float32, values) for values in call.operands())
+        saving, plain = (gpu.ops.recurrent(call.mode, *first, False, False, save, *options) for save in (True, False))
+        for a, b in zip(saving[:3], plain[:3], strict=True):
+            assert_same_bits(a, b)
+        assert [x.shape for x in plain[3:]] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_strides(gpu, mode):
+    """Operands that are not contiguous give the bits of their copies."""
+    call = Call(mode, hidden=9, norm=mode == Mode.LSTM)
+
+    def device(values):
+        return put(gpu, torch.float32, values)
+
+    def strided(values):
+        def one(x):
+            return x.repeat_interleave(2, -1)[..., ::2] if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        return [one(x) for x in device(values)]
+
+    exact = forward(reference, call, in_dtype(torch.float64))
+    for a, b in zip(forward(gpu.ops, call, device), forward(gpu.ops, call, strided), strict=True):
+        assert_same_bits(a, b)
+    pair = (backward(gpu.ops, call, move, exact) for move in (device, strided))
+    for a, b in zip(*pair, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", Mode)
+def test_what_is_not_finite_stays_in_its_row(gpu, mode, dtype):
+    call = Call(mode, hidden=11)
+    first, options = (put(gpu, dtype, values) for values in call.operands())
+    clean = gpu.ops.recurrent(mode, *first, False, False, False, *options)[0]
+    first[0][1, 1, 2] = float("nan")
+    spoilt = gpu.ops.recurrent(mode, *first, False, False, False, *options)[0]
+    assert_same_bits(spoilt[:, ::2], clean[:, ::2])
+    assert_same_bits(spoilt[0], clean[0])
+    assert spoilt[1:, 1].isnan().all()
+
+
+def test_an_empty_batch(gpu):
+    call = replace(Call(), lengths=())
+    g = Generator(0)
+    w_ih, w_hh = (gpu.put(random.normal(76, n, generator=g)) for n in (5, 19))
+    x, state = gpu.put(torch.zeros(3, 0, 5)), gpu.put(torch.zeros(0, 19))
+    operands = x, None, w_ih, w_hh, None, None, None, state, state, None
+    results = gpu.ops.recurrent(call.mode, *operands, False, False, True)
+    assert [x.shape for x in results] == [(3, 0, 19), (0, 19), (0, 19), (3, 0, 76), (3, 0, 19)]
+    grads = gpu.ops.recurrent_backward(
+        call.mode, results[0], None, None, *operands, results[0], *results[3:], False, False, 255
+    )
+    assert grads[1].shape == (76, 5)
+    assert not grads[1].any()
+
+
+def test_double_precision_goes_to_the_reference(emulated):
+    before = emulated.launches
+    call = Call()
+    for a, b in zip(
+        forward(EMULATED.ops, call, in_dtype(torch.float64)),
+        forward(reference, call, in_dtype(torch.float64)),
+        strict=True,
+    ):
+        assert_same_bits(a, b)
+    exact = forward(reference, call, in_dtype(torch.float64))
+    for a, b in zip(
+        backward(EMULATED.ops, call, in_dtype(torch.float64), exact),
+        backward(reference, call, in_dtype(torch.float64), exact),
+        strict=True,
+    ):
+        assert_same_bits(a, b)
+    assert emulated.launches == before
+    forward(EMULATED.ops, call, in_dtype(torch.float32))
+    assert emulated.launches > before
+
+
+@pytest.mark.parametrize("case", [*EXAMPLES, *WHOLE_ROWS], ids=str)
+def test_functions_and_their_gradients(gpu, case):
+    """Layers and directions around the op, in a graph: gradients of all leaves, and a second derivative."""
+
+    def run(dtype, device):
+        (x, hx), weights = case.operands(dtype), case.weights(dtype)
+        hx = None if hx is None else tuple(device(h.detach()).requires_grad_() for h in hx)
+        x, *weights = (device(t.detach()).requires_grad_() for t in (x, *weights))
+        leaves = [x, *(hx or ()), *weights]
+        results = case.ours(x, hx, weights)
+        loss = sum((y * torch.linspace(-1, 1, y.numel()).to(y).view_as(y)).sum() for y in results)
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in grads), x)
+        return [y.detach().cpu().double() for y in (*results, *grads, *second)]
+
+    if gpu.device.type == "cuda" and (case.masked or case.zoneout):
+        pytest.skip("Case draws its mask and zoneout on the CPU")
+    with on(gpu):
+        ours = run(torch.float32, gpu.put)
+    for got, want in zip(ours, run(torch.float64, lambda t: t), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({2: torch.zeros(20, 3)}, "w_ih: expected the dtype of input and a shape"),
+        ({8: None}, "c_0: expected for an LSTM"),
+        ({10: torch.zeros(20)}, "norm_ih, norm_hh, norm_c, norm_c_bias: expected all or none"),
+        ({10: torch.zeros(20), 11: torch.zeros(20), 12: torch.zeros(5), 13: torch.zeros(4)}, "norm_c_bias: expected"),
+        ({14: torch.zeros(2, dtype=torch.int32)}, "seed_offset: expected an int64 tensor"),
+        ({17: 1.5}, "zoneout_c, zoneout_h: expected probabilities"),
+    ],
+)  # fmt: skip
+def test_errors(gpu, change, message):
+    arguments = [torch.zeros(3, 2, 4), None, torch.zeros(20, 4), torch.zeros(20, 5), None, None, None]
+    arguments += [torch.zeros(2, 5), torch.zeros(2, 5), None, None, None, None, None, None, 0.0, 0.0, 0.0]
+    for i, value in change.items():
+        arguments[i] = value
+    arguments = [gpu.put(x) if isinstance(x, Tensor) else x for x in arguments]
+    with pytest.raises(RuntimeError, match=message):
+        gpu.ops.recurrent(Mode.LSTM, *arguments[:10], False, False, False, *arguments[10:])
+
+
+@pytest.mark.cuda
+def test_a_graph_can_be_captured_and_replayed():
+    if not (fastgen.build_info()["cuda"] and torch.cuda.is_available()):
+        pytest.skip(f"no CUDA kernels: {fastgen.build_info()['cuda_error'] or 'no device'}")
+    call = Call(lengths=(4, 2, 2, 1), hidden=70)
+    first, options = call.operands()
+    sizes = first[1]
+    moved = [x if x is None else x.float().cuda() for x in first]
+    moved[1] = sizes
+
+    def run():
+        return torch.ops.fastgen.recurrent(call.mode, *moved, False, False, True, *options)
+
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    run()
+    with torch.cuda.graph(graph):
+        results = run()
+    moved[0].copy_(torch.randn_like(moved[0]))
+    graph.replay()
+    for got, want in zip(results, run(), strict=True):
+        assert_same_bits(got.cpu(), want.cpu())

@@ -1,0 +1,238 @@
+// The forward pass of a recurrent sequence (see recurrent.cu).
+#pragma once
+
+#include "recurrent_sequence.h"
+
+namespace fastgen {
+namespace {
+
+struct ForwardParams : Sequence<RecurrentParams> {
+  const void* from_input;  // [rows][G H]: W_ih x; with layer norm standardised
+  // With layer norm:
+  float* sums;                          // [batch][4 H]: W_hh h, and at the place of o the gate itself
+  float* proposed;                      // [batch][H]: c' before zoneout
+  float2 *gate_moments, *cell_moments;  // [batch][tiles]
+};
+
+template <class Element, int kGates>
+struct Forward : Worker<ForwardParams> {
+  static constexpr bool kLstm = kGates == 4;
+  using Worker<ForwardParams>::Worker;
+
+  __device__ bool norm() const { return kLstm && p.norm_ih != nullptr; }
+  __device__ bool projected() const { return kLstm && p.w_hr != nullptr; }
+  __device__ const Product& last() const { return projected() ? p.projection : p.recurrent; }
+
+  __device__ void run() {
+    load_resident(p.recurrent, block);
+    if (projected()) load_resident(p.projection, block);
+    if (kLstm) {
+      elements(p.recurrent, p.batch, [&](int64_t b, int64_t u) {
+        p.c[b * p.hidden_size + u] = value_of<Element>(p.c_0, b * p.hidden_size + u);
+      });
+    }
+    elements(last(), p.batch, [&](int64_t b, int64_t u) {
+      const float h = value_of<Element>(p.h_0, b * p.output_size + u);
+      p.h[b * p.output_size + u] = h;
+      for (int half = 0; half < 2; ++half) feed(half, b, u, h);
+    });
+    for (int64_t s = 0; s < p.steps; ++s) {
+      barrier.wait();
+      step(step_of(p, s), s & 1);
+    }
+    elements(last(), p.batch, [&](int64_t b, int64_t u) {
+      const int64_t at = b * p.output_size + u;
+      narrow(p.h[at], static_cast<Element*>(p.h_n) + at);
+    });
+    if (!kLstm) return;
+    elements(p.recurrent, p.batch, [&](int64_t b, int64_t u) {
+      const int64_t at = b * p.hidden_size + u;
+      narrow(p.c[at], static_cast<Element*>(p.c_n) + at);
+    });
+  }
+
+  // The h that the next product reads.
+  __device__ void feed(int64_t half, int64_t b, int64_t u, float h) const {
+    const float mask = value_of<Element>(p.h_mask, b * p.output_size + u, 1.0f);
+    narrow(h * mask, p.recurrent.operand_row<Element>(half, b) + u);
+  }
+
+  __device__ void step(const Step& now, int64_t half) {
+    const int64_t units = p.hidden_size;
+    multiply<Element, kGates>(
+        p.recurrent, half, now.rows, now.rows,
+        [&](int64_t b, int64_t u, bool valid) { return valid && !norm() ? fetch(now, b, u) : Ahead{}; },
+        [&](int64_t b, int64_t u, bool valid, int tile, const float (&sums)[kGates], const Ahead& ahead) {
+          if (norm()) {
+            for (int g = 0; valid && g < kGates; ++g) p.sums[b * kGates * units + g * units + u] = sums[g];
+            const float2 moments = moments_of_tile(sums, units_of(p.recurrent, tile), valid);
+            if (unit == 0 && b < now.rows) p.gate_moments[b * p.recurrent.tiles + tile] = moments;
+          } else if (valid) {
+            cell(now, half, b, u, sums, ahead);
+          }
+        });
+    if constexpr (kLstm) {
+      if (norm()) {
+        barrier.wait();
+        norm_gates(now);
+        barrier.wait();
+        norm_cells(now, half);
+      }
+      if (projected()) {
+        barrier.wait();
+        multiply<Element, 1>(
+            p.projection, 0, now.rows, now.rows, [](int64_t, int64_t, bool) { return 0; },
+            [&](int64_t b, int64_t u, bool valid, int, const float (&sums)[1], int) {
+              if (valid) emit(now, half, b, u, sums[0]);
+            });
+      }
+    }
+  }
+
+  // What the cell of one unit and row needs beside the product with h.
+  struct Ahead {
+    Element x[kGates], b_ih[kGates], b_hh[kGates];
+    float before;  // c; or, of a GRU, h
+  };
+  __device__ Ahead fetch(const Step& now, int64_t b, int64_t u) const {
+    const int64_t units = p.hidden_size, row = row_of(p, now.t, b);
+    Ahead ahead;
+    FASTGEN_UNROLL
+    for (int g = 0; g < kGates; ++g) {
+      const int64_t at = g * units + u;
+      ahead.x[g] = element_of<Element>(p.from_input, row * kGates * units + at);
+      ahead.b_ih[g] = element_of<Element>(p.b_ih, at);
+      ahead.b_hh[g] = element_of<Element>(p.b_hh, at);
+    }
+    ahead.before = (kLstm ? p.c : p.h)[b * units + u];
+    return ahead;
+  }
+
+  // The cell of one unit and row.
+  __device__ void cell(const Step& now, int64_t half, int64_t b, int64_t u, const float (&sums)[kGates],
+                       const Ahead& ahead) const {
+    const int64_t units = p.hidden_size, row = row_of(p, now.t, b);
+    float x[kGates], s[kGates];
+    FASTGEN_UNROLL
+    for (int g = 0; g < kGates; ++g) {
+      x[g] = widen(ahead.x[g]) + widen(ahead.b_ih[g]);
+      s[g] = sums[g] + widen(ahead.b_hh[g]);
+    }
+    Element* gates = p.gates == nullptr ? nullptr : static_cast<Element*>(p.gates) + row * 4 * units + u;
+    if constexpr (kLstm) {
+      const float i = sigmoid_of(x[0] + s[0]), f = sigmoid_of(x[1] + s[1]), g = tanh_of(x[2] + s[2]),
+                  o = sigmoid_of(x[3] + s[3]);
+      save(gates, i, f, g, o);
+      const float c = f * ahead.before + i * g;
+      keep_cell(row, b, u, c);
+      emit_hidden(now, half, b, u, o * tanh_of(c));
+    } else if constexpr (kGates == 3) {
+      const float r = sigmoid_of(x[0] + s[0]), z = sigmoid_of(x[1] + s[1]), n = tanh_of(x[2] + r * s[2]);
+      save(gates, r, z, n, s[2]);
+      emit(now, half, b, u, (1.0f - z) * n + z * ahead.before);
+    } else {
+      const float sum = x[0] + s[0];
+      // Not a maximum, which would drop a NaN.
+      const float h = p.mode == CellMode::kTanh ? tanh_of(sum) : sum < 0.0f ? 0.0f : sum;
+      if (p.gates != nullptr) narrow(h, static_cast<Element*>(p.gates) + row * units + u);
+      emit(now, half, b, u, h);
+    }
+  }
+
+  __device__ void save(Element* gates, float a, float b, float c, float d) const {
+    if (gates == nullptr) return;
+    narrow(a, gates);
+    narrow(b, gates + p.hidden_size);
+    narrow(c, gates + 2 * p.hidden_size);
+    narrow(d, gates + 3 * p.hidden_size);
+  }
+
+  // c' becomes c, by way of zoneout.
+  __device__ void keep_cell(int64_t row, int64_t b, int64_t u, float c) const {
+    const int64_t at = b * p.hidden_size + u;
+    if (p.zone_c.used) {
+      const float d = zone_at(p.zone_c, p.seed_offset, uint64_t(row * p.hidden_size + u));
+      c = d * p.c[at] + (1.0f - d) * c;
+    }
+    p.c[at] = c;
+    if (p.cells != nullptr) static_cast<float*>(p.cells)[row * (p.hidden_size + saved_scales(p)) + u] = c;
+  }
+
+  // o tanh(c'), which is h or projected to it.
+  __device__ void emit_hidden(const Step& now, int64_t half, int64_t b, int64_t u, float h) const {
+    if (projected()) {
+      narrow(h, p.projection.operand_row<Element>(0, b) + u);
+    } else {
+      emit(now, half, b, u, h);
+    }
+  }
+
+  // h' becomes h, by way of zoneout.
+  __device__ void emit(const Step& now, int64_t half, int64_t b, int64_t u, float h) const {
+    const int64_t at = b * p.output_size + u, row = row_of(p, now.t, b);
+    if (p.zone_h.used) {
+      const float d = zone_at(p.zone_h, p.seed_offset, uint64_t(row * p.output_size + u));
+      h = d * p.h[at] + (1.0f - d) * h;
+    }
+    p.h[at] = h;
+    narrow(h, static_cast<Element*>(p.output) + row * p.output_size + u);
+    feed(1 - half, b, u, h);
+  }
+
+  // Layer norm of W_hh h, and the gates and c'.
+  __device__ void norm_gates(const Step& now) const {
+    const int64_t units = p.hidden_size;
+    const int tiles = p.recurrent.tiles;
+    warps(p.recurrent, now.rows, [&](int64_t b, int64_t u, bool valid, int tile) {
+      const int64_t there = b < now.rows ? b : 0, row = row_of(p, now.t, there);
+      const float2 moments = moments_of_row(p.gate_moments + there * tiles, tiles, units, 4);
+      const float scale = 1.0f / square_root(moments.y + float(p.norm_eps));
+      float c[1] = {0.0f};
+      if (valid) {
+        float* sums = p.sums + b * 4 * units + u;
+        float a[4];
+        Element* gates = p.gates == nullptr ? nullptr : static_cast<Element*>(p.gates) + row * 12 * units + u;
+        FASTGEN_UNROLL
+        for (int g = 0; g < 4; ++g) {
+          const int64_t at = g * units + u;
+          const float hat = (sums[g * units] - moments.x) * scale;
+          a[g] = value_of<Element>(p.from_input, row * 4 * units + at) * value_of<Element>(p.norm_ih, at) +
+                 value_of<Element>(p.b_ih, at) +
+                 (hat * value_of<Element>(p.norm_hh, at) + value_of<Element>(p.b_hh, at));
+          if (gates != nullptr) narrow(hat, gates + (8 + g) * units);
+        }
+        const float i = sigmoid_of(a[0]), f = sigmoid_of(a[1]), g = tanh_of(a[2]), o = sigmoid_of(a[3]);
+        save(gates, i, f, g, o);
+        c[0] = f * p.c[b * units + u] + i * g;
+        p.proposed[b * units + u] = c[0];
+        sums[3 * units] = o;
+        if (u == 0 && p.cells != nullptr) static_cast<float*>(p.cells)[row * (units + 2) + units + 1] = scale;
+      }
+      const float2 of_tile = moments_of_tile(c, units_of(p.recurrent, tile), valid);
+      if (unit == 0 && b < now.rows) p.cell_moments[b * tiles + tile] = of_tile;
+    });
+  }
+
+  // Layer norm of c', and h'.
+  __device__ void norm_cells(const Step& now, int64_t half) const {
+    const int64_t units = p.hidden_size;
+    const int tiles = p.recurrent.tiles;
+    warps(p.recurrent, now.rows, [&](int64_t b, int64_t u, bool valid, int) {
+      const int64_t there = b < now.rows ? b : 0;
+      const float2 moments = moments_of_row(p.cell_moments + there * tiles, tiles, units, 1);
+      if (!valid) return;
+      const float c = p.proposed[b * units + u], scale = 1.0f / square_root(moments.y + float(p.norm_eps));
+      const float y = (c - moments.x) * scale * value_of<Element>(p.norm_c, u) + value_of<Element>(p.norm_c_bias, u);
+      keep_cell(row_of(p, now.t, b), b, u, c);
+      emit_hidden(now, half, b, u, p.sums[b * 4 * units + 3 * units + u] * tanh_of(y));
+    });
+  }
+};
+
+template <class Element, int kGates>
+__global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
+  Forward<Element, kGates>(p).run();
+}
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,110 @@
+// What the kernels of both directions share: their parameters, and the part of a thread in the steps of a sequence.
+#pragma once
+
+#include "recurrent_cell.h"
+#include "recurrent_product.h"
+
+namespace fastgen {
+namespace {
+
+// What the kernels of both directions have in common. The pointers of batch_sizes and step_rows are the device's.
+template <class Params>
+struct Sequence : Params {
+  Product recurrent;   // forward: W_hh, of h; backward: its transpose, of the gradients of the gates
+  Product projection;  // forward: W_hr, of o tanh(c'); backward: its transpose, of dh
+  SharedPlan shared;
+  int unit_blocks, groups;  // blocks that share the units, for one of so many groups of rows
+  Zone zone_c, zone_h;
+  const int64_t* seed_offset;  // null: nothing is drawn
+  float *h, *c;                // [batch][P], [batch][H]: states from step to step, backward the gradients of them
+  uint32_t* arrived;
+};
+
+// The place of a step in the sequence.
+struct Step {
+  int64_t t, rows;  // rows: of the batch that are in it
+};
+
+FASTGEN_FN Step step_of(const RecurrentParams& p, int64_t s) {
+  const int64_t t = p.reverse ? p.steps - 1 - s : s;
+  return {t, p.batch_sizes == nullptr ? p.batch : p.batch_sizes[t]};
+}
+FASTGEN_FN int64_t row_of(const RecurrentParams& p, int64_t t, int64_t b) {
+  return p.step_rows == nullptr ? t * p.row_step + b * p.row_batch : p.step_rows[t] + b;
+}
+
+// The part of a thread in both directions.
+template <class Params>
+struct Worker {
+  const Params& p;
+  GridBarrier barrier;
+  const int block, group;  // of units, of rows
+  const int unit, row;     // of a tile
+  const bool owner;        // of an element of it
+
+  __device__ explicit Worker(const Params& p)
+      : p(p),
+        barrier(p.arrived),
+        block(int(blockIdx.x) % p.unit_blocks),
+        group(int(blockIdx.x) / p.unit_blocks),
+        unit(int(threadIdx.x) % kUnits),
+        row(int(threadIdx.x) / kUnits),
+        owner(int(threadIdx.x) < kUnits * kRows) {}
+
+  // body(tile, b) for the tiles of this block among the first `rows` rows, the first of which is b.
+  template <class Body>
+  __device__ void tiles(const Product& product, int64_t rows, const Body& body) const {
+    for (int64_t b = int64_t(group) * kRows; b < rows; b += int64_t(p.groups) * kRows) {
+      for (int tile = product.first_tile(block); tile < product.end_tile(block); ++tile) body(tile, b);
+    }
+  }
+  // body(b, u) for this thread's rows and units of a result.
+  template <class Body>
+  __device__ void elements(const Product& product, int64_t rows, const Body& body) const {
+    tiles(product, rows, [&](int tile, int64_t b) {
+      const int64_t u = int64_t(tile) * kUnits + unit;
+      if (owner && b + row < rows && u < product.units) body(b + row, u);
+    });
+  }
+  // body(b, u, valid, tile) for whole warps, of which all that are not `valid` only take part in shuffles.
+  template <class Body>
+  __device__ void warps(const Product& product, int64_t rows, const Body& body) const {
+    tiles(product, rows, [&](int tile, int64_t b) {
+      const int64_t u = int64_t(tile) * kUnits + unit;
+      if (owner) body(b + row, u, b + row < rows && u < product.units, tile);
+    });
+  }
+  // The same with the sums of the product with the first `fed` rows of `half` of the operand, zero for rows behind
+  // them: body(b, u, valid, tile, sums, ahead), where ahead = fetch(b, u, valid) is read from memory while the product
+  // runs.
+  template <class Element, int kGroups, class Fetch, class Body>
+  __device__ void multiply(const Product& product, int64_t half, int64_t fed, int64_t rows, const Fetch& fetch,
+                           const Body& body) const {
+    tiles(product, rows, [&](int tile, int64_t b) {
+      const int64_t left = fed - b, u = int64_t(tile) * kUnits + unit;
+      const bool valid = owner && b + row < rows && u < product.units;
+      const auto ahead = fetch(b + row, u, valid);
+      if (left > 0) {
+        const auto* operand = product.template operand_row<unsigned char>(half, b);
+        multiply_tile<Element, kGroups>(product, tile, block, operand, int(left < kRows ? left : kRows), p.shared);
+        block_barrier();
+      }
+      if (owner) {
+        float sums[kGroups];
+        FASTGEN_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+          sums[g] = row < left ? sum_of<kGroups>(product, p.shared, g, unit, row) : 0.0f;
+        }
+        body(b + row, u, valid, tile, sums, ahead);
+      }
+      if (left > 0) block_barrier();
+    });
+  }
+  __device__ int units_of(const Product& product, int tile) const {
+    const int64_t left = product.units - int64_t(tile) * kUnits;
+    return int(left < kUnits ? left : kUnits);
+  }
+};
+
+}  // namespace
+}  // namespace fastgen
