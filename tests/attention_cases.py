@@ -198,10 +198,10 @@ def outputs_and_gradients(function, leaves: list[Tensor], seed: int) -> list[Ten
     """out, lse and the gradient of each leaf that has one, for random gradients of out and, where finite, lse."""
     out, lse = function(*leaves)
     draw = torch.Generator().manual_seed(seed)
-    to_out, to_lse = (torch.randn(y.shape, generator=draw, dtype=torch.float64) for y in (out, lse))
+    to_out, to_lse = (torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y) for y in (out, lse))
     to_lse = torch.where(lse.isfinite(), to_lse, 0.0)
     wanted = [x for x in leaves if x.requires_grad]
-    grads = torch.autograd.grad([out, lse], wanted, [to_out.to(out.dtype), to_lse.to(lse.dtype)], allow_unused=True)
+    grads = torch.autograd.grad([out, lse], wanted, [to_out, to_lse], allow_unused=True)
     return [
         out.detach(),
         lse.detach(),
@@ -209,10 +209,13 @@ def outputs_and_gradients(function, leaves: list[Tensor], seed: int) -> list[Ten
     ]
 
 
-def assert_no_worse(mine: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype, units: float = 0.5) -> None:
+def assert_no_worse(
+    mine: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype, units: float = 0.5, size: float = 0.0
+) -> None:
     """Mean and largest error at most twice PyTorch's in the same dtype; in float32 also some units at most.
 
     units: what is allowed besides in the mean; by itself the rounding of the result.
+    size: of what may cancel; units are those of the largest number, or of this.
     dtype: of the operands; lse and the gradient of the slopes stay in float32 beside half types.
     """
     finite = exact.isfinite()
@@ -220,7 +223,7 @@ def assert_no_worse(mine: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dt
     mine, theirs, exact = mine[finite], theirs[finite], exact[finite]
     if exact.numel() == 0:
         return
-    unit = torch.finfo(mine.dtype).eps * float(exact.abs().max())
+    unit = torch.finfo(mine.dtype).eps * max(size, float(exact.abs().max()))
     mine_off, theirs_off = ((y.double() - exact).abs() for y in (mine, theirs))
     assert float(mine_off.mean()) <= 2 * float(theirs_off.mean()) + units * unit
     assert float(mine_off.max()) <= 2 * float(theirs_off.max()) + 4 * unit  # one of many: partly luck

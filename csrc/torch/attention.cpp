@@ -61,19 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   static_cast<AttentionParams&>(p) = arguments.p;
   const ScalarType dtype = query.scalar_type(), work = arguments.work_dtype();
   const auto needed = [&](int i) { return (needs >> i & 1) != 0; };
-  STD_TORCH_CHECK(!(mask && needed(3)) || mask->scalar_type() != ScalarType::Bool, "mask: a bool has no gradient");
-
-  const auto check = [&](const char* name, const Optional& tensor, int64_t dims, ScalarType type) {
-    if (!tensor) return;
-    bool fits = tensor->dim() == dims && tensor->scalar_type() == type && same_device(*tensor, query);
-    for (int64_t d = 0; fits && d < 3; ++d) fits = tensor->size(d) == query.size(d);
-    if (fits && dims == 4) fits = tensor->size(3) == p.value_width;
-    STD_TORCH_CHECK(fits, name, ": expected the shape and dtype of a result of the forward pass");
-  };
-  check("grad_out", grad_out, 4, dtype);
-  check("grad_lse", grad_lse, 3, work);
-  check("out", out, 4, dtype);
-  check("lse", lse, 3, work);
+  arguments.check_backward(grad_out, grad_lse, query, mask, out, lse, needs);
   const auto contiguous = [](const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); };
   const Tensor dense_lse = contiguous(lse);
   Optional dense_grad_lse;

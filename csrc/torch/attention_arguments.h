@@ -117,6 +117,24 @@ class Arguments {
     }
   }
 
+  // Checks what the backward pass is given besides.
+  void check_backward(const Optional& grad_out, const Optional& grad_lse, const Tensor& query, const Optional& mask,
+                      const Tensor& out, const Tensor& lse, int64_t needs) const {
+    STD_TORCH_CHECK(!(mask && (needs >> 3 & 1) != 0) || mask->scalar_type() != ScalarType::Bool,
+                    "mask: a bool has no gradient");
+    const auto check = [&](const char* name, const Optional& tensor, int64_t dims, ScalarType type) {
+      if (!tensor) return;
+      bool fits = tensor->dim() == dims && tensor->scalar_type() == type && same_device(*tensor, query);
+      for (int64_t d = 0; fits && d < 3; ++d) fits = tensor->size(d) == query.size(d);
+      if (fits && dims == 4) fits = tensor->size(3) == p.value_width;
+      STD_TORCH_CHECK(fits, name, ": expected the shape, dtype and device of a result of the forward pass");
+    };
+    check("grad_out", grad_out, 4, dtype_);
+    check("grad_lse", grad_lse, 3, work_dtype());
+    check("out", out, 4, dtype_);
+    check("lse", lse, 3, work_dtype());
+  }
+
   ScalarType work_dtype() const { return dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
   // Plans the units of ragged sequences, `heads` for each `length` of rows, of which a place from `starts` on counts as
