@@ -214,22 +214,28 @@ def test_uniform_reaches_its_largest_value_and_not_its_end(path):
             assert u.double().item() >= below.double().item() - (high - low) * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("stride", [65_537, pytest.param(1, marks=pytest.mark.slow)])
-def test_all_radius_words(words_library, stride):
-    """Every 65 537th of the 2^32 radius words (all of them in the slow run): finite, inside the bounds, and the
-    same sum of bit patterns by every instruction set."""
-    count = -(-(2**32) // stride) // 64 * 64
+# (first, stride, count) of words: every 65 537th, and all whose radii differ. A radius is a function of the nearest
+# float32 to the word or, past the middle, to its complement: up to 2^24 each word has its own, from 2^k on every
+# 2^(k - 23)th.
+SOME_WORDS = [(0, 65_537, 2**16)]
+LOWER_HALF = [(0, 1, 2**24), *((2**k, 2 ** (k - 23), 2**23) for k in range(24, 31))]
+ALL_RADII = LOWER_HALF + [(2**32 - 1 - first, 2**32 - stride, count) for first, stride, count in LOWER_HALF]
+
+
+@pytest.mark.parametrize("scans", [SOME_WORDS, ALL_RADII], ids=["some words", "all radii"])
+def test_radii(words_library, scans):
+    """Finite, inside the bounds, and the same sum of bit patterns by every instruction set."""
+    isas = ISAS if scans is SOME_WORDS else [isa for isa in ISAS if isa != "generic"] or ISAS  # it takes a minute
     sums = set()
-    for isa in ISAS if stride > 1 else [i for i in ISAS if i != "generic"] or ISAS:
-        ends = np.empty(4, np.float32)
-        library = words_library(isa)
-        sums.add(library.scan32(ctypes.c_uint32(0), ctypes.c_uint32(stride), ctypes.c_int64(count), pointer(ends)))
-        smallest, largest, _, size = (float(x) for x in ends)
-        assert smallest == 2.0**-33
-        assert largest <= 22.88
-        assert size < 6.77
-        if stride == 1:
-            assert largest > 22.87
+    for isa in isas:
+        library, found, ends = words_library(isa), [], np.empty((len(scans), 4), np.float32)
+        for (first, stride, count), place in zip(scans, ends, strict=True):
+            scanned = ctypes.c_uint32(first), ctypes.c_uint32(stride), ctypes.c_int64(count), pointer(place)
+            found.append(library.scan32(*scanned))
+        sums.add(tuple(found))
+        assert ends[:, 0].min() == 2.0**-33
+        assert 22.87 < ends[:, 1].max() <= 22.88
+        assert ends[:, 3].max() < 6.77
     assert len(sums) == 1
 
 
