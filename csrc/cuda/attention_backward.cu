@@ -18,7 +18,14 @@ void launch_gradients(const AttentionGradients& g, int64_t units, cudaStream_t s
   if (units == 0) return;
   STD_TORCH_CHECK(units < (int64_t(1) << 31), "query: expected fewer than 2^31 tiles of rows on CUDA, got ", units);
   const size_t shared = GradientMemory<A>(nullptr, drops(g.c)).bytes;
-  launch(gradients_kernel<A>, dim3(unsigned(units)), dim3(A::kThreads), shared, stream, g);
+  const auto start = [&](void (*kernel)(AttentionGradients)) {
+    launch(kernel, dim3(unsigned(units)), dim3(A::kThreads), shared, stream, g);
+  };
+  if constexpr (!std::is_same_v<typename A::T, float>) {
+    const bool extras = g.c.cap > 0 || g.c.mask.data != nullptr || g.c.slopes != nullptr || drops(g.c);
+    if (!extras) return start(gradients_kernel<A, false>);
+  }
+  start(gradients_kernel<A, true>);
 }
 
 // Units of A, blocks: tiles of the rows that they own, for each head of each sequence. `starts` has what ragged ones
@@ -28,7 +35,7 @@ int64_t plan(Arguments& arguments, AttentionCall& c, const Tensor& like, Optiona
   AttentionParams& p = arguments.p;
   const int64_t heads = A::kOwnsKeys ? p.kv_heads : p.heads;
   if (p.query_starts == nullptr) {
-    return p.batch * heads * GradientBlock<A>::tiles(A::kOwnsKeys ? c.keys : c.queries);
+    return p.batch * heads * ceil_div(A::kOwnsKeys ? p.keys : p.queries, A::kRows);
   }
   const int64_t units = arguments.plan_units(p, heads, A::kOwnsKeys ? p.key_starts : p.query_starts, A::kRows);
   starts = upload_starts(c, p, like);

@@ -81,14 +81,32 @@ struct TensorCores {
   }
   static __device__ int column(int cell) { return cell % kPerTile / 4 * 8 + int(threadIdx.x) % 4 * 2 + cell % 2; }
 
+  // An owned tile as the left side of products: dQ leaves the registers to keep it there, dK and dV do not.
+  struct Own {
+    const T* tile;
+    uint32_t kept[kOwnsKeys ? 1 : kWidth / 16][kTiles][4];
+
+    __device__ __forceinline__ void load(const T* from) {
+      tile = from;
+      if constexpr (!kOwnsKeys) {
+        FASTGEN_UNROLL
+        for (int k = 0; k < kWidth / 16; ++k) read(k, kept[k]);
+      }
+    }
+    __device__ __forceinline__ void read(int k, uint32_t (&a)[kTiles][4]) const {
+      FASTGEN_UNROLL
+      for (int m = 0; m < kTiles; ++m) load_left<T, kWidth>(a[m], tile, group_row() + 16 * m, 16 * k);
+    }
+  };
+
   // cells = own walked^T, of the rows from `first` on.
-  static __device__ __forceinline__ void multiply(const T* own, const T* walked, int first, float (&cells)[kCells]) {
+  static __device__ __forceinline__ void multiply(const Own& own, const T* walked, int first, float (&cells)[kCells]) {
     float d[kTiles][kStrip / 8][4] = {};
     FASTGEN_UNROLL
     for (int k = 0; k < kWidth; k += 16) {
-      uint32_t a[kTiles][4];
-      FASTGEN_UNROLL
-      for (int m = 0; m < kTiles; ++m) load_left<T, kWidth>(a[m], own, group_row() + 16 * m, k);
+      uint32_t read[kTiles][4];
+      if constexpr (kOwnsKeys) own.read(k / 16, read);
+      const auto& a = kOwnsKeys ? read : own.kept[kOwnsKeys ? 0 : k / 16];
       FASTGEN_UNROLL
       for (int n = 0; n < kStrip / 8; n += 2) {
         uint32_t b[2][2];
@@ -162,17 +180,22 @@ struct Scalars {
   static __device__ int row(int cell) { return int(threadIdx.x) / 16 + cell / 2 * 16; }
   static __device__ int column(int cell) { return int(threadIdx.x) % 16 + cell % 2 * 16; }
 
+  struct Own {
+    const T* tile;
+    __device__ void load(const T* from) { tile = from; }
+  };
+
   static __device__ float4 four(const float* tile, int row, int column) {
     return *reinterpret_cast<const float4*>(tile + Tile<T, kWidth>::at(row, column));
   }
 
-  static __device__ __forceinline__ void multiply(const T* own, const T* walked, int first, float (&cells)[kCells]) {
+  static __device__ __forceinline__ void multiply(const Own& own, const T* walked, int first, float (&cells)[kCells]) {
     FASTGEN_UNROLL
     for (float& cell : cells) cell = 0.0f;
     for (int k = 0; k < kWidth; k += 4) {
       float4 left[4], right[2];
       FASTGEN_UNROLL
-      for (int i = 0; i < 4; ++i) left[i] = four(own, row(2 * i), k);
+      for (int i = 0; i < 4; ++i) left[i] = four(own.tile, row(2 * i), k);
       FASTGEN_UNROLL
       for (int j = 0; j < 2; ++j) right[j] = four(walked, first + column(j), k);
       FASTGEN_UNROLL
@@ -261,7 +284,8 @@ struct GradientMemory {
   }
 };
 
-template <class A>
+// kExtras: whether a call can have a softcap, a mask, slopes or dropout.
+template <class A, bool kExtras>
 class GradientBlock {
   using T = typename A::T;
   using Sums = typename A::Sums;
@@ -272,7 +296,7 @@ class GradientBlock {
 
  public:
   __device__ explicit GradientBlock(const AttentionGradients& gradients)
-      : g(gradients), c(gradients.c), m(dynamic_shared(), drops(gradients.c)) {}
+      : g(gradients), c(gradients.c), m(dynamic_shared(), kExtras && drops(gradients.c)) {}
 
   __device__ __forceinline__ void run() {
     const int heads = kOwnsKeys ? c.kv_heads : c.heads;
@@ -291,10 +315,16 @@ class GradientBlock {
     const int steps = kOwnsKeys ? per_head * group : per_head;
 
     load_side(kOwnsKeys, first_head, m.own(0), m.own(1), first, kRows);
+    copy_async_commit();
     if (!kOwnsKeys) load_terms(first_head, first, kRows, m.terms);
     if (steps > 0) bring(0);
     copy_async_commit();
     if (kOwnsKeys && steps > 0) load_terms(first_head, walk.begin, kColumns, m.terms);
+    copy_async_wait<1>();
+    block_barrier();
+    typename A::Own own, own_second;
+    own.load(m.own(0));
+    own_second.load(m.own(1));
     Sums sums = {}, value_sums = {};
     double slope_sum = 0.0;
     for (int step = 0; step < steps; ++step) {
@@ -305,10 +335,10 @@ class GradientBlock {
         if (kOwnsKeys && int(threadIdx.x) < kColumns) next_terms = terms_of(head_at(step + 1), column_at(step + 1));
       }
       copy_async_commit();
-      if (drops(c)) draw(step);
+      if (kExtras && drops(c)) draw(step);
       copy_async_wait<1>();
       block_barrier();
-      compute(step, sums, value_sums, slope_sum);
+      compute(step, own, own_second, sums, value_sums, slope_sum);
       if (kOwnsKeys && int(threadIdx.x) < kColumns) m.terms[(step + 1) % 2 * kColumns + threadIdx.x] = next_terms;
       block_barrier();
     }
@@ -317,13 +347,13 @@ class GradientBlock {
       write(value_sums, 1.0f, g.grad_value, c.value_width);
     } else {
       write(sums, c.scale, g.grad_query, c.width);
-      if (g.slope_sums != nullptr) add_slope_sums(slope_sum);
+      if (kExtras && g.slope_sums != nullptr) add_slope_sums(slope_sum);
     }
   }
 
-  FASTGEN_MEMBER static int tiles(int rows) { return (rows + kRows - 1) / kRows; }
-
  private:
+  __device__ static int tiles(int rows) { return (rows + kRows - 1) / kRows; }
+
   // Of a step: its head of queries, and the first of the rows that are walked.
   __device__ int head_at(int step) const { return first_head + step / per_head; }
   __device__ int column_at(int step) const { return walk.begin + step % per_head * kColumns; }
@@ -376,7 +406,8 @@ class GradientBlock {
     return (m.kept[query * Memory::kWords + bit / 64] >> bit % 64 & 1) != 0;
   }
 
-  __device__ __forceinline__ void compute(int step, Sums& sums, Sums& value_sums, double& slope_sum) const {
+  __device__ __forceinline__ void compute(int step, const typename A::Own& own, const typename A::Own& own_second,
+                                          Sums& sums, Sums& value_sums, double& slope_sum) const {
     const Head head = head_of(c, s, head_at(step));
     const T *walked = m.walked(step, 0), *second = m.walked(step, 1);
     const int rows = first + A::group_row(), columns = column_at(step);
@@ -390,8 +421,8 @@ class GradientBlock {
       const bool whole = end <= s.queries && all_seen(c, s, query, end, key, end_key);
 
       float weights[kCells], ds[kCells];
-      A::multiply(m.own(0), walked, strip, weights);
-      A::multiply(m.own(1), second, strip, ds);
+      A::multiply(own, walked, strip, weights);
+      A::multiply(own_second, second, strip, ds);
       differentiate(head, step, strip, whole, weights, ds, slope_sum);
       if constexpr (kOwnsKeys) {
         if (g.grad_key.data != nullptr) A::accumulate(ds, walked, strip, sums, m.exchange);
@@ -412,37 +443,43 @@ class GradientBlock {
     const int first_query = kOwnsKeys ? column_at(step) : first, first_key = kOwnsKeys ? first : column_at(step);
     const float2* terms = kOwnsKeys ? m.terms + step % 2 * kColumns : m.terms;
 
-    float tangent[kCells];
-    if (whole && c.cap == 0.0f && head.mask == nullptr && head.slope == 0.0f) {
+    const auto is_seen = [&](int cell) {
+      const int query = first_query + query_of(cell);
+      return query < s.queries && sees(c, s, query, first_key + key_of(cell));
+    };
+    // Scores below the log-sum-exp of their rows.
+    float tangent[kCells] = {};
+    if (!kExtras || (c.cap == 0.0f && head.mask == nullptr && head.slope == 0.0f)) {
       FASTGEN_UNROLL
-      for (float& score : weights) score *= c.product_scale;
+      for (int i = 0; i < kCells; ++i) weights[i] = weights[i] * c.product_scale - terms[query_of(i)].x;
+      if (!whole) {
+        FASTGEN_UNROLL
+        for (int i = 0; i < kCells; ++i) weights[i] = is_seen(i) ? weights[i] : -INFINITY;
+      }
     } else {
       FASTGEN_UNROLL
       for (int i = 0; i < kCells; ++i) {
-        const int query = first_query + query_of(i), key = first_key + key_of(i);
-        tangent[i] = 0.0f;
-        const bool seen = whole || (query < s.queries && sees(c, s, query, key));
-        weights[i] = seen ? finish_score(c, s, head, query, key, weights[i], tangent[i]) : -INFINITY;
+        float score = -INFINITY;
+        if (whole || is_seen(i)) {
+          score = finish_score(c, s, head, first_query + query_of(i), first_key + key_of(i), weights[i], tangent[i]);
+        }
+        weights[i] = score - terms[query_of(i)].x;
       }
     }
-    if (drops(c)) {
+    FASTGEN_UNROLL
+    for (float& weight : weights) weight = exp2_approx(weight);
+    if (kExtras && drops(c)) {
       FASTGEN_UNROLL
       for (int i = 0; i < kCells; ++i) {
-        const float2 of = terms[query_of(i)];
-        const float weight = exp2_approx(weights[i] - of.x);
         const float share = kept(step, query_of(i), key_of(i)) ? c.kept_weight : 0.0f;
-        ds[i] = weight * (ds[i] * share - of.y);
-        weights[i] = weight * share;
+        ds[i] = weights[i] * (ds[i] * share - terms[query_of(i)].y);
+        weights[i] *= share;
       }
     } else {
       FASTGEN_UNROLL
-      for (int i = 0; i < kCells; ++i) {
-        const float2 of = terms[query_of(i)];
-        weights[i] = exp2_approx(weights[i] - of.x);
-        ds[i] = weights[i] * (ds[i] - of.y);
-      }
+      for (int i = 0; i < kCells; ++i) ds[i] = weights[i] * (ds[i] - terms[query_of(i)].y);
     }
-    if (!kOwnsKeys && g.slope_sums != nullptr) {
+    if (kExtras && !kOwnsKeys && g.slope_sums != nullptr) {
       float total = 0.0f;
       FASTGEN_UNROLL
       for (int i = 0; i < kCells; ++i) {
@@ -450,7 +487,7 @@ class GradientBlock {
       }
       slope_sum -= double(total);
     }
-    if (c.cap > 0.0f) {
+    if (kExtras && c.cap > 0.0f) {
       FASTGEN_UNROLL
       for (int i = 0; i < kCells; ++i) ds[i] *= 1.0f - tangent[i] * tangent[i];
     }
@@ -488,9 +525,9 @@ class GradientBlock {
   int per_head;
 };
 
-template <class A>
+template <class A, bool kExtras>
 __global__ void __launch_bounds__(A::kThreads, A::kBlocks) gradients_kernel(const AttentionGradients g) {
-  GradientBlock<A>(g).run();
+  GradientBlock<A, kExtras>(g).run();
 }
 
 // The gradient of a slope from those of the blocks, by a warp, in one order. grid: the slopes, of each sequence where
