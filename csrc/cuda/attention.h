@@ -316,8 +316,8 @@ __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int rows
   }
 }
 
-// Rows [first, first + rows); those from `end` on are zero.
-template <class T, int kWidth>
+// Rows [first, first + rows); those from `end` on are zero. kThreads: of the block, where it has always as many.
+template <class T, int kWidth, int kThreads = 0>
 __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int first, int rows, int end) {
   using Layout = Tile<T, kWidth>;
   constexpr int kPiece = Layout::kPiece, kPieces = kWidth / kPiece;
@@ -325,14 +325,22 @@ __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int firs
     return load_tile<T, kWidth>(tile, from, rows,
                                 [&](int row) { return first + row < end ? (first + row) * from.row : int64_t(-1); });
   }
-  // The usual case, in as few instructions as it takes: they stand between the products.
-  const int step = int(blockDim.x) / kPieces, column = int(threadIdx.x) % kPieces * kPiece;
-  const bool inside = column < from.width;
-  int row = int(threadIdx.x) / kPieces;
-  int64_t at = (first + row) * from.row + column;
-  for (; row < rows; row += step, at += step * from.row) {
-    const bool there = inside && first + row < end;
-    copy_async16(tile + Layout::at(row, column), from.data + (there ? at : 0), there);
+  // The usual case, in as few instructions as it takes: they stand between the products. The address of what is not
+  // there is not read from.
+  const int step = (kThreads > 0 ? kThreads : int(blockDim.x)) / kPieces;
+  const int start = int(threadIdx.x) / kPieces, column = int(threadIdx.x) % kPieces * kPiece;
+  const int there = column < from.width ? end - first : 0;
+  const T* at = from.data + (first + start) * from.row + column;
+  const int64_t stride = step * from.row;
+  const auto copy = [&](int row) {
+    copy_async16(tile + Layout::at(row, column), at, row < there);
+    at += stride;
+  };
+  if constexpr (kThreads > 0) {
+    FASTGEN_UNROLL
+    for (int row = 0; row < rows; row += step) copy(start + row);
+  } else {
+    for (int row = start; row < rows; row += step) copy(row);
   }
 }
 

@@ -285,8 +285,9 @@ template <int kWidth, int kFragments>
 constexpr size_t kForwardShared =
     sizeof(uint16_t) * size_t((kHoldsQueries<kWidth, kFragments> ? 4 * kTileKeys : 2 * kTileKeys + kMostRows) * kWidth);
 
+// With extras a warp always has one fragment. Blocks whose warps have two have all these threads.
 template <bool kExtras>
-constexpr int kMostThreads = kExtras ? 256 : 128;  // with extras always one fragment a warp
+constexpr int kMostThreads = kExtras ? 256 : 128;
 
 template <class T, int kWidth, int kFragments, bool kExtras>
 __global__ void __launch_bounds__(kMostThreads<kExtras>, kExtras                           ? 1
@@ -302,9 +303,12 @@ __global__ void __launch_bounds__(kMostThreads<kExtras>, kExtras                
   const Sequence& s = u.sequence;
   const Rows<T> key = rows_of<T>(c.key, s.number, u.kv_head, s.key_start, c.width);
   const Rows<T> value = rows_of<T>(c.value, s.number, u.kv_head, s.key_start, c.value_width);
-  const auto load_keys = [&](int first, T* stage) { load_tile<T, kWidth>(stage, key, first, kTileKeys, s.keys); };
+  constexpr int kThreads = kFragments > 1 ? kMostThreads<kExtras> : 0;
+  const auto load_keys = [&](int first, T* stage) {
+    load_tile<T, kWidth, kThreads>(stage, key, first, kTileKeys, s.keys);
+  };
   const auto load_values = [&](int first, T* stage) {
-    load_tile<T, kWidth>(stage + kTileKeys * kWidth, value, first, kTileKeys, s.keys);
+    load_tile<T, kWidth, kThreads>(stage + kTileKeys * kWidth, value, first, kTileKeys, s.keys);
   };
   const auto arrive = [] {
     copy_async_commit();

@@ -46,8 +46,8 @@ __device__ __forceinline__ bool warp_any(bool value) { return __any_sync(0xfffff
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// 16 bytes from global to shared memory, both aligned to that, or zeros where they are not `there` (the address must
-// be a valid one all the same). They have arrived after a wait, for other threads after a barrier behind it.
+// 16 bytes from global to shared memory, both aligned to that, or zeros where they are not `there`: then nothing is
+// read. They have arrived after a wait, for other threads after a barrier behind it.
 __device__ __forceinline__ void copy_async16(void* shared, const void* global, bool there = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
                "r"(there ? 16 : 0)
