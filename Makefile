@@ -60,7 +60,7 @@ train = @if [ -e $(2)/config.json ]; then \
 	fi
 
 test: $(VENV)/.built $(VENV)/.with-test
-	$(call phase,Running the tests (some minutes),$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile)
+	$(call phase,Running the tests (some minutes),$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 	@tail -n 1 $(LOG)
 	$(call phase,Running each benchmark once,$(BIN)/python -m pytest benchmarks --benchmark-disable)
 

@@ -27,6 +27,12 @@ if (workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT")) and "OMP_NUM_THREADS
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Files with slow tests, or with C++ to compile, come first: at the end no worker waits long for another."""
+    first = {item.path for item in items if item.get_closest_marker("slow") or "cpp_cache" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in first)
+
+
 @pytest.fixture(params=ISAS or [pytest.param(None, marks=pytest.mark.skip("the CPU kernels are not built"))])
 def isa(request: pytest.FixtureRequest) -> str:
     """Each instruction set of this build that this CPU can run."""

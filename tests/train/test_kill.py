@@ -121,6 +121,7 @@ def check_same(out: Path, whole: Path) -> None:
     assert leftovers == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "share"), [(vae, 0.2), (vae, 0.7), (rnn, 0.4), (gan, 0.4), (gpt, 0.4)])
 def test_killed_again_and_again(
     family: Callable[[Path], str], share: float, zygote: Zygote, whole: Callable[..., Whole]
