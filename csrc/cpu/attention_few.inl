@@ -12,9 +12,11 @@ namespace fastgen {
 namespace {
 
 template <class Storage>
-class AttentionFew : Attention<Multiply<typename WorkType<Storage>::T>> {
+class AttentionFew : protected Attention<Multiply<typename WorkType<Storage>::T>> {
+ protected:
   using T = typename WorkType<Storage>::T;
   using Base = Attention<Multiply<T>>;
+  using Base::kLog2E;
   using Base::kWidth;
   using Base::p;
   using typename Base::F;
@@ -164,6 +166,7 @@ class AttentionFew : Attention<Multiply<typename WorkType<Storage>::T>> {
     }
   }
 
+ protected:
   // Products to scores in units of log 2; those of keys that are not seen, and up to a whole vector behind the last,
   // are -inf.
   __attribute__((noinline)) void adjust(const Row& row, int64_t j, int64_t count) const {
@@ -198,6 +201,7 @@ class AttentionFew : Attention<Multiply<typename WorkType<Storage>::T>> {
     for (int64_t k = end; k < round_up<int64_t>(count, kWidth); ++k) row.scores[k] = -T(__builtin_inf());
   }
 
+ private:
   // Scores to weights, 2^(score - top). Returns the factor for what was summed up under the old top.
   __attribute__((noinline)) T weigh(Row& row, int64_t count) const {
     F highest(row.top);

@@ -3,6 +3,7 @@
 
 #include "attention_backward.inl"
 #include "attention_few.inl"
+#include "attention_few_backward.inl"
 
 namespace fastgen {
 namespace {
@@ -14,17 +15,24 @@ FASTGEN_FN void with_arithmetic(DType dtype, const Body& body) {
   body(Multiply<float>());
 }
 
+// Calls body with a number of the dtype.
+template <class Body>
+FASTGEN_FN void with_storage(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat64: return body(double());
+    case DType::kBFloat16: return body(BFloat16());
+    case DType::kFloat16: return body(Float16());
+    default: return body(float());
+  }
+}
+
 // Calls body(kernel) with the kernel that serves the call.
 template <class Body>
 FASTGEN_FN void with_attention(const AttentionParams& p, const Body& body) {
-  if (!AttentionFew<float>::serves(p)) {
-    return with_arithmetic(p.dtype, [&](auto a) { body(AttentionForward<decltype(a)>(p)); });
-  }
-  switch (p.dtype) {
-    case DType::kFloat64: return body(AttentionFew<double>(p));
-    case DType::kBFloat16: return body(AttentionFew<BFloat16>(p));
-    case DType::kFloat16: return body(AttentionFew<Float16>(p));
-    default: return body(AttentionFew<float>(p));
+  if (AttentionFew<float>::serves(p)) {
+    with_storage(p.dtype, [&](auto number) { body(AttentionFew<decltype(number)>(p)); });
+  } else {
+    with_arithmetic(p.dtype, [&](auto a) { body(AttentionForward<decltype(a)>(p)); });
   }
 }
 
@@ -39,11 +47,16 @@ void attention(const AttentionParams& p, AttentionPhase phase, int64_t unit, voi
 }
 AttentionBackwardSizes attention_backward_sizes(const AttentionBackwardParams& p) {
   AttentionBackwardSizes sizes{};
+  if (AttentionFewBackward<float>::serves(p)) return AttentionFewBackward<float>(p).sizes();
   with_arithmetic(p.dtype, [&](auto a) { sizes = AttentionBackward<decltype(a)>(p).sizes(); });
   return sizes;
 }
 void attention_backward(const AttentionBackwardParams& p, AttentionBackwardPhase phase, int64_t unit, void* scratch) {
-  with_arithmetic(p.dtype, [&](auto a) { AttentionBackward<decltype(a)>(p).run(phase, unit, scratch); });
+  if (AttentionFewBackward<float>::serves(p)) {
+    with_storage(p.dtype, [&](auto number) { AttentionFewBackward<decltype(number)>(p).run(unit); });
+  } else {
+    with_arithmetic(p.dtype, [&](auto a) { AttentionBackward<decltype(a)>(p).run(phase, unit, scratch); });
+  }
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 #include "vec_avx512_bf16.h"
 // After vec_avx512_bf16.h, which defines Isa:
 #include "attention_backward.inl"
-#include "attention_few.inl"
+#include "attention_few_backward.inl"
 #include "probe.inl"
 #include "recurrent_backward.inl"
 
@@ -36,6 +36,9 @@ void recurrent_backward_bf16(const RecurrentBackwardParams& p, const RecurrentBa
 // A few queries are bound by the bytes of the keys and stay with the widened kernel.
 namespace {
 bool in_pairs(const AttentionParams& p) { return p.dtype == DType::kBFloat16 && !AttentionFew<BFloat16>::serves(p); }
+bool in_pairs(const AttentionBackwardParams& p) {
+  return p.dtype == DType::kBFloat16 && !AttentionFewBackward<BFloat16>::serves(p);
+}
 }  // namespace
 
 AttentionSizes attention_sizes_bf16(const AttentionParams& p) {
@@ -46,12 +49,12 @@ void attention_bf16(const AttentionParams& p, AttentionPhase phase, int64_t unit
   AttentionForward<MultiplyPairs>(p).run(unit, scratch);
 }
 AttentionBackwardSizes attention_backward_sizes_bf16(const AttentionBackwardParams& p) {
-  if (p.dtype != DType::kBFloat16) return kAvx512Kernels.attention_backward_sizes(p);
+  if (!in_pairs(p)) return kAvx512Kernels.attention_backward_sizes(p);
   return AttentionBackward<MultiplyPairs>(p).sizes();
 }
 void attention_backward_bf16(const AttentionBackwardParams& p, AttentionBackwardPhase phase, int64_t unit,
                              void* scratch) {
-  if (p.dtype != DType::kBFloat16) return kAvx512Kernels.attention_backward(p, phase, unit, scratch);
+  if (!in_pairs(p)) return kAvx512Kernels.attention_backward(p, phase, unit, scratch);
   AttentionBackward<MultiplyPairs>(p).run(phase, unit, scratch);
 }
 

@@ -10,9 +10,11 @@
 
 #include "../torch/tensor.h"
 
+// An error that is thrown is also taken from the runtime, or the next launch would report it once more.
 #define FASTGEN_CUDA_CHECK(call)                                                                 \
   do {                                                                                           \
     const cudaError_t status = (call);                                                           \
+    if (status != cudaSuccess) cudaGetLastError();                                               \
     STD_TORCH_CHECK(status == cudaSuccess, "fastgen: CUDA error: ", cudaGetErrorString(status)); \
   } while (false)
 

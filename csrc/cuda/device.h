@@ -147,19 +147,21 @@ __device__ __forceinline__ uint32_t add_release(uint32_t* p, uint32_t value) {
 
 namespace detail {
 
-// More than 48 KB of dynamic shared memory must be asked for.
-template <class Kernel>
-void allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return;
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  FASTGEN_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-}
-
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   FASTGEN_CUDA_CHECK(cudaGetDevice(&device));
   FASTGEN_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
   return value;
+}
+
+// More than 48 KB of dynamic shared memory must be asked for: always all there is, as other threads may be about to
+// launch the same kernel with another size.
+template <class Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  FASTGEN_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 }  // namespace detail
@@ -222,7 +224,7 @@ class GridBarrier {
     goal_ += gridDim.x * gridDim.y * gridDim.z;
     if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
       add_release(arrived_, 1);
-      while (load_acquire(arrived_) < goal_) {
+      while (int32_t(load_acquire(arrived_) - goal_) < 0) {  // the count may wrap
       }
     }
     block_barrier();

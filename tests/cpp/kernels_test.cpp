@@ -719,6 +719,7 @@ void test_attention(const char* isa) {
   const int64_t far = kUnlimited;
   const Case cases[] = {
       {1, 4, 2, 1, 5, 8, 8, far, far, 0, false, false, true, 0, 0, {}, {}},
+      {2, 2, 1, 1, 16, 9, 33, 3, 0, 1, false, false, true, 0, 1, {}, {}},
       {1, 3, 1, 2, 600, 9, 33, far, 0, 2, true, false, true, 3, 1, {}, {}},
       {2, 2, 1, 7, 9, 3, 5, far, 0, 1, false, true, false, 0, 2, {}, {}},
       {1, 2, 2, 70, 140, 17, 20, 30, 0, 2, true, false, true, 5, 1, {}, {}},
