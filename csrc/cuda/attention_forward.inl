@@ -95,16 +95,20 @@ __device__ __forceinline__ void load_queries(T* tile, const ForwardCall& c, cons
 struct Row {
   Head head;
   int query;
+  int first;       // key that it sees
+  unsigned count;  // of them, as far as places say
 };
 FASTGEN_FN Row row_at(const ForwardCall& c, const Unit& u, int row) {
   const Place place = place_of(c, u, u.first + smaller_int(row, u.count - 1));
-  return {head_of(c, u.sequence, place.head), place.query};
+  const Range seen = seen_keys(c, u.sequence, place.query, place.query + 1);
+  return {head_of(c, u.sequence, place.head), place.query, seen.begin, unsigned(larger_int(seen.end - seen.begin, 0))};
 }
+FASTGEN_FN bool sees(const Row& row, int key) { return unsigned(key - row.first) < row.count; }
 
 // A score that is -inf is not seen.
 FASTGEN_FN float score_of(const ForwardCall& c, const Unit& u, const Row& row, int key, float product) {
   float tangent;
-  if (!sees(c, u.sequence, row.query, key)) return -INFINITY;
+  if (!sees(row, key)) return -INFINITY;
   return finish_score(c, u.sequence, row.head, row.query, key, product, tangent);
 }
 
@@ -165,7 +169,7 @@ struct Fragment {
           float& at = score[n][2 * r + e];
           if constexpr (kExtras) {
             at = score_of(c, u, row, key, at);
-          } else if (!sees(c, u.sequence, row.query, key)) {
+          } else if (!sees(row, key)) {
             at = -INFINITY;
           }
         }
@@ -289,10 +293,14 @@ constexpr size_t kForwardShared =
 template <bool kExtras>
 constexpr int kMostThreads = kExtras ? 256 : 128;
 
+// Of a multiprocessor, at least: so many registers are left to a thread.
+template <int kWidth, int kFragments, bool kExtras>
+constexpr int kLeastBlocks = kExtras                           ? 1
+                             : kWidth == 64 && kFragments == 1 ? 3
+                                                               : 2;
+
 template <class T, int kWidth, int kFragments, bool kExtras>
-__global__ void __launch_bounds__(kMostThreads<kExtras>, kExtras                           ? 1
-                                                         : kWidth == 64 && kFragments == 1 ? 3
-                                                                                           : 2)
+__global__ void __launch_bounds__(kMostThreads<kExtras>, kLeastBlocks<kWidth, kFragments, kExtras>)
     attention_kernel(const ForwardCall c) {
   constexpr int kSteps = kWidth / 16, kStage = 2 * kTileKeys * kWidth;
   constexpr bool kHolds = kHoldsQueries<kWidth, kFragments>;
