@@ -12,7 +12,7 @@
 // So the gradients of what a block owns are its own sums, made in one order: nothing is added between blocks, and with
 // grouped heads a block of keys walks over the queries of all heads that read them. The price is that S and dP are made
 // twice, seven products for five. What else is deterministic, dQ of each tile of 128 keys as fp32 sums in memory, would
-// write and read 8 bytes for every 4 x 128 flops that are made again; an H100 has time for twice as many flops.
+// write and read 8 bytes for every 4 x 128 operations that are made again: no less time (docs/gpu.md).
 #pragma once
 
 #include "attention.h"
