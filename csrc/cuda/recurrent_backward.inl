@@ -38,7 +38,7 @@ struct Backward : Worker<BackwardParams> {
     block_barrier();
     int64_t fed = 0;
     for (int64_t s = p.steps - 1; s >= 0; --s) {
-      const Step now = step_of(p, s), before = s > 0 ? step_of(p, s - 1) : Step{0, 0};
+      const Step now = step_of(p, s), before = s > 0 ? step_of(p, s - 1) : Step{};
       if (fed > 0) barrier.wait();
       step(now, before, fed, s & 1);
       fed = now.rows;
@@ -116,13 +116,13 @@ struct Backward : Worker<BackwardParams> {
 
   __device__ Element grad_output(const Step& now, int64_t b, int64_t u) const {
     const int64_t first =
-        p.step_rows == nullptr ? now.t * p.grad_step + b * p.grad_batch : row_of(p, now.t, b) * p.grad_batch;
+        p.step_rows == nullptr ? now.t * p.grad_step + b * p.grad_batch : row_of(p, now, b) * p.grad_batch;
     return element_of<Element>(p.grad_output, first + u);
   }
 
   // From the gradient of h to that of h' in front of zoneout.
   __device__ float state(const Step& now, int64_t b, int64_t u, float dh) const {
-    const int64_t at = b * p.output_size + u, row = row_of(p, now.t, b);
+    const int64_t at = b * p.output_size + u, row = row_of(p, now, b);
     float past = 0.0f;
     if (p.zone_h.used) {
       const float d = zone_at(p.zone_h, p.seed_offset, uint64_t(row * p.output_size + u));
@@ -139,12 +139,12 @@ struct Backward : Worker<BackwardParams> {
 
   // What the row's step began with.
   __device__ float h_before(const Step& before, int64_t b, int64_t u) const {
-    return b < before.rows ? value_of<Element>(p.output, row_of(p, before.t, b) * p.output_size + u)
+    return b < before.rows ? value_of<Element>(p.output, row_of(p, before, b) * p.output_size + u)
                            : value_of<Element>(p.h_0, b * p.output_size + u);
   }
   __device__ float c_before(const Step& before, int64_t b, int64_t u) const {
     const int64_t width = p.hidden_size + saved_scales(p);
-    return b < before.rows ? static_cast<const float*>(p.cells)[row_of(p, before.t, b) * width + u]
+    return b < before.rows ? static_cast<const float*>(p.cells)[row_of(p, before, b) * width + u]
                            : value_of<Element>(p.c_0, b * p.hidden_size + u);
   }
 
@@ -157,7 +157,7 @@ struct Backward : Worker<BackwardParams> {
   __device__ Saved fetch(const Step& now, const Step& before, int64_t b, int64_t u) const {
     Saved saved{};
     if (norm()) return saved;
-    const int64_t units = p.hidden_size, row = row_of(p, now.t, b);
+    const int64_t units = p.hidden_size, row = row_of(p, now, b);
     if constexpr (kGates > 1) {
       const auto* gates = static_cast<const Element*>(p.gates) + row * 4 * units + u;
       FASTGEN_UNROLL
@@ -178,7 +178,7 @@ struct Backward : Worker<BackwardParams> {
   // The gradients of the gates' sums of one unit and row, from that of h'; the whole warp calls.
   __device__ void cell(const Step& now, int64_t half, int64_t b, int64_t u, bool valid, int tile, float dh,
                        const Saved& saved) const {
-    const int64_t units = p.hidden_size, row = valid ? row_of(p, now.t, b) : 0;
+    const int64_t units = p.hidden_size, row = valid ? row_of(p, now, b) : 0;
     if constexpr (kLstm) {
       if (norm()) return behind_norm(now, row, b, u, valid, tile, dh);
     }
@@ -260,7 +260,7 @@ struct Backward : Worker<BackwardParams> {
     const int64_t units = p.hidden_size;
     const int tiles = this->units().tiles;
     warps(this->units(), now.rows, [&](int64_t b, int64_t u, bool valid, int tile) {
-      const int64_t there = b < now.rows ? b : 0, row = row_of(p, now.t, there);
+      const int64_t there = b < now.rows ? b : 0, row = row_of(p, now, there);
       const float2 of_row = sums_of_row(p.cell_sums + there * tiles, tiles);
       float2 sums = {0.0f, 0.0f};
       if (valid) {
@@ -290,7 +290,7 @@ struct Backward : Worker<BackwardParams> {
     const int64_t units = p.hidden_size;
     const int tiles = this->units().tiles;
     warps(this->units(), now.rows, [&](int64_t b, int64_t u, bool valid, int) {
-      const int64_t there = b < now.rows ? b : 0, row = row_of(p, now.t, there);
+      const int64_t there = b < now.rows ? b : 0, row = row_of(p, now, there);
       const float2 sums = sums_of_row(p.gate_sums + there * tiles, tiles);
       if (!valid) return;
       const float mean = sums.x / float(4 * units), slope = sums.y / float(4 * units);

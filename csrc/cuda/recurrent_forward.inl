@@ -37,8 +37,9 @@ struct Forward : Worker<ForwardParams> {
       for (int half = 0; half < 2; ++half) feed(half, b, u, h);
     });
     for (int64_t s = 0; s < p.steps; ++s) {
+      const Step now = step_of(p, s);
       barrier.wait();
-      step(step_of(p, s), s & 1);
+      step(now, s & 1);
     }
     elements(last(), p.batch, [&](int64_t b, int64_t u) {
       const int64_t at = b * p.output_size + u;
@@ -95,7 +96,7 @@ struct Forward : Worker<ForwardParams> {
     float before;  // c; or, of a GRU, h
   };
   __device__ Ahead fetch(const Step& now, int64_t b, int64_t u) const {
-    const int64_t units = p.hidden_size, row = row_of(p, now.t, b);
+    const int64_t units = p.hidden_size, row = row_of(p, now, b);
     Ahead ahead;
     FASTGEN_UNROLL
     for (int g = 0; g < kGates; ++g) {
@@ -111,7 +112,7 @@ struct Forward : Worker<ForwardParams> {
   // The cell of one unit and row.
   __device__ void cell(const Step& now, int64_t half, int64_t b, int64_t u, const float (&sums)[kGates],
                        const Ahead& ahead) const {
-    const int64_t units = p.hidden_size, row = row_of(p, now.t, b);
+    const int64_t units = p.hidden_size, row = row_of(p, now, b);
     float x[kGates], s[kGates];
     FASTGEN_UNROLL
     for (int g = 0; g < kGates; ++g) {
@@ -169,7 +170,7 @@ struct Forward : Worker<ForwardParams> {
 
   // h' becomes h, by way of zoneout.
   __device__ void emit(const Step& now, int64_t half, int64_t b, int64_t u, float h) const {
-    const int64_t at = b * p.output_size + u, row = row_of(p, now.t, b);
+    const int64_t at = b * p.output_size + u, row = row_of(p, now, b);
     if (p.zone_h.used) {
       const float d = zone_at(p.zone_h, p.seed_offset, uint64_t(row * p.output_size + u));
       h = d * p.h[at] + (1.0f - d) * h;
@@ -184,7 +185,7 @@ struct Forward : Worker<ForwardParams> {
     const int64_t units = p.hidden_size;
     const int tiles = p.recurrent.tiles;
     warps(p.recurrent, now.rows, [&](int64_t b, int64_t u, bool valid, int tile) {
-      const int64_t there = b < now.rows ? b : 0, row = row_of(p, now.t, there);
+      const int64_t there = b < now.rows ? b : 0, row = row_of(p, now, there);
       const float2 moments = moments_of_row(p.gate_moments + there * tiles, tiles, units, 4);
       const float scale = 1.0f / square_root(moments.y + float(p.norm_eps));
       float c[1] = {0.0f};
@@ -223,7 +224,7 @@ struct Forward : Worker<ForwardParams> {
       if (!valid) return;
       const float c = p.proposed[b * units + u], scale = 1.0f / square_root(moments.y + float(p.norm_eps));
       const float y = (c - moments.x) * scale * value_of<Element>(p.norm_c, u) + value_of<Element>(p.norm_c_bias, u);
-      keep_cell(row_of(p, now.t, b), b, u, c);
+      keep_cell(row_of(p, now, b), b, u, c);
       emit_hidden(now, half, b, u, p.sums[b * 4 * units + 3 * units + u] * tanh_of(y));
     });
   }

@@ -185,20 +185,20 @@ __device__ void multiply_tile(const Product& product, int tile, int block, const
                : dynamic_shared() + product.shared + (tile - product.first_tile(block)) * product.tile_bytes();
   const int64_t pitch = product.pitch(), operand_pitch = product.operand_pitch();
   unsigned char* ring = dynamic_shared() + plan.rings + warp * kStages * plan.stage;
-  const int count = (product.chunks - warp + plan.warps - 1) / plan.warps;  // chunks warp, warp + warps, ...
 
-  const auto fetch = [&](int i) {
-    if (i < count) {
-      const int64_t at = int64_t(warp + i * plan.warps) * kChunk;
-      unsigned char* stage = ring + i % kStages * plan.stage;
+  // The chunks warp, warp + warps, ..., each by way of the next stage.
+  const auto fetch = [&](int chunk, int stage) {
+    if (chunk < product.chunks) {
+      const int64_t at = int64_t(chunk) * kChunk;
+      unsigned char* to = ring + stage * plan.stage;
       for (int j = lane; j < (many ? 16 : 8) * (kChunk / 16); j += 32) {
         const int row = j / (kChunk / 16), part = j % (kChunk / 16) * 16;
         const bool there = row < rows;
-        copy_async16(stage + row * kChunkPitch + part, operand + (there ? row : 0) * operand_pitch + at + part, there);
+        copy_async16(to + row * kChunkPitch + part, operand + (there ? row : 0) * operand_pitch + at + part, there);
       }
       for (int j = lane; streamed && j < kGroups * kUnits * (kChunk / 16); j += 32) {
         const int row = j / (kChunk / 16), part = j % (kChunk / 16) * 16;
-        copy_async16(stage + kStageOperand + row * kChunkPitch + part, matrix + row * pitch + at + part);
+        copy_async16(to + kStageOperand + row * kChunkPitch + part, matrix + row * pitch + at + part);
       }
     }
     copy_async_commit();
@@ -206,18 +206,20 @@ __device__ void multiply_tile(const Product& product, int tile, int block, const
 
   PartialSums<Element, kGroups> sums;
   FASTGEN_UNROLL
-  for (int i = 0; i < kStages; ++i) fetch(i);
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < kStages; ++i) fetch(warp + i * plan.warps, i);
+  int stage = 0;
+  for (int chunk = warp; chunk < product.chunks; chunk += plan.warps) {
     copy_async_wait<kStages - 1>();
     warp_barrier();
-    const unsigned char* stage = ring + i % kStages * plan.stage;
+    const unsigned char* of = ring + stage * plan.stage;
     if (streamed) {
-      sums.add(stage + kStageOperand, kChunkPitch, stage, many);
+      sums.add(of + kStageOperand, kChunkPitch, of, many);
     } else {
-      sums.add(matrix + int64_t(warp + i * plan.warps) * kChunk, pitch, stage, many);
+      sums.add(matrix + int64_t(chunk) * kChunk, pitch, of, many);
     }
     warp_barrier();
-    fetch(i + kStages);
+    fetch(chunk + kStages * plan.warps, stage);
+    stage = (stage + 1) % kStages;
   }
   sums.store(reinterpret_cast<float*>(dynamic_shared() + plan.sums) + warp * kGroups * kUnits * kSumPitch, many);
 }

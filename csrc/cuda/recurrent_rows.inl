@@ -57,14 +57,14 @@ __global__ void __launch_bounds__(kRowThreads) cells_kernel(BackwardParams p, fl
   const auto* cells = static_cast<const float*>(p.cells);
   for_rows(p.steps * p.batch, [&](int64_t i) {
     const int64_t s = i / p.batch, b = i % p.batch;
-    const Step now = step_of(p, s), before = s > 0 ? step_of(p, s - 1) : Step{0, 0};
+    const Step now = step_of(p, s), before = s > 0 ? step_of(p, s - 1) : Step{};
     if (b >= now.rows) return;
-    const int64_t row = row_of(p, now.t, b);
+    const int64_t row = row_of(p, now, b);
     const auto* gates = static_cast<const Element*>(p.gates) + row * 12 * units;
     const auto value = [&](int64_t u) {
       if (!p.zone_c.used) return cells[row * width + u];
       const float c =
-          b < before.rows ? cells[row_of(p, before.t, b) * width + u] : value_of<Element>(p.c_0, b * units + u);
+          b < before.rows ? cells[row_of(p, before, b) * width + u] : value_of<Element>(p.c_0, b * units + u);
       return widen(gates[units + u]) * c + widen(gates[u]) * widen(gates[2 * units + u]);
     };
     const float2 moments = mean_and_scale(units, p.norm_eps, value);
@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kRowThreads) fed_kernel(RecurrentParams p, Ele
   const int64_t width = p.output_size, count = p.steps * p.batch * width;
   for (int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kRowThreads) {
     const int64_t s = i / (p.batch * width), b = i / width % p.batch, u = i % width;
-    const Step now = step_of(p, s), before = s > 0 ? step_of(p, s - 1) : Step{0, 0};
+    const Step now = step_of(p, s), before = s > 0 ? step_of(p, s - 1) : Step{};
     if (b >= now.rows) continue;
-    const float h = b < before.rows ? value_of<Element>(p.output, row_of(p, before.t, b) * width + u)
+    const float h = b < before.rows ? value_of<Element>(p.output, row_of(p, before, b) * width + u)
                                     : value_of<Element>(p.h_0, b * width + u);
-    narrow(h * value_of<Element>(p.h_mask, b * width + u, 1.0f), fed + row_of(p, now.t, b) * width + u);
+    narrow(h * value_of<Element>(p.h_mask, b * width + u, 1.0f), fed + row_of(p, now, b) * width + u);
   }
 }
 

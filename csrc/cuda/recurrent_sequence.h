@@ -20,17 +20,18 @@ struct Sequence : Params {
   uint32_t* arrived;
 };
 
-// The place of a step in the sequence.
+// The place of a step in the sequence: its rows of the batch, and the number of the first of them.
 struct Step {
-  int64_t t, rows;  // rows: of the batch that are in it
+  int64_t t, rows, first;
 };
 
 FASTGEN_FN Step step_of(const RecurrentParams& p, int64_t s) {
   const int64_t t = p.reverse ? p.steps - 1 - s : s;
-  return {t, p.batch_sizes == nullptr ? p.batch : p.batch_sizes[t]};
+  if (p.batch_sizes == nullptr) return {t, p.batch, t * p.row_step};
+  return {t, p.batch_sizes[t], p.step_rows[t]};
 }
-FASTGEN_FN int64_t row_of(const RecurrentParams& p, int64_t t, int64_t b) {
-  return p.step_rows == nullptr ? t * p.row_step + b * p.row_batch : p.step_rows[t] + b;
+FASTGEN_FN int64_t row_of(const RecurrentParams& p, const Step& step, int64_t b) {
+  return step.first + b * p.row_batch;
 }
 
 // The part of a thread in both directions.
