@@ -9,6 +9,7 @@ Environment:
     FASTGEN_BUILD_CUDA=auto|0|1   CUDA kernels if nvcc is found | never | or fail (default auto)
     TORCH_CUDA_ARCH_LIST          architectures, as PyTorch reads it (default "8.0;9.0+PTX")
     FASTGEN_CXXFLAGS              more flags for every C++ source (sanitizers, debugging)
+    FASTGEN_NVCCFLAGS             more flags for every CUDA source (-lineinfo, -Xptxas -v)
     CXX, CUDA_HOME, MAX_JOBS      as usual
 """
 
@@ -215,7 +216,8 @@ class BuildLibraries(build_ext):
             contract = "false" if source in WITHOUT_CONTRACTION else "true"
             device = ["-std=c++20", "-O3", f"-fmad={contract}", "-Xcompiler", ",".join([*common[1:3], "-Wall"])]
             defines = [TARGET, "-DUSE_CUDA", f'-DFASTGEN_TORCH_BUILT="{self.version}"']  # objects follow torch
-            return [path, *device, "-ccbin", self.cxx[-1], *gencode, *defines, "-isystem", headers]
+            wished = os.environ.get("FASTGEN_NVCCFLAGS", "").split()
+            return [path, *device, "-ccbin", self.cxx[-1], *gencode, *defines, "-isystem", headers, *wished]
         if source in SOURCE_FLAGS:
             flags = SOURCE_FLAGS[source]
         else:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from support import build, setup_script
 
+from fastgen._load import cpu_isas
 from fastgen._ops import SCHEMAS
 
 _LIBRARY = torch.library.Library("fastgen_emulated", "DEF")
@@ -29,7 +30,12 @@ def _load(cache: Path) -> ctypes.CDLL:
     torch_folder = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DFASTGEN_EMULATED"]
     flags += [script["TARGET"], "-Itests/cuda/emulator", "-isystem", str(torch_folder / "include")]
-    units = [[*flags, "-x", "c++", source] for source in (*script["CUDA_SOURCES"], "tests/cuda/emulator/emulator.cpp")]
+    # Multiply-adds are fused where nvcc fuses them, as far as the CPU can.
+    fused = ["-mfma", "-ffp-contract=fast"] if "avx2" in cpu_isas() else []
+    units = [
+        [*flags, *([] if source in script["WITHOUT_CONTRACTION"] else fused), "-x", "c++", source]
+        for source in (*script["CUDA_SOURCES"], "tests/cuda/emulator/emulator.cpp")
+    ]
     link = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     for name, schema in SCHEMAS.items():
         _LIBRARY.define(name + schema)
