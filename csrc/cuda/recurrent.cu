@@ -124,7 +124,7 @@ class Sequencer {
     p.zone_h = zone(p.zoneout_h, p.mode == CellMode::kLstm ? p.rows * p.hidden_size : 0);
     if (seed_offset) {
       check_seed_offset(*seed_offset, 1);
-      STD_TORCH_CHECK(on_device(*seed_offset), "seed_offset: expected a tensor on the device of input");
+      STD_TORCH_CHECK(same_device(*seed_offset, like_), "seed_offset: expected a tensor on the device of input");
       p.seed_offset = static_cast<const int64_t*>(arguments_.contiguous(seed_offset));
     }
     p.h = scratch(p.batch, p.output_size);
@@ -146,11 +146,10 @@ class Sequencer {
     const int64_t operand = halves * out.batch * out.operand_pitch(), matrix = out.tiles * out.tile_bytes();
     out.operand = static_cast<unsigned char*>(keep(torch::stable::new_zeros(like_, {&operand, 1}, ScalarType::Byte)));
     out.matrix = static_cast<unsigned char*>(keep(empty({matrix}, ScalarType::Byte)));
-    const auto blocks = unsigned(std::min<int64_t>(ceil_div(matrix / element_size(), kThreads), 8 * multiprocessors()));
     by_element(arguments_.p.dtype, [&](auto element) {
       using Element = decltype(element);
       const PackParams<Element> p{static_cast<const Element*>(source), group_stride, unit_stride, stride, out};
-      launch(pack_kernel<Element>, blocks, kThreads, 0, stream_, p);
+      launch(pack_kernel<Element>, unsigned(out.tiles * out.groups), kThreads, 0, stream_, p);
     });
     return out;
   }

@@ -64,20 +64,20 @@ struct PackParams {
   Product product;
 };
 
+// A block has the kUnits rows of one group of one tile, a warp each: where the columns of the source become rows, those
+// of a block are neighbours in it.
 template <class Element>
 __global__ void pack_kernel(PackParams<Element> p) {
+  static_assert(kWarps == kUnits);
   const Product& product = p.product;
-  const int64_t pitch = product.pitch() / int64_t(sizeof(Element));
-  auto* out = reinterpret_cast<Element*>(const_cast<unsigned char*>(product.matrix));
-  const int64_t count = product.tiles * product.tile_bytes() / int64_t(sizeof(Element));
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t k = i % pitch, row = i / pitch, group = row / kUnits % product.groups;
-    const int64_t unit = row / (kUnits * product.groups) * kUnits + row % kUnits;
-    Element value{};
-    if (k < product.width && unit < product.units) {
-      value = p.source[group * p.group_stride + unit * p.unit_stride + k * p.stride];
-    }
-    out[i] = value;
+  const int tile = int(blockIdx.x) / product.groups, group = int(blockIdx.x) % product.groups;
+  const int row = int(threadIdx.x) / 32;
+  const int64_t unit = int64_t(tile) * kUnits + row, pitch = product.pitch() / int64_t(sizeof(Element));
+  const Element* from = p.source + group * p.group_stride + unit * p.unit_stride;
+  auto* to = reinterpret_cast<Element*>(const_cast<unsigned char*>(product.matrix)) +
+             (int64_t(blockIdx.x) * kUnits + row) * pitch;
+  for (int64_t k = threadIdx.x % 32; k < pitch; k += 32) {
+    to[k] = k < product.width && unit < product.units ? from[k * p.stride] : Element{};
   }
 }
 
