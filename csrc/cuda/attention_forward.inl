@@ -138,7 +138,7 @@ struct Fragment {
   int first;  // row of the block
   float score[2 * kPairs][4];
   float out[kWidth / 8][4];
-  float top[2], sum[2];  // top: the highest score so far; the sum and out are relative to its weight
+  float top[2], sum[2];  // top: the highest score so far, in units of log 2; the sum and out are relative to 2^top
 
   __device__ __forceinline__ void start(int first_row) {
     first = first_row;
@@ -183,14 +183,15 @@ struct Fragment {
     float base[2], fade[2], weights[2] = {0.0f, 0.0f};
     FASTGEN_UNROLL
     for (int r = 0; r < 2; ++r) {
-      float highest = top[r];
+      float highest = -INFINITY;
       FASTGEN_UNROLL
       for (int n = 0; n < 2 * kPairs; ++n) highest = fmaxf(highest, fmaxf(score[n][2 * r], score[n][2 * r + 1]));
       highest = fmaxf(highest, shuffle_xor(highest, 1));
       highest = fmaxf(highest, shuffle_xor(highest, 2));
-      // A row that has seen no key has no top: its weights are 2^-inf.
-      base[r] = highest == -INFINITY ? 0.0f : highest * factor;
-      fade[r] = exp2_approx(top[r] * factor - base[r]);
+      highest = fmaxf(top[r], highest * factor);
+      // A row that has seen no key has no top: its weights are 2^-inf. A top that stays fades nothing, exactly.
+      base[r] = highest == -INFINITY ? 0.0f : highest;
+      fade[r] = exp2_approx(top[r] - base[r]);
       top[r] = highest;
     }
     FASTGEN_UNROLL
@@ -237,14 +238,14 @@ struct Fragment {
   }
 
   // Writes what is known of the rows: their results, or parts of them. tile: for the rows of the block.
-  __device__ __forceinline__ void put(const ForwardCall& c, const Unit& u, int split, float factor, T* tile) {
+  __device__ __forceinline__ void put(const ForwardCall& c, const Unit& u, int split, T* tile) {
     FASTGEN_UNROLL
     for (int r = 0; r < 2; ++r) {
       sum[r] += shuffle_xor(sum[r], 1);
       sum[r] += shuffle_xor(sum[r], 2);
       const bool there = number(r) < u.count;
       const Row row = row_at(c, u, number(r));
-      if (there && threadIdx.x % 4 == 0) finish_row(c, row, split, top[r] * factor, sum[r]);
+      if (there && threadIdx.x % 4 == 0) finish_row(c, row, split, top[r], sum[r]);
       float* const part = c.parts + (split * c.rows + row.head.row + row.query) * c.value_width;
       const float share = share_of(c, sum[r]);
       FASTGEN_UNROLL
@@ -254,8 +255,8 @@ struct Fragment {
           if (there && column(n) < c.value_width) part[column(n)] = low;
           if (there && column(n) + 1 < c.value_width) part[column(n) + 1] = high;
         } else {
-          const uint32_t pair = pack<T>(low * share, high * share);
-          memcpy(tile + Tile<T, kWidth>::at(number(r), column(n)), &pair, sizeof pair);
+          T* const to = tile + Tile<T, kWidth>::at(number(r), column(n));
+          *reinterpret_cast<uint32_t*>(to) = pack<T>(low * share, high * share);  // columns are even
         }
       }
     }
@@ -412,7 +413,7 @@ __global__ void __launch_bounds__(kMostThreads<kExtras>, kLeastBlocks<kWidth, kF
   }
   block_barrier();  // nobody reads tiles any more
   FASTGEN_UNROLL
-  for (int f = 0; f < kFragments; ++f) fragment[f].put(c, u, int(blockIdx.y), factor, shared);
+  for (int f = 0; f < kFragments; ++f) fragment[f].put(c, u, int(blockIdx.y), shared);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -519,7 +520,10 @@ __global__ void __launch_bounds__(256, 2) attention_float_kernel(const ForwardCa
     for (int k = 0; k < kKeys; k += 4) {
       float left[kRows][4];
       FASTGEN_UNROLL
-      for (int r = 0; r < kRows; ++r) memcpy(left[r], weights + (first_row + r) * kWeightRow + k, sizeof left[r]);
+      for (int r = 0; r < kRows; ++r) {
+        const float4 four = *reinterpret_cast<const float4*>(weights + (first_row + r) * kWeightRow + k);
+        left[r][0] = four.x, left[r][1] = four.y, left[r][2] = four.z, left[r][3] = four.w;
+      }
       FASTGEN_UNROLL
       for (int e = 0; e < 4; ++e) {
         FASTGEN_UNROLL
