@@ -115,7 +115,8 @@ def short_runs(patch: pytest.MonkeyPatch) -> None:
     )
     patch.setattr(speed, "_SECONDS", 0.0)
     patch.setattr(speed, "_ROUNDS", 2)
-    patch.setattr(fastgen.benchmark, "bandwidth", lambda threads: dict.fromkeys((IN_PLACE, NEW_MEMORY), 1e10))
+    copies = dict.fromkeys((IN_PLACE, NEW_MEMORY), 1e10)
+    patch.setattr(fastgen.benchmark, "bandwidth", lambda threads, **options: copies)
 
 
 # --- What a reader has before reading ------------------------------------------------------------------
