@@ -149,6 +149,9 @@ struct TensorCores {
     }
   }
 
+  // Two neighbours, at an even place.
+  static __device__ void store_pair(T* to, float a, float b) { *reinterpret_cast<uint32_t*>(to) = pack<T>(a, b); }
+
   // Calls body(row, column, sum, its right neighbour) for all sums of this thread.
   template <class Body>
   static __device__ __forceinline__ void for_pairs(const Sums& sums, const Body& body) {
@@ -226,6 +229,8 @@ struct Scalars {
       }
     }
   }
+
+  static __device__ void store_pair(T* to, float a, float b) { *reinterpret_cast<float2*>(to) = {a, b}; }
 
   template <class Body>
   static __device__ __forceinline__ void for_pairs(const Sums& sums, const Body& body) {
@@ -463,7 +468,10 @@ class GradientBlock {
         if (whole || is_seen(i)) {
           score = finish_score(c, s, head, first_query + query_of(i), first_key + key_of(i), weights[i], tangent[i]);
         }
-        weights[i] = score - terms[query_of(i)].x;
+        // No weight is above 1. Where a mask of the lowest number hides all keys, the log-sum-exp is too large to say
+        // more, and inf would meet a gradient of 0.
+        const float below = score - terms[query_of(i)].x;
+        weights[i] = below > 0.0f ? 0.0f : below;
       }
     }
     FASTGEN_UNROLL
@@ -501,8 +509,12 @@ class GradientBlock {
     A::for_pairs(from, [&](int row, int column, float a, float b) {
       if (row >= own_count || column >= width) return;
       T* at = const_cast<T*>(rows.data) + row * rows.row + column;
-      narrow(a * factor, at);
-      if (column + 1 < width) narrow(b * factor, at + 1);
+      if (width % 2 == 0) {
+        A::store_pair(at, a * factor, b * factor);
+      } else {
+        narrow(a * factor, at);
+        if (column + 1 < width) narrow(b * factor, at + 1);
+      }
     });
   }
 

@@ -189,6 +189,23 @@ def test_rows_that_see_nothing(gpu, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_a_mask_of_the_lowest_number_hides(gpu, dtype):
+    """Without a gradient of their own they spoil none: padding in the models of Hugging Face looks like this."""
+    q, k, v = (gpu.put(torch.randn(1, 2, n, 16, dtype=dtype)).requires_grad_() for n in (5, 40, 40))
+    rows = [0, 3, 4]
+    large = (-6.0e4, -5.0e4) if dtype == torch.float16 else (-3.0e38, -2.3e38, -2.0e38, -1.9e38, -1.8e38, -1.1e38)
+    for lowest in (torch.finfo(dtype).min, *large):
+        mask = torch.zeros(1, 1, 5, 40, dtype=dtype)
+        mask[..., 1:3, :] = lowest
+        with on(gpu):
+            out = scaled_dot_product_attention(q, k, v, gpu.put(mask))
+            got = torch.autograd.grad(out[:, :, rows].sum(), [q, k, v])
+            want = torch.autograd.grad(scaled_dot_product_attention(q[:, :, rows], k, v).sum(), [q, k, v])
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gradient_of_any_strides(gpu, dtype):
     """Such as that of a sum: one number for all."""
     leaves = put(gpu, leaves_of(Case(queries=9, keys=30, width=64, value_width=64), dtype))
