@@ -119,7 +119,7 @@ struct Forward : Worker<ForwardParams> {
       x[g] = widen(ahead.x[g]) + widen(ahead.b_ih[g]);
       s[g] = sums[g] + widen(ahead.b_hh[g]);
     }
-    Element* gates = p.gates == nullptr ? nullptr : static_cast<Element*>(p.gates) + row * 4 * units + u;
+    Element* gates = p.gates == nullptr ? nullptr : static_cast<Element*>(p.gates) + row * saved_gates(p) * units + u;
     if constexpr (kLstm) {
       const float i = sigmoid_of(x[0] + s[0]), f = sigmoid_of(x[1] + s[1]), g = tanh_of(x[2] + s[2]),
                   o = sigmoid_of(x[3] + s[3]);
@@ -135,7 +135,7 @@ struct Forward : Worker<ForwardParams> {
       const float sum = x[0] + s[0];
       // Not a maximum, which would drop a NaN.
       const float h = p.mode == CellMode::kTanh ? tanh_of(sum) : sum < 0.0f ? 0.0f : sum;
-      if (p.gates != nullptr) narrow(h, static_cast<Element*>(p.gates) + row * units + u);
+      if (gates != nullptr) narrow(h, gates);
       emit(now, half, b, u, h);
     }
   }
