@@ -101,10 +101,10 @@ Gradients attention_backward(const Optional& grad_out, const Optional& grad_lse,
                              const Optional& cu_k, const Optional& seed_offset, const Tensor& out, const Tensor& lse,
                              double dropout_p, double scale, double softcap, int64_t left, int64_t right,
                              bool lower_right, int64_t needs) {
-  const OnDevice device(query);
   Arguments arguments(query, key, value, mask, slopes, cu_q, cu_k, seed_offset, dropout_p, scale, softcap, left, right,
                       lower_right);
   arguments.check_backward(grad_out, grad_lse, query, mask, out, lse, needs);
+  const OnDevice device(query);
   if (!takes(arguments.p, mask && (needs >> 3 & 1) != 0)) {
     return plain<Gradients>("fastgen::attention_backward", grad_out, grad_lse, query, key, value, mask, slopes, cu_q,
                             cu_k, seed_offset, out, lse, dropout_p, scale, softcap, left, right, lower_right, needs);

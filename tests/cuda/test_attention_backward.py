@@ -14,6 +14,7 @@ from emulated import Gpu
 from hypothesis import HealthCheck, given, settings
 from support import assert_same_bits
 
+from fastgen import reference
 from fastgen.functional import scaled_dot_product_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -218,6 +219,22 @@ def test_a_gradient_of_any_strides(gpu, dtype):
         dense = torch.autograd.grad(out, leaves, wide.contiguous())
     for a, b in zip((*same, *cut), (*want, *dense), strict=True):
         assert_same_bits(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("needs", [0b10111, 0b10010, 0b00101, 0])
+@pytest.mark.parametrize("layout", ["dense", "rows", "cut", "repeated"])
+def test_results_have_the_shapes_strides_and_dtypes_of_the_reference(gpu, layout, needs):
+    case = Case(heads=4, queries=9, keys=12, width=8, value_width=6, slopes="rows", mask="bool-0", layout=layout)
+    operands = case.operands(torch.bfloat16)
+    given = (*operands[:4], operands[4], None, None, None)
+    options = (0.0, 0.4, 0.0, -1, 0, False)
+    out, lse = reference.attention(*given, *options)
+    arguments = (torch.ones_like(out), None, *given, out, lse)
+    want = reference.attention_backward(*arguments, *options, needs)
+    got = gpu.ops.attention_backward(*(None if x is None else gpu.put(x) for x in arguments), *options, needs)
+    for a, b in zip(got, want, strict=True):
+        assert (a.device, a.shape, a.dtype, a.stride()) == (gpu.device, b.shape, b.dtype, b.stride())
+        torch.testing.assert_close(a.cpu(), b, rtol=0.05, atol=0.05)
 
 
 TAKEN = Case(queries=20, keys=30, width=70)
