@@ -190,34 +190,53 @@ FASTGEN_FN Head head_of(const AttentionCall& c, const Sequence& s, int head) {
   return out;
 }
 
-// What the mask adds to a score. What is finite stays so: the lowest number is a common mask, and a row of nothing else
-// has the mean of all values.
-FASTGEN_FN float masking(const AttentionCall& c, const Head& head, int query, int key) {
-  const int64_t at = query * c.mask.stride[2] + key * c.mask.stride[3];
-  float added;
-  switch (c.mask_dtype) {
-    case DType::kBool: return reinterpret_cast<const bool*>(head.mask)[at] ? 0.0f : -INFINITY;
-    case DType::kBFloat16: added = widen(reinterpret_cast<const BFloat16*>(head.mask)[at]); break;
-    case DType::kFloat16: added = widen(reinterpret_cast<const Float16*>(head.mask)[at]); break;
-    default: added = reinterpret_cast<const float*>(head.mask)[at];
-  }
+// What an element of a floating mask adds to a score. What is finite stays so: the lowest number is a common mask, and
+// a row of nothing else has the mean of all values.
+FASTGEN_FN float masking(float added) {
   constexpr float kLowest = -3.40282347e38f;
   const float scaled = added * kLog2E;
   return scaled < kLowest && added >= kLowest ? kLowest : scaled;
 }
 
-// From the product of a query and a key that it sees to their score; with a softcap `tangent` becomes the hyperbolic
-// tangent, 1 - tangent^2 the derivative.
+// Calls body(row), the mask's row of a query as its elements, for a mask of any dtype; element `key` is
+// row[key * c.mask.stride[3]].
+template <class Body>
+FASTGEN_MEMBER void with_mask_row(const AttentionCall& c, const Head& head, int query, const Body& body) {
+  const char* row = head.mask + query * c.mask.stride[2] * element_size_of(c.mask_dtype);
+  switch (c.mask_dtype) {
+    case DType::kBool: return body(reinterpret_cast<const bool*>(row));
+    case DType::kBFloat16: return body(reinterpret_cast<const BFloat16*>(row));
+    case DType::kFloat16: return body(reinterpret_cast<const Float16*>(row));
+    default: return body(reinterpret_cast<const float*>(row));
+  }
+}
+FASTGEN_FN float masked(float score, bool seen) { return seen ? score : -INFINITY; }
+template <class T>
+FASTGEN_FN float masked(float score, T added) {
+  return score + masking(widen(added));
+}
+
+// From a product to a score before mask and ALiBi; with a softcap `tangent` becomes the hyperbolic tangent,
+// 1 - tangent^2 the derivative.
+FASTGEN_FN float capped(const AttentionCall& c, float product, float& tangent) {
+  const float score = product * c.product_scale;
+  if (!(c.cap > 0)) return score;
+  tangent = tanhf(score);
+  return tangent * c.cap;
+}
+
+FASTGEN_FN float biased(const Sequence& s, const Head& head, int query, int key, float score) {
+  return score - head.slope * fabsf(float(query + s.shift - key));
+}
+
+// From the product of a query and a key that it sees to their score.
 FASTGEN_FN float finish_score(const AttentionCall& c, const Sequence& s, const Head& head, int query, int key,
                               float product, float& tangent) {
-  float score = product * c.product_scale;
-  if (c.cap > 0) {
-    tangent = tanhf(score);
-    score = tangent * c.cap;
+  float score = capped(c, product, tangent);
+  if (head.mask != nullptr) {
+    with_mask_row(c, head, query, [&](const auto* row) { score = masked(score, row[key * c.mask.stride[3]]); });
   }
-  if (head.mask != nullptr) score += masking(c, head, query, key);
-  if (head.slope != 0.0f) score -= head.slope * fabsf(float(query + s.shift - key));
-  return score;
+  return head.slope != 0.0f ? biased(s, head, query, key, score) : score;
 }
 
 // ---------------------------------------------------------------------------------------------------

@@ -156,24 +156,39 @@ struct Fragment {
     for (int n = 0; n < kCount; ++n) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0.0f;
   }
 
-  // From products with the keys from j on to scores.
+  // Calls body(score, key) for all of a row.
+  template <class Body>
+  __device__ __forceinline__ void for_scores(int r, int j, const Body& body) {
+    FASTGEN_UNROLL
+    for (int n = 0; n < 2 * kPairs; ++n) {
+      FASTGEN_UNROLL
+      for (int e = 0; e < 2; ++e) body(score[n][2 * r + e], j + column(n) + e);
+    }
+  }
+
+  // From products with the keys from j on to scores, -inf where a key is not seen: one loop after the other, so that
+  // what is asked for is decided once and not for each score.
   __device__ __forceinline__ void finish(const ForwardCall& c, const Unit& u, int j) {
     FASTGEN_UNROLL
     for (int r = 0; r < 2; ++r) {
       const Row row = row_at(c, u, number(r));
-      FASTGEN_UNROLL
-      for (int n = 0; n < 2 * kPairs; ++n) {
-        FASTGEN_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int key = j + column(n) + e;
-          float& at = score[n][2 * r + e];
-          if constexpr (kExtras) {
-            at = score_of(c, u, row, key, at);
-          } else if (!sees(row, key)) {
-            at = -INFINITY;
-          }
+      if constexpr (kExtras) {
+        float tangent;
+        for_scores(r, j, [&](float& x, int) { x = capped(c, x, tangent); });
+        if (row.head.mask != nullptr) {
+          with_mask_row(c, row.head, row.query, [&](const auto* mask) {
+            for_scores(r, j, [&](float& x, int key) {
+              if (sees(row, key)) x = masked(x, mask[key * c.mask.stride[3]]);
+            });
+          });
+        }
+        if (row.head.slope != 0.0f) {
+          for_scores(r, j, [&](float& x, int key) { x = biased(u.sequence, row.head, row.query, key, x); });
         }
       }
+      for_scores(r, j, [&](float& x, int key) {
+        if (!sees(row, key)) x = -INFINITY;
+      });
     }
   }
 
