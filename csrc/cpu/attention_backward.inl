@@ -405,7 +405,8 @@ class AttentionBackward : Attention<A_> {
       F lse, delta;
       load(state.lse + v * kWidth, lse);
       load(state.delta + v * kWidth, delta);
-      weight = power_of_2<T, U>(multiply_add(lse, minus_log2e, weight));
+      // No weight is above 1; but lse does not tell apart the scores of a row under huge masks. A NaN passes.
+      weight = power_of_2<T, U>(smaller(F(T(0)), multiply_add(lse, minus_log2e, weight)));
       if constexpr (kDrops) {
         F kept;
         load(m.extras.added + at, kept);

@@ -115,7 +115,7 @@ class AttentionFewBackward : AttentionFew<Storage> {
       F weight, dp(T(0));
       load(weights + j, weight);
       if (has_grad) load_first(ds + j, left, dp);
-      weight = power_of_2<T, U>(multiply_add(above, minus_log2e, weight));
+      weight = power_of_2<T, U>(smaller(F(T(0)), multiply_add(above, minus_log2e, weight)));  // 1 at most
       total = multiply_add(weight, dp, total);
       of_weights = of_weights + weight;
       store(weights + j, weight);

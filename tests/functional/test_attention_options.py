@@ -405,6 +405,18 @@ def test_a_row_of_the_lowest_numbers_is_the_mean(path, queries, dtype):
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, k, attn_mask=mask))
 
 
+@pytest.mark.parametrize("queries", [2, 20])
+def test_a_row_under_a_huge_mask_has_no_huge_gradient(path, queries):
+    """Its log-sum-exp does not tell its scores apart, but no weight is above 1."""
+    q, k = torch.randn(1, 1, queries, 8, requires_grad=True), torch.randn(1, 1, 5, 8, requires_grad=True)
+    mask = torch.zeros(queries, 5)
+    mask[0] = -1.9e38
+    with taking(path):
+        out = scaled_dot_product_attention(q, k, k.detach(), attn_mask=mask)
+        grads = torch.autograd.grad(out.sum(), (q, k))
+    assert max(float(grad.abs().max()) for grad in grads) < 100
+
+
 def test_many_short_sequences(path):
     """Their number costs no more than their length."""
     x = torch.randn(2, 3000, 4)
