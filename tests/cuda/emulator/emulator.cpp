@@ -1,6 +1,6 @@
 // A CUDA device for tests: each thread of a grid is a fibre on one thread of the CPU, and another one goes on wherever
-// one waits. Which one is drawn at random, shared memory is NaN before it is written, and copies arrive as late as they
-// may: a barrier that is missing shows as a wrong result, one that not all reach as an error.
+// one waits. Which one is drawn at random, shared memory is NaN before it is written, and copies arrive at once or as
+// late as they may: a barrier that is missing shows as a wrong result, one that not all reach as an error.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -300,9 +300,22 @@ void yield() {
   running->wait();
 }
 
+namespace {
+void arrive(const Copy& copy) {
+  if (copy.from != nullptr) {
+    memcpy(copy.to, copy.from, copy.bytes);
+  } else {
+    memset(copy.to, 0, copy.bytes);
+  }
+}
+}  // namespace
+
+// A copy arrives at once, over what others may still be reading, or as late as it may: drawn at random.
 void copy_async(void* to, const void* from, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(from) % bytes != 0) running->fail("a misaligned copy, " + name(*running->current));
-  running->current->copies.push_back({to, from, bytes});
+  const Copy copy{to, from, bytes};
+  if (running->order() % 2 == 0) return arrive(copy);
+  running->current->copies.push_back(copy);
 }
 
 void copy_async_commit() {
@@ -314,13 +327,7 @@ void copy_async_commit() {
 void copy_async_wait(int pending) {
   auto& groups = running->current->groups;
   while (groups.size() > size_t(pending)) {
-    for (const Copy& copy : groups.front()) {
-      if (copy.from != nullptr) {
-        memcpy(copy.to, copy.from, copy.bytes);
-      } else {
-        memset(copy.to, 0, copy.bytes);
-      }
-    }
+    for (const Copy& copy : groups.front()) arrive(copy);
     groups.pop_front();
   }
 }
