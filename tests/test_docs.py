@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -195,6 +196,8 @@ def run_fastgen(arguments: list[str]) -> None:
         for option, value in {**SMALL[arguments[1]], "--no-tensorboard": None}.items():
             if option not in arguments and not (exists and (option in OF_THE_MODEL or "--resume" in exists)):
                 arguments = [*arguments, option, *([value] if value else [])]
+    if ("--device", "cuda") in itertools.pairwise(arguments) and not torch.cuda.is_available():
+        return parse_fastgen(arguments)
     code = main(arguments)
     require(code == 0, f"fastgen {' '.join(arguments)}: exit code {code}")
 
