@@ -7,7 +7,7 @@ every torch from 2.10 on. Only torch's headers and `libtorch_cpu.so` are needed,
 Environment:
     FASTGEN_NO_EXT=1              no compilation: the pure-Python package, equal results, slower
     FASTGEN_BUILD_CUDA=auto|0|1   CUDA kernels if nvcc is found | never | or fail (default auto)
-    TORCH_CUDA_ARCH_LIST          architectures, as PyTorch reads it (default "8.0;9.0+PTX")
+    TORCH_CUDA_ARCH_LIST          architectures, as PyTorch reads it (default "8.0;9.0;10.0+PTX")
     FASTGEN_CXXFLAGS              more flags for every C++ source (sanitizers, debugging)
     FASTGEN_NVCCFLAGS             more flags for every CUDA source (-lineinfo, -Xptxas -v)
     CXX, CUDA_HOME, MAX_JOBS      as usual
@@ -106,7 +106,7 @@ def cuda_architectures(nvcc_path: str) -> tuple[list[str], list[str]]:
     listed = subprocess.run([nvcc_path, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     able = {int(n) for n in re.findall(r"compute_(\d+)\b", listed)}
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    names = re.split(r"[;\s]+", (asked or "8.0;9.0+PTX").strip())
+    names = re.split(r"[;\s]+", (asked or "8.0;9.0;10.0+PTX").strip())
     kept, flags = [], []
     for name in names:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
