@@ -70,7 +70,7 @@ bench: $(VENV)/.built $(VENV)/.with-test
 lint: $(VENV)/.built $(VENV)/.with-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	git ls-files 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp' 'tests/*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 # $(call phase,words,command): a line that says what goes on and how long it took; the output only where it fails.

@@ -284,3 +284,31 @@ EXAMPLES = [
     Case(batch=1, lengths=((3, 0, 2), (2, 4, 1)), queries=5, keys=7, slopes="heads", softcap=2.0),
     Case(batch=1, lengths=((3, 2, 1), (4, 0, 3)), queries=6, keys=7, causal=True, dropout=0.3, lower_right=True),
 ]
+
+
+def edges(lengths: tuple[int, ...], widths: tuple[int, ...]) -> list[Case]:
+    """As many cases as there are lengths, and widths, which all have each of them; pairs differ from case to case."""
+    count = len(lengths)  # has no divisor in common with the steps
+    return [
+        Case(
+            batch=1,
+            heads=2,
+            key_heads=1 + i % 2,
+            queries=lengths[i],
+            keys=lengths[(13 * i + 3) % count],
+            width=widths[(7 * i + 2) % count],
+            value_width=widths[(17 * i + 1) % count],
+            causal=i % 3 > 0,
+            lower_right=i % 3 > 1,
+            layout=("dense", "rows", "cut")[i % 3],
+            seed=i,
+        )
+        for i in range(count)
+    ]
+
+
+# Around the sides of fragments, of strips, of tiles of keys and of tiles of rows of the CUDA kernels.
+CUDA_EDGES = edges(
+    (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129),
+    (1, 7, 8, 16, 24, 33, 63, 64, 65, 72, 80, 96, 120, 127, 128),
+)

@@ -123,11 +123,14 @@ class AttentionFew : protected Attention<Multiply<typename WorkType<Storage>::T>
     return at_least(kLeastChunk, round_up<int64_t>((seen_end() - seen_begin() + wanted - 1) / wanted, kBlock));
   }
   int64_t chunks() const { return at_least(1, (seen_end() - seen_begin() + chunk() - 1) / chunk()); }
+
+ protected:
   // The keys that any of the queries sees.
   int64_t shift() const { return p.lower_right ? p.keys - p.queries : 0; }
   int64_t seen_begin() const { return at_most(p.keys, at_least(0, shift() - p.left)); }
   int64_t seen_end() const { return at_least(seen_begin(), at_most(p.keys, shift() + p.queries + p.right)); }
 
+ private:
   void take(Scratch& scratch, Row (&rows)[kRows]) const {
     for (Row& row : rows) row.out = scratch.template take<T>(round_up<int64_t>(p.value_width, kWidth));
     T* scores = scratch.template take<T>(kRows * kBlock);

@@ -59,18 +59,20 @@ class AttentionFewBackward : AttentionFew<Storage> {
         rows.query[r] = queries + query_place[r];
       }
     }
-    const Storage *keys = reinterpret_cast<const Storage*>(first.key),
-                  *values = reinterpret_cast<const Storage*>(first.value);
+    // What no query sees is not read.
+    const int64_t begin = this->seen_begin(), count = this->seen_end() - begin;
+    const Storage *keys = reinterpret_cast<const Storage*>(first.key) + begin * p.key.stride[2],
+                  *values = reinterpret_cast<const Storage*>(first.value) + begin * p.value.stride[2];
     const Term<Storage> scores[1] = {{{keys, p.key.stride[2], nullptr}, {queries, 1, query_place}, p.width}};
-    dot_tile(scores, 0, rows.count, 0, p.keys, rows.weight[0], kKeys);
+    dot_tile(scores, 0, rows.count, 0, count, rows.weight[0], kKeys);
     const bool has_grad = g.grad_out.data != nullptr;
     if (has_grad) {
       const auto* grad = reinterpret_cast<const Storage*>(this->at(g.grad_out, this->size, sequence, kv * group, 0));
       for (int r = 0; r < rows.count; ++r) rows.grad[r] = grad + grad_place[r];
       const Term<Storage> dp[1] = {{{values, p.value.stride[2], nullptr}, {grad, 1, grad_place}, p.value_width}};
-      dot_tile(dp, 0, rows.count, 0, p.keys, rows.ds[0], kKeys);
+      dot_tile(dp, 0, rows.count, 0, count, rows.ds[0], kKeys);
     }
-    for (int r = 0; r < rows.count; ++r) differentiate(rows, r, has_grad);
+    for (int r = 0; r < rows.count; ++r) differentiate(rows, r, begin, count, has_grad);
 
     const auto of_key = [&](const T(&from)[kRows][kKeys], const Storage* const(&with)[kRows], int64_t j, int64_t k,
                             int columns, T factor) {
@@ -81,16 +83,19 @@ class AttentionFewBackward : AttentionFew<Storage> {
       return total * F(factor);
     };
     for (int64_t j = 0; j < p.keys; ++j) {
-      write(g.grad_key, sequence, kv, j, p.width,
-            [&](int64_t k, int columns) { return of_key(rows.ds, rows.query, j, k, columns, T(p.scale)); });
+      const int64_t at = j - begin;
+      const bool seen = at >= 0 && at < count;
+      write(g.grad_key, sequence, kv, j, p.width, [&](int64_t k, int columns) {
+        return seen ? of_key(rows.ds, rows.query, at, k, columns, T(p.scale)) : F(T(0));
+      });
       write(g.grad_value, sequence, kv, j, p.value_width, [&](int64_t k, int columns) {
-        return has_grad ? of_key(rows.weight, rows.grad, j, k, columns, T(1)) : F(T(0));
+        return seen && has_grad ? of_key(rows.weight, rows.grad, at, k, columns, T(1)) : F(T(0));
       });
     }
     for (int r = 0; r < rows.count; ++r) {
       write(g.grad_query, sequence, rows.row[r].h, rows.row[r].i, p.width, [&](int64_t k, int columns) {
         F total(T(0));
-        for (int64_t j = 0; j < p.keys; ++j) {
+        for (int64_t j = 0; j < count; ++j) {
           total = multiply_add(F(rows.ds[r][j]), take<F>(keys + j * p.key.stride[2] + k, columns), total);
         }
         return total * F(T(p.scale));
@@ -99,10 +104,11 @@ class AttentionFewBackward : AttentionFew<Storage> {
   }
 
  private:
-  // Products to weights and gradients of the scores, p (dp - dO . O + d lse), of one row.
-  void differentiate(Rows& rows, int r, bool has_grad) const {
+  // Products to weights and gradients of the scores, p (dp - dO . O + d lse), of one row and the keys [begin, begin +
+  // count).
+  void differentiate(Rows& rows, int r, int64_t begin, int64_t count, bool has_grad) const {
     const Row& row = rows.row[r];
-    this->adjust(row, 0, p.keys);
+    this->adjust(row, begin, count);
     const int64_t number = row.head.row + row.i;
     const T infinity = T(__builtin_inf()), lse = static_cast<const T*>(p.lse)[number];
     // A query that sees no key: weights of 2^-inf, and no gradient.
@@ -110,8 +116,8 @@ class AttentionFewBackward : AttentionFew<Storage> {
     F total(T(0)), of_weights(T(0));
     T* weights = rows.weight[r];
     T* ds = rows.ds[r];
-    for (int64_t j = 0; j < p.keys; j += kWidth) {
-      const int left = int(at_most(kWidth, p.keys - j));
+    for (int64_t j = 0; j < count; j += kWidth) {
+      const int left = int(at_most(kWidth, count - j));
       F weight, dp(T(0));
       load(weights + j, weight);
       if (has_grad) load_first(ds + j, left, dp);
@@ -125,7 +131,7 @@ class AttentionFewBackward : AttentionFew<Storage> {
     const T all = sum(of_weights);
     T delta = all > T(0) ? sum(total) / all : T(0);
     if (g.grad_lse != nullptr && lse != -infinity) delta -= static_cast<const T*>(g.grad_lse)[number];
-    for (int64_t j = 0; j < p.keys; j += kWidth) {
+    for (int64_t j = 0; j < count; j += kWidth) {
       F weight, dp;
       load(weights + j, weight);
       load(ds + j, dp);

@@ -106,6 +106,11 @@ class Case(ABC):
         """The same on little data, for a smoke test."""
         return replace(self, shape=tuple(min(extent, 512) for extent in self.shape))
 
+    @property
+    def random_devices(self) -> list[int]:
+        """Whose generators a check has to put back, besides the CPU's: for `torch.random.fork_rng`."""
+        return [] if self.device == "cpu" else [torch.cuda.current_device()]
+
     def normals(self, seed: int) -> Callable[..., Tensor]:
         """A function of a size that draws normal numbers, the same on every device, in the dtype of the case."""
         draw = torch.Generator().manual_seed(seed)
@@ -151,7 +156,7 @@ class ProductCase(Case):
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` at its best for one shape: static, no graph break, for the threads in use now."""
+    """`torch.compile` for one shape: static, no graph break, for the threads in use now; without CUDA graphs."""
     # Inductor writes the thread count into its CPU kernels; naming it keeps its disk cache from mixing them up.
     options: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}
     compiled_function: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)

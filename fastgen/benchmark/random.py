@@ -94,7 +94,7 @@ class RandomCase(StreamCase):
     def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         """The moments of any rival; of ours also both ends of the stream, bit for bit."""
         distribution = DISTRIBUTIONS[self.distribution]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=self.random_devices):
             torch.manual_seed(_SEED)
             state = fastgen_random.seed_offset_for(None, self.elements, torch.device(self.device)).cpu()
             torch.manual_seed(_SEED)

@@ -86,7 +86,7 @@ class ReparameterizeCase(StreamCase):
     def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         """The noise that z implies is standard normal and all else follows from it in fp64; ours is the stream's."""
         what = f"{self.name}, {rival}"
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=self.random_devices):
             torch.manual_seed(_SEED)
             state = fastgen_random.seed_offset_for(None, self.elements, torch.device(self.device)).cpu()
             torch.manual_seed(_SEED)

@@ -119,8 +119,13 @@ class Report:
         lines = [
             "Medians. A ratio is taken round by round: above 1x fastgen is faster. +-: half the interquartile range.",
             "bound: one plain pass over the bytes that have to move, and where they lie; "
-            "of bound: the share of it reached (in place, into new memory). Of matrix products: the multiply-adds on "
-            "registers or the reads of the weights, whichever takes longer.",
+            "of bound: the share of it reached (in place, into new memory). Of matrix products: "
+            + (
+                "their share of a large product of PyTorch's, or a copy of the bytes, whichever takes longer. "
+                "Of PyTorch's attention kernels eager takes one."
+                if self.machine.get("gpu")
+                else "the multiply-adds on registers or the reads of the weights, whichever takes longer."
+            ),
         ]
         for result in self.results:
             lines += [f"[red]{result.case}, {name}: {_escape(why)}[/]" for name, why in result.failures.items()]

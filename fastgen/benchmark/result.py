@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -71,7 +71,7 @@ def measure(case: Case, *, threads: int, budget: float = 1.0, min_rounds: int = 
     threads = case.threads or threads
     functions: dict[str, Callable[[], object]] = {}
     failures: dict[str, str] = {}
-    with use_threads(threads), kept_memory() if case.keeps_memory else contextlib.nullcontext():
+    with use_threads(threads), _exact_products(), kept_memory() if case.keeps_memory else contextlib.nullcontext():
         inputs = case.inputs()
         for name, function in case.rivals().items():
             if name == COMPILED and not compile:
@@ -80,6 +80,8 @@ def measure(case: Case, *, threads: int, budget: float = 1.0, min_rounds: int = 
                 case.check(name, function, inputs)
             except WrongResult as error:
                 failures[name] = f"wrong result: {error}"
+            except torch.OutOfMemoryError as error:
+                failures[name] = _first_line(error)
             except Exception as error:
                 if name != COMPILED:
                     raise
@@ -105,6 +107,17 @@ def measure(case: Case, *, threads: int, budget: float = 1.0, min_rounds: int = 
         speedups={name: ratio(values, samples[OURS]) for name, values in samples.items() if name != OURS},
         failures=failures,
     )
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """float32 stays float32 in cuDNN too, whose default are products of 10 bits; those of matrices are exact anyway."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _first_line(error: Exception) -> str:

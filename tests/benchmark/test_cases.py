@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from support import needs_inductor
 
 from fastgen import functional
 from fastgen import random as fastgen_random
-from fastgen.benchmark import Case, measure, select
+from fastgen.benchmark import Case, machine, measure, select
 from fastgen.benchmark import result as result_module
-from fastgen.benchmark.bounds import IN_PLACE, NEW_MEMORY, bandwidth, passes
+from fastgen.benchmark.attention import AttentionCase
+from fastgen.benchmark.bounds import IN_PLACE, MULTIPLY_ADDS, NEW_MEMORY, READS, bandwidth, passes, share
 from fastgen.benchmark.case import COMPILED, EAGER, OURS, Traffic, WrongResult, require_close, require_moments
 from fastgen.benchmark.random import DISTRIBUTIONS, RandomCase
 from fastgen.benchmark.reparameterize import ReparameterizeCase, eager_reparameterize, eager_reparameterize_kl
@@ -67,6 +69,21 @@ def test_cases_of_a_gpu_have_names_of_their_own_and_right_rivals():
         rivals = small.rivals()
         for name in (OURS, EAGER):
             small.check(name, rivals[name], small.inputs())
+
+
+def test_the_bounds_of_a_gpu(monkeypatch):
+    properties = types.SimpleNamespace(
+        name="Test GPU", major=9, minor=0, multi_processor_count=132, total_memory=1 << 36, L2_cache_size=50 << 20
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert machine.residence(50 << 20, 2, "cuda") == "L2"
+    assert machine.residence((50 << 20) + 1, 2, "cuda") == "memory"
+    assert machine.gpu("cuda")["name"] == "Test GPU"
+    assert machine.gpu("cuda")["arch"] == "9.0"
+    case = AttentionCase(kind="full", shape=(1, 1, 8192, 8192, 8192), direction="inference", device="cuda")
+    assert share(case, MULTIPLY_ADDS) == 2.0  # two products of the size of the one that is timed
+    assert share(case, READS) == 1.0
+    assert share(dataclasses.replace(case, device="cpu"), MULTIPLY_ADDS) == 1.0
 
 
 def test_select_filters_by_name():

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import EXAMPLES, Case, assert_no_worse, cases, on
+from attention_cases import CUDA_EDGES, EXAMPLES, Case, assert_no_worse, cases, on
 from emulated import Gpu
 from hypothesis import HealthCheck, given, settings
 from support import assert_same_bits
@@ -19,25 +19,6 @@ from fastgen import reference
 from fastgen.functional import scaled_dot_product_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Around the sides of fragments, of tiles of keys and of tiles of rows; pairs that are not of one row differ in all.
-LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129)
-WIDTHS = (1, 7, 8, 16, 24, 33, 63, 64, 65, 72, 80, 96, 120, 127, 128)
-EDGES = [
-    Case(
-        batch=1,
-        heads=2,
-        key_heads=1 + i % 2,
-        queries=LENGTHS[i],
-        keys=LENGTHS[(4 * i + 3) % len(LENGTHS)],
-        width=WIDTHS[(7 * i + 2) % len(WIDTHS)],
-        value_width=WIDTHS[(2 * i + 1) % len(WIDTHS)],
-        causal=i % 3 > 0,
-        lower_right=i % 3 > 1,
-        layout=("dense", "rows", "cut")[i % 3],
-        seed=i,
-    )
-    for i in range(len(LENGTHS))
-]
 LONG = [
     Case(batch=1, heads=8, key_heads=2, queries=130, keys=150, width=64, value_width=64, causal=True, seed=1),
     Case(queries=40, keys=333, width=80, value_width=48, layout="rows", seed=2),
@@ -81,7 +62,7 @@ def test_each_option(gpu, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cases", [EDGES, LONG, DECODE], ids=["edges", "long", "decode"])
+@pytest.mark.parametrize("cases", [CUDA_EDGES, LONG, DECODE], ids=["edges", "long", "decode"])
 def test_sizes(gpu, cases, dtype):
     for case in cases:
         assert_errors(gpu, case, dtype)

@@ -5,6 +5,8 @@ FASTGEN_CUDA_EXPERIMENTAL=1 loads the library while it is off by default.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from support import assert_same_bits
@@ -42,9 +44,16 @@ def attend_to_ragged(x: torch.Tensor, generator: Generator) -> torch.Tensor:
     return attend(x[:1], generator, cu_seqlens_q=torch.tensor([0, 3, 40, x.shape[-2]]))
 
 
+WEIGHTS = torch.randn(2, 256, 64, generator=torch.Generator().manual_seed(1)) / 8
+
+
+@functools.cache
+def weights_on(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return tuple(WEIGHTS.to(device, dtype))  # once, and not while a graph is captured
+
+
 def recur(x: torch.Tensor, generator: Generator) -> torch.Tensor:
-    draw = torch.Generator(x.device).manual_seed(1)
-    weights = [torch.randn(*size, generator=draw, device=x.device).to(x) / 8 for size in ((256, 64), (256, 64))]
+    weights = weights_on(x.device, x.dtype)
     zeros = torch.zeros(1, x.shape[1], 64, device=x.device, dtype=x.dtype)
     options = (False, 1, 0.0, True, False, True)
     return lstm(x[0], (zeros, zeros), weights, *options, generator=generator, zoneout=(0.3, 0.0))[0]
@@ -69,11 +78,12 @@ def test_on_a_stream_of_its_own(call):
     stream, x = torch.cuda.Stream(), operand(torch.bfloat16)
     want = call(x, Generator(7, device="cuda"))
     late = torch.full_like(x, torch.nan)
+    generator = Generator(7, device="cuda")  # which waits for its state to arrive
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late.copy_(x)
-        got = call(late, Generator(7, device="cuda"))
+        got = call(late, generator)
     stream.synchronize()
     assert_same_bits(got, want)
 
@@ -104,7 +114,11 @@ def test_a_graph_draws_fresh_numbers_at_each_replay(call):
     assert not torch.equal(want[1][0], want[2][0])
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(
+    len({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}) != 1
+    or torch.cuda.device_count() < 2,
+    reason="needs two GPUs of one kind",
+)
 @pytest.mark.parametrize("call", CALLS)
 def test_the_device_of_the_operands(call):
     x = operand(torch.bfloat16, "cuda:1")

@@ -385,6 +385,25 @@ def test_what_no_query_sees_is_not_read(path, queries):
             assert torch.equal(scaled_dot_product_attention(q, k, v, **options), expected)
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+def test_what_no_query_sees_is_not_read_backward(path, queries):
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (queries, 16, 16))
+    options = {"is_causal": True, "window_size": 4}
+
+    def gradients():
+        out = scaled_dot_product_attention(q, k, v, **options)
+        return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    with taking(path):
+        expected = gradients()
+        with torch.no_grad():
+            k[:, :, queries:], v[:, :, queries:] = 1e9, 1e9
+            if path != "reference":
+                k[:, :, queries:], v[:, :, queries:] = math.nan, math.nan
+        for got, want in zip(gradients(), expected, strict=True):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("queries", [2, 20])
 def test_lse_of_a_key_that_is_nan(path, queries):
     k = torch.randn(1, 1, 16, 8)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import EXAMPLES, Case, assert_no_worse, boundaries, cases, outputs_and_gradients, taking
+from attention_cases import EXAMPLES, Case, assert_no_worse, boundaries, cases, edges, outputs_and_gradients, taking
 from hypothesis import HealthCheck, given, settings
 from support import ALL_ISAS, assert_same_bits
 
@@ -39,25 +39,10 @@ def test_each_option_in_float64(path, case):
     assert_float64(path, case)
 
 
-# Around the sides of every tile that a kernel may have; pairs that are not of one row of a table differ in all.
+# Around the sides of every tile that a kernel may have.
 LENGTHS = (1, 2, 5, 6, 7, 12, 15, 16, 17, 31, 33, 47, 48, 63, 64, 65, 96, 127, 128, 129, 200, 257)
 WIDTHS = (1, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 72, 80, 96, 128, 129, 192, 256)
-EDGES = [
-    Case(
-        batch=1,
-        heads=2,
-        key_heads=1 + i % 2,
-        queries=LENGTHS[i],
-        keys=LENGTHS[(5 * i + 3) % len(LENGTHS)],
-        width=WIDTHS[(7 * i + 2) % len(WIDTHS)],
-        value_width=WIDTHS[(3 * i + 1) % len(WIDTHS)],
-        causal=i % 3 > 0,
-        lower_right=i % 3 > 1,
-        layout=("dense", "rows", "cut")[i % 3],
-        seed=i,
-    )
-    for i in range(len(LENGTHS))
-]
+EDGES = edges(LENGTHS, WIDTHS)
 
 
 def test_sizes_around_the_tiles(path):

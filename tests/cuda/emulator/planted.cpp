@@ -26,11 +26,23 @@ __global__ void copy_by_parts(const float* in, float* out, bool wait) {
   if (wait) copy_async_wait<0>();
   block_barrier();
   out[threadIdx.x] = shared[threadIdx.x];
+  out[kThreads + threadIdx.x] = shared[kThreads + threadIdx.x];  // zeros, as they were not there
 }
 
-__global__ void half_a_barrier() {
-  if (threadIdx.x < kThreads / 2) block_barrier();
-  if (threadIdx.x >= kThreads / 2 && threadIdx.x < kThreads) warp_barrier();
+// Copies over what others still read, or after a barrier.
+__global__ void refill(const float* in, float* out, bool barrier) {
+  float* shared = reinterpret_cast<float*>(dynamic_shared());
+  shared[threadIdx.x] = in[threadIdx.x];
+  block_barrier();
+  const float kept = barrier ? shared[kThreads - 1 - threadIdx.x] : 0.0f;
+  if (barrier) block_barrier();
+  if (threadIdx.x < kThreads / 4) copy_async16(shared + 4 * threadIdx.x, in + kThreads);
+  copy_async_commit();
+  out[threadIdx.x] = barrier ? kept : shared[kThreads - 1 - threadIdx.x];
+  copy_async_wait<0>();
+}
+
+__global__ void a_lane_alone() {
   if (threadIdx.x == 0) warp_barrier();
 }
 
@@ -91,9 +103,12 @@ std::string outcome(const std::string& name) {
     for (int i = 0; i < kThreads; ++i) right &= out[i] == in[kThreads - 1 - i];
   } else if (name == "copy" || name == "no wait") {
     alone(copy_by_parts, 16 * kThreads, in.data(), out.data(), name == "copy");
-    for (int i = 0; i < kThreads; ++i) right &= out[i] == (i < kThreads ? in[i] : 0.0f);
-  } else if (name == "half a barrier") {
-    alone(half_a_barrier, 0);
+    for (int i = 0; i < 2 * kThreads; ++i) right &= out[i] == (i < kThreads ? in[i] : 0.0f);
+  } else if (name == "refill" || name == "refill too early") {
+    alone(refill, kThreads * 4, in.data(), out.data(), name == "refill");
+    for (int i = 0; i < kThreads; ++i) right &= out[i] == in[kThreads - 1 - i];
+  } else if (name == "a lane alone") {
+    alone(a_lane_alone, 0);
   } else if (name == "two shuffles") {
     alone(two_shuffles, 0, out.data());
   } else if (name == "behind shared") {
@@ -112,7 +127,7 @@ std::string outcome(const std::string& name) {
   } else if (name == "nobody sets the flag") {
     alone(wait_for, 0, &flag);
   } else if (name == "too much shared memory") {
-    alone(half_a_barrier, size_t(1) << 20);
+    alone(a_lane_alone, size_t(1) << 20);
   } else if (name == "product") {
     std::vector<Float16> left(256), right_side(128);
     std::vector<float> want(128);
