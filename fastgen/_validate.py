@@ -7,11 +7,12 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastgen._dtypes import dtype_name
 
-__all__ = ["boolean", "choice", "floats", "integer", "integers", "number", "tensor"]
+__all__ = ["boolean", "choice", "cuda_is_there", "floats", "integer", "integers", "number", "tensor"]
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
@@ -71,6 +72,12 @@ def floats(name: str, value: Any) -> Tensor:
     if not tensor(name, value).is_floating_point():
         raise TypeError(f"{name}: expected floating-point values, got {dtype_name(value.dtype)}")
     return value
+
+
+def cuda_is_there(name: str, instead: str) -> None:
+    """Refuse "cuda" where PyTorch finds none; `instead`: what to give."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"{name}: expected {instead}, as PyTorch finds no CUDA device, got 'cuda'")
 
 
 def _is_integer(value: Any) -> bool:

@@ -20,6 +20,8 @@ Example:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastgen.benchmark import attention, gan, generate, gpt, linear, random, recurrent, reparameterize, rnn, vae
 from fastgen.benchmark.bounds import bandwidth
 from fastgen.benchmark.case import Case
@@ -52,7 +54,7 @@ def select(*, full: bool, filter: str = "", threads: int | None = None, device: 
             every += family.cases(full=full)
     else:
         for family in _ON_CUDA:
-            every += family.cuda_cases(full=full)
+            every += [replace(case, device=device) for case in family.cuda_cases(full=full)]
     chosen = [
         case for case in every if filter.lower() in case.name.lower() and not (threads == 1 and case.threads == 1)
     ]

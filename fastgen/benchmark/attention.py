@@ -304,4 +304,4 @@ def cuda_cases(*, full: bool) -> list[AttentionCase]:
     both = [replace(case, direction=direction) for case in plain for direction in ("inference", "training")]
     decode = AttentionCase(kind="decode", shape=(), dtype=torch.bfloat16, key_heads=8, direction="inference")
     both += [replace(decode, shape=(8, 32, 1, keys, 128)) for keys in ((512, 2048, 8192) if full else (2048,))]
-    return [replace(case, device="cuda") for case in both]
+    return both

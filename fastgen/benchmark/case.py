@@ -11,6 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen.random import Generator, normal
+
 __all__ = [
     "COMPILED",
     "CUDNN",
@@ -24,6 +26,7 @@ __all__ = [
     "Traffic",
     "WrongResult",
     "compiled",
+    "noise",
     "require_close",
     "require_moments",
 ]
@@ -161,6 +164,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     options: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}
     compiled_function: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     return compiled_function
+
+
+def noise(size: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
+    """Standard normal numbers of PyTorch's for a step that is timed, of fastgen's generator for one that is checked."""
+    if generator is None:
+        return torch.randn(size, device=device)
+    return normal(size, generator=generator, device=device)
 
 
 def require_close(what: str, actual: Tensor, expected: Tensor, *, rtol: float = 0.0, atol: float = 0.0) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgen.benchmark.case import COMPILED, EAGER, OURS, ProductCase, WrongResult, compiled
+from fastgen.benchmark.case import COMPILED, EAGER, OURS, ProductCase, WrongResult, compiled, noise
 from fastgen.models import GAN, GANConfig
-from fastgen.random import Generator, normal
+from fastgen.random import Generator
 
 __all__ = ["GANCase", "PlainGAN", "cases"]
 
@@ -205,12 +205,7 @@ def _plain_step(model: PlainGAN, wrap: Callable[[Any], Any]) -> Callable[..., Te
     make, judge, persuade = wrap(model.generator), wrap(model.discriminator_loss), wrap(model.generator_loss)
 
     def step(real: Tensor, generator: Generator | None = None) -> Tensor:
-        size = (len(real), 64)
-        device = real.device
-        noise = (
-            torch.randn(size, device=device) if generator is None else normal(size, generator=generator, device=device)
-        )
-        fake = make(noise)
+        fake = make(noise((len(real), 64), real.device, generator))
         discriminator_optimizer.zero_grad()
         discriminator_loss = judge(real, fake.detach())
         discriminator_loss.backward()
@@ -241,4 +236,4 @@ def cases(*, full: bool) -> list[GANCase]:
 
 def cuda_cases(*, full: bool) -> list[GANCase]:
     """The cases of `fastgen bench --device cuda`: those of the CPU."""
-    return [replace(case, device="cuda") for case in cases(full=full)]
+    return cases(full=full)

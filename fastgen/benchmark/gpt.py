@@ -131,6 +131,6 @@ def cases(*, full: bool) -> list[GPTCase]:
 
 def cuda_cases(*, full: bool) -> list[GPTCase]:
     """The cases of `fastgen bench --device cuda`: nanoGPT's model of characters, and GPT-2, both with autocast."""
-    characters = GPTCase(shape=(64, 256, 65, 384), dtype=torch.bfloat16, device="cuda")
+    characters = GPTCase(shape=(64, 256, 65, 384), dtype=torch.bfloat16)
     gpt2 = replace(characters, shape=(16, 1024, 50257, 768), layers=12, heads=12)
     return [characters, gpt2] if full else [characters]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -134,4 +134,4 @@ def cuda_cases(*, full: bool) -> list[RandomCase]:
     if full:
         chosen += [RandomCase(distribution=name, shape=large) for name in DISTRIBUTIONS if name != "normal"]
         chosen += [RandomCase(distribution="normal", shape=(1 << 16,))]
-    return [replace(case, device="cuda") for case in chosen]
+    return chosen

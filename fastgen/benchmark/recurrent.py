@@ -305,5 +305,4 @@ def cuda_cases(*, full: bool) -> list[RecurrentCase]:
             replace(usual, layers=2),
             replace(usual, shape=(128, 1, 768, 768)),
         ]
-    both = [replace(case, direction=direction) for case in chosen for direction in ("inference", "training")]
-    return [replace(case, device="cuda") for case in both]
+    return [replace(case, direction=direction) for case in chosen for direction in ("inference", "training")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -181,4 +181,4 @@ def cuda_cases(*, full: bool) -> list[ReparameterizeCase]:
             ReparameterizeCase(shape=rows, kl=True, direction="fwd+bwd", dtype=torch.bfloat16),
             ReparameterizeCase(shape=small, direction="inference"),
         ]
-    return [replace(case, device="cuda") for case in chosen]
+    return chosen

@@ -98,4 +98,4 @@ def cuda_cases(*, full: bool) -> list[RNNCase]:
     """The cases of `fastgen bench --device cuda`: that of the CPU, and one that fills a GPU."""
     usual, large = RNNCase(shape=(32, 128, 100, 256)), RNNCase(shape=(64, 256, 4096, 768), embedding_dim=768)
     chosen = [usual, replace(large, dtype=torch.bfloat16)] if full else [usual]
-    return [replace(case, device="cuda") for case in chosen]
+    return chosen

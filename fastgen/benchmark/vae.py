@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgen.benchmark.case import COMPILED, EAGER, OURS, ProductCase, WrongResult, compiled
+from fastgen.benchmark.case import COMPILED, EAGER, OURS, ProductCase, WrongResult, compiled, noise
 from fastgen.models import VAE, VAEConfig
-from fastgen.random import Generator, normal
+from fastgen.random import Generator
 
 __all__ = ["PlainVAE", "VAECase", "cases"]
 
@@ -107,10 +107,7 @@ def _step(model: nn.Module, loss_of: Callable[[Tensor, Generator | None], Tensor
 
 
 def _noise(x: Tensor, generator: Generator | None) -> Tensor:
-    size = (len(x), _CONFIG.latent_dim)
-    return (
-        torch.randn(size, device=x.device) if generator is None else normal(*size, generator=generator, device=x.device)
-    )
+    return noise((len(x), _CONFIG.latent_dim), x.device, generator)
 
 
 def _with_noise(model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Generator | None], Tensor]:
@@ -174,4 +171,4 @@ def cases(*, full: bool) -> list[VAECase]:
 
 def cuda_cases(*, full: bool) -> list[VAECase]:
     """The cases of `fastgen bench --device cuda`: those of the CPU."""
-    return [replace(case, device="cuda") for case in cases(full=full)]
+    return cases(full=full)

@@ -56,6 +56,7 @@ def bench(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from fastgen import _validate
     from fastgen._extras import extra
     from fastgen.benchmark import Report, bandwidth, machine, measure, select
 
@@ -66,8 +67,8 @@ def bench(
         raise ValueError(f"threads: expected an int of at least 1, got {threads}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected cpu, as PyTorch finds no CUDA device, got 'cuda'")
+    if device == "cuda":
+        _validate.cuda_is_there("--device", "cpu")
     count = threads or torch.get_num_threads()
     cases = select(full=full, filter=filter, threads=count, device=device)
     folder = out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastgen import _validate
 from fastgen._extras import extra, require
 from fastgen._files import write_text
 from fastgen._version import __version__
@@ -653,8 +654,8 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     with extra("train"):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected 'auto' or 'cpu', as PyTorch finds no CUDA device, got 'cuda'")
+    if config.device == "cuda":
+        _validate.cuda_is_there("device", "'auto' or 'cpu'")
     # Accelerate keeps the settings of its first use for the whole process; each run has its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = config.device == "cpu" or not torch.cuda.is_available()

@@ -209,6 +209,6 @@ def _dtype(name: str) -> torch.dtype:
 
 def _device(name: str) -> torch.device:
     _validate.choice("device", name, DEVICES)
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected auto or cpu, as PyTorch finds no CUDA device, got 'cuda'")
+    if name == "cuda":
+        _validate.cuda_is_there("--device", "auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
