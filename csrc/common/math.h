@@ -43,7 +43,6 @@ struct Constants<float> {
   static constexpr float kHalfPiScaled = float(1.5707963267948966 * 0x1p-32);
   // exp: the clamps lie where the result is surely infinite or zero; 1.5 * 2^23 rounds to an integer.
   static constexpr float kExpLow = -110.0f, kExpHigh = 100.0f, kLog2E = 1.4426950408889634f, kRound = 12582912.0f;
-  static constexpr float kExpTailRange = 0.34f;
 };
 
 template <>
@@ -55,7 +54,6 @@ struct Constants<double> {
   static constexpr double kScale = 0x1p-64, kHalfStep = 0x1p-65;
   static constexpr double kHalfPiScaled = 1.5707963267948966 * 0x1p-64;
   static constexpr double kExpLow = -760.0, kExpHigh = 720.0, kLog2E = 1.4426950408889634, kRound = 6755399441055744.0;
-  static constexpr double kExpTailRange = 0.34;
 };
 
 // (log1p(f) - f) / f^2
@@ -206,28 +204,28 @@ FASTGEN_FN F times_power_of_2_by_halves(F x, U n) {
   return x * real((half + bias) << C::kMantissa) * real((n - half + bias) << C::kMantissa);
 }
 
-// exp(x): x = n ln 2 + r.
+// What sampling needs of a log-variance x, of one reduction x / 2 = n ln 2 + r. With q = exp(r) - 1 = r + u:
+//   exp(x / 2) = 2^n (1 + q)        exp(x) = 2^2n (1 + (2 q + q^2))
+// and where n = 0, so that nothing cancels, exp(x) - 1 = 2 q + q^2 and exp(x) - 1 - x = 2 u + q^2.
+template <class F>
+struct Exponentials {
+  F of_half, minus_1, minus_1_minus;
+};
 template <class T, class U, class F>
-FASTGEN_FN F exponential_function(F x) {
+FASTGEN_FN Exponentials<F> exponentials(F x) {
   using C = Constants<T>;
-  x = smaller(F(C::kExpHigh), larger(F(C::kExpLow), x));  // a NaN in the second argument passes
-  const F shifted = x * F(C::kLog2E) + F(C::kRound);
+  const F half = smaller(F(C::kExpHigh), larger(F(C::kExpLow), F(T(0.5)) * x));  // a NaN in the second argument passes
+  const F shifted = half * F(C::kLog2E) + F(C::kRound);
   const F n = shifted - F(C::kRound);
-  const F r = (x - n * F(C::kLn2High)) - n * F(C::kLn2Low);
-  const F p = F(T(1)) + (r + r * r * exp_tail(r, T(0)));
-  return times_power_of_2<T>(p, n, bits(shifted) - bits(F(C::kRound)));
-}
-
-// exp(x) - 1 - x and exp(x) - 1, accurate near 0, where the terms cancel.
-template <class T, class U, class F>
-FASTGEN_FN F exp_minus_1_minus(F x) {
-  const auto near = less(absolute(x), F(Constants<T>::kExpTailRange));
-  return select(near, x * x * exp_tail(x, T(0)), (exponential_function<T, U>(x) - F(T(1))) - x);
-}
-template <class T, class U, class F>
-FASTGEN_FN F exp_minus_1(F x) {
-  const auto near = less(absolute(x), F(Constants<T>::kExpTailRange));
-  return select(near, x + x * x * exp_tail(x, T(0)), exponential_function<T, U>(x) - F(T(1)));
+  const U exponent = bits(shifted) - bits(F(C::kRound));
+  const F r = (half - n * F(C::kLn2High)) - n * F(C::kLn2Low);
+  const F u = r * r * exp_tail(r, T(0));
+  const F q = r + u, square = q * q, rest = q + q + square;
+  // Not by 2 n at once: that is out of the range of exponents where the result is 0 or infinite.
+  const F away = times_power_of_2<T>(times_power_of_2<T>(F(T(1)) + rest, n, exponent), n, exponent) - F(T(1));
+  const auto near = less(absolute(n), F(T(0.5)));
+  return {times_power_of_2<T>(F(T(1)) + q, n, exponent), select(near, rest, away),
+          select(near, u + u + square, away - x)};
 }
 
 }  // namespace fastgen

@@ -139,10 +139,10 @@ struct Forward {
     for (int64_t i = 0; i < length; i += kLanes<T>) {
       const int count = length - i < kLanes<T> ? int(length - i) : kLanes<T>;
       const F m = mu.get(i, count), v = logvar.get(i, count);
-      const F s = exponential_function<T, U>(F(T(0.5)) * v);
-      put(z + i, m + s * noise_at<F>(noise, eps, i, count), count);
+      const Exponentials<F> e = exponentials<T, U>(v);
+      put(z + i, m + e.of_half * noise_at<F>(noise, eps, i, count), count);
       if (kWithKl) {
-        F term = m * m + exp_minus_1_minus<T, U>(v);
+        F term = m * m + e.minus_1_minus;
         // A broadcast operand does not read as zero past the end.
         if (count < kLanes<T>) term = keep_first(term, count);
         sum.add(i, term);
@@ -178,16 +178,16 @@ struct Backward {
     for (int64_t i = 0; i < length; i += kLanes<T>) {
       const int count = length - i < kLanes<T> ? int(length - i) : kLanes<T>;
       const F v = logvar.get(i, count);
+      const Exponentials<F> e = exponentials<T, U>(v);
       F to_mu(T(0)), to_logvar(T(0));
       if (kWithZ) {
-        const F s = exponential_function<T, U>(F(T(0.5)) * v);
         const F gz = grad_z.get(i, count);
         to_mu = gz;
-        to_logvar = gz * (s * noise_at<F>(noise, eps, i, count));
+        to_logvar = gz * (e.of_half * noise_at<F>(noise, eps, i, count));
       }
       if (kWithKl) {
         const F gk = grad_kl.get(i, count);
-        const F kl_mu = gk * mu.get(i, count), kl_logvar = gk * exp_minus_1<T, U>(v);
+        const F kl_mu = gk * mu.get(i, count), kl_logvar = gk * e.minus_1;
         to_mu = kWithZ ? to_mu + kl_mu : kl_mu;
         to_logvar = kWithZ ? to_logvar + kl_logvar : kl_logvar;
       }

@@ -38,16 +38,9 @@ struct Scalar<double> {
   using U = Lanes<uint64_t, 1>;
 };
 template <class T>
-__device__ T exponential_of(T x) {
-  return exponential_function<T, typename Scalar<T>::U>(typename Scalar<T>::F(x)).v[0];
-}
-template <class T>
-__device__ T exp_minus_1_minus_of(T x) {
-  return exp_minus_1_minus<T, typename Scalar<T>::U>(typename Scalar<T>::F(x)).v[0];
-}
-template <class T>
-__device__ T exp_minus_1_of(T x) {
-  return exp_minus_1<T, typename Scalar<T>::U>(typename Scalar<T>::F(x)).v[0];
+__device__ Exponentials<T> exponentials_of(T x) {
+  const auto e = exponentials<T, typename Scalar<T>::U>(typename Scalar<T>::F(x));
+  return {e.of_half.v[0], e.minus_1.v[0], e.minus_1_minus.v[0]};
 }
 
 // The normals of a block, in element order.
@@ -117,8 +110,9 @@ struct Forward {
       logvar.load(column, v);
       if (eps.p != nullptr) eps.load(column, noise);
       for (int i = 0; i < N; ++i) {
-        result[i] = m[i] + exponential_of<T>(T(0.5) * v[i]) * noise[i];
-        if (kWithKl) sum = sum + (m[i] * m[i] + exp_minus_1_minus_of<T>(v[i]));
+        const Exponentials<T> e = exponentials_of(v[i]);
+        result[i] = m[i] + e.of_half * noise[i];
+        if (kWithKl) sum = sum + (m[i] * m[i] + e.minus_1_minus);
       }
       save(result, z + column);
       return sum;
@@ -146,10 +140,12 @@ struct Backward {
     __device__ T operator()(int64_t column, T (&noise)[N]) const {
       T v[N], to_mu[N] = {}, to_logvar[N] = {};
       logvar.load(column, v);
+      Exponentials<T> e[N];
+      for (int i = 0; i < N; ++i) e[i] = exponentials_of(v[i]);
       if (grad_z.p != nullptr) {
         if (eps.p != nullptr) eps.load(column, noise);
         grad_z.load(column, to_mu);
-        for (int i = 0; i < N; ++i) to_logvar[i] = to_mu[i] * (exponential_of<T>(T(0.5) * v[i]) * noise[i]);
+        for (int i = 0; i < N; ++i) to_logvar[i] = to_mu[i] * (e[i].of_half * noise[i]);
       }
       if (grad_kl.p != nullptr) {
         T gk[N], m[N];
@@ -157,7 +153,7 @@ struct Backward {
         mu.load(column, m);
         for (int i = 0; i < N; ++i) {
           to_mu[i] = to_mu[i] + gk[i] * m[i];
-          to_logvar[i] = to_logvar[i] + gk[i] * exp_minus_1_of<T>(v[i]);
+          to_logvar[i] = to_logvar[i] + gk[i] * e[i].minus_1;
         }
       }
       for (int i = 0; i < N; ++i) to_logvar[i] = T(0.5) * to_logvar[i];

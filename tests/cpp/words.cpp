@@ -49,9 +49,9 @@ void elementary(int which, const T* x, int64_t count, T* y) {
   F v;
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     load(x + i, v);
-    store(y + i, which == 0   ? exponential_function<T, U>(v)
-                 : which == 1 ? exp_minus_1<T, U>(v)
-                 : which == 2 ? exp_minus_1_minus<T, U>(v)
+    store(y + i, which == 0   ? exponentials<T, U>(v + v).of_half
+                 : which == 1 ? exponentials<T, U>(v).minus_1
+                 : which == 2 ? exponentials<T, U>(v).minus_1_minus
                  : which == 3 ? sigmoid<T, U>(v)
                               : hyperbolic_tangent<T, U>(v));
   }
