@@ -178,6 +178,12 @@ class Attention {
     const Strip* end() const { return strip + count; }
   };
 
+  // A number of rows, known to the compiler.
+  template <int kCount>
+  struct Rows {
+    static constexpr int value = kCount;
+  };
+
   // Scratch of a block of scores.
   struct Extras {
     T* added;     // [keys][lanes] or, the same for all queries, [keys]: the mask; then the weights of dropout
@@ -284,16 +290,21 @@ class Attention {
   }
 
   // Rows of a matrix of `width` columns from the first of the block on, transposed: a right side [width][lanes]. Lanes
-  // behind `count` are zero. staging: [kWidth][width in whole vectors].
+  // behind `count` are zero. What is not dense rows of elements goes through staging: [kWidth][width in whole vectors].
   void pack_rows(const char* from, const int64_t (&stride)[4], int64_t width, const Block& b, Element* staging,
                  Element* out) const {
     const int64_t row = round_up<int64_t>(width, kWidth);
+    const bool dense = size == int64_t(sizeof(Element)) && stride[3] == 1;
     for (int v = 0; v < b.vectors; ++v) {
       const int64_t rows = at_most(kWidth, b.count - v * kWidth);
-      read_rows<Element>(p.dtype, from + (b.first + v * kWidth) * stride[2] * size, stride[2], stride[3], rows, width,
-                         staging, row);
+      const char* at = from + (b.first + v * kWidth) * stride[2] * size;
+      if (!dense) read_rows<Element>(p.dtype, at, stride[2], stride[3], rows, width, staging, row);
       const Element* pointers[kWidth];
-      for (int i = 0; i < kWidth; ++i) pointers[i] = i < rows ? staging + i * row : nullptr;
+      for (int i = 0; i < kWidth; ++i) {
+        pointers[i] = i >= rows ? nullptr
+                      : dense   ? reinterpret_cast<const Element*>(at) + i * stride[2]
+                                : staging + i * row;
+      }
       A::pack(pointers, width, b.lanes, out + v * kWidth * kDepth);
     }
   }
@@ -491,6 +502,8 @@ class AttentionForward : Attention<A_> {
   using typename Base::Extras;
   using typename Base::F;
   using typename Base::Head;
+  template <int kCount>
+  using Rows = typename Base::template Rows<kCount>;
   using typename Base::Strip;
   using typename Base::Strips;
   using typename Base::T;
@@ -658,10 +671,6 @@ class AttentionForward : Attention<A_> {
     }
   }
 
-  template <int kCount>
-  struct Rows {
-    static constexpr int value = kCount;
-  };
   // Calls body(Rows of 1 to 4, the first of them) for the rows of a block of scores that vector v sees, in whole steps
   // of the depth but for the last.
   template <class Body>

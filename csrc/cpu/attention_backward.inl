@@ -26,6 +26,8 @@ class AttentionBackward : Attention<A_> {
   using typename Base::Extras;
   using typename Base::F;
   using typename Base::Head;
+  template <int kCount>
+  using Rows = typename Base::template Rows<kCount>;
   using typename Base::Strip;
   using typename Base::Strips;
   using typename Base::T;
@@ -49,7 +51,7 @@ class AttentionBackward : Attention<A_> {
   struct Memory {
     Element *q, *go, *q_rows, *go_rows;
     T *dq, *lse, *delta;
-    T *dk, *dv;  // [chunk][width]
+    T *dk, *dv;  // [keys][width], of a chunk or of a block
     Element *key, *value, *key_columns, *staging;
     T *s, *ds;                   // [keys][lanes]
     Element *weights, *ds_rows;  // the same as left sides
@@ -147,7 +149,7 @@ class AttentionBackward : Attention<A_> {
         for (int64_t k = 1; k < kKeys; ++k) row[0] += row[k];
       }
       const int64_t at = ((mask_b * g.mask_size[1] + mask_h) * g.mask_size[2] + first_i + i) * g.mask_size[3] + first_j;
-      write_row(p.mask_dtype, row, g.mask_size[3] == 1 ? 1 : keys, static_cast<char*>(g.grad_mask) + at * size);
+      write_row(p.mask_dtype, row, g.mask_size[3] == 1 ? 1 : keys, T(1), static_cast<char*>(g.grad_mask) + at * size);
     }
   }
 
@@ -162,7 +164,7 @@ class AttentionBackward : Attention<A_> {
         const T* next = first + c * step;
         for (int64_t k = 0; k < p.width; ++k) first[k] += next[k];
       }
-      write_row(p.dtype, first, p.width, out_row(g.grad_query, sequence, h, query_start(sequence) + i));
+      write_row(p.dtype, first, p.width, T(1), out_row(g.grad_query, sequence, h, query_start(sequence) + i));
     }
   }
 
@@ -199,9 +201,11 @@ class AttentionBackward : Attention<A_> {
     m.dq = scratch.take<T>(width * lanes);
     m.lse = scratch.take<T>(lanes);
     m.delta = scratch.take<T>(lanes);
-    // run_mask has a block of sums in their place.
-    m.dk = scratch.take<T>(at_least(keys * width, g.grad_mask == nullptr ? 0 : kKeys * kQueries));
-    m.dv = scratch.take<T>(keys * value_width);
+    // Of several heads they are summed over the chunk, of one written block by block. run_mask has a block of sums
+    // here.
+    const int64_t rows = group() == 1 ? block_keys : keys;
+    m.dk = scratch.take<T>(at_least(rows * width, g.grad_mask == nullptr ? 0 : kKeys * kQueries));
+    m.dv = scratch.take<T>(rows * value_width);
     m.key = scratch.take<Element>(block_keys * width);
     m.value = scratch.take<Element>(block_keys * value_width);
     m.key_columns = scratch.take<Element>(pairs * block_keys * width);
@@ -285,12 +289,8 @@ class AttentionBackward : Attention<A_> {
   }
 
   void run(int64_t sequence, int64_t kv, int64_t chunk, const Memory& m) const {
-    const int64_t width = round_up<int64_t>(p.width, kWidth), value_width = round_up<int64_t>(p.value_width, kWidth);
-    const int64_t keys = this->keys_of(sequence), first_key = chunk * g.chunk;
-    const int64_t end_key = at_most(keys, first_key + g.chunk), group = p.heads / p.kv_heads;
-    for (int64_t i = 0; i < (end_key - first_key) * width; ++i) m.dk[i] = T(0);
-    for (int64_t i = 0; i < (end_key - first_key) * value_width; ++i) m.dv[i] = T(0);
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+    const int64_t first_key = chunk * g.chunk, end_key = at_most(this->keys_of(sequence), first_key + g.chunk);
+    for (int64_t h = kv * group(); h < (kv + 1) * group(); ++h) {
       const Head head = this->head(sequence, h);
       double slope = 0;
       run_head(head, sequence, h, first_key, end_key, m, slope);
@@ -300,39 +300,62 @@ class AttentionBackward : Attention<A_> {
       if (g.grad_query.data == nullptr) continue;
       for (int64_t i = 0; i < head.queries; i += kQueries) write_query(head, sequence, h, chunk, i, m);
     }
-    for (int64_t j = first_key; j < end_key; ++j) {
-      T *dk = m.dk + (j - first_key) * width, *dv = m.dv + (j - first_key) * value_width;
-      if (g.grad_key.data != nullptr) {
-        for (int64_t k = 0; k < p.width; ++k) dk[k] *= T(p.scale);
-        write_row(p.dtype, dk, p.width, out_row(g.grad_key, sequence, kv, key_start(sequence) + j));
-      }
-      if (g.grad_value.data != nullptr) {
-        write_row(p.dtype, dv, p.value_width, out_row(g.grad_value, sequence, kv, key_start(sequence) + j));
-      }
-    }
   }
+
+  // Query heads that read a key head.
+  int64_t group() const { return p.heads / at_least(p.kv_heads, 1); }
 
   // All queries of a head over the keys [first_key, end_key).
   void run_head(const Head& head, int64_t sequence, int64_t h, int64_t first_key, int64_t end_key, const Memory& m,
                 double& slope) const {
     const int64_t width = round_up<int64_t>(p.width, kWidth), value_width = round_up<int64_t>(p.value_width, kWidth);
     for (int64_t i = 0; i < width * round_up<int64_t>(head.queries, kWidth); ++i) m.dq[i] = T(0);
+    // From the first block of queries that sees one of the keys to the end of the last.
+    int64_t begin = 0, end = head.queries;
+    const auto sees = [&](int64_t i) {
+      const Block b = this->block(head, i);
+      return this->first_seen(b) < end_key && first_key < this->end_seen(head, b);
+    };
+    while (begin < end && !sees(begin)) begin += kQueries;
+    while (begin < end && !sees((end - 1) / kQueries * kQueries)) end = (end - 1) / kQueries * kQueries;
+    if (begin >= end) begin = end = 0;
+
     StridedMatrix<Element> go_rows{m.go_rows, value_width, 1};
     if (g.grad_out.data != nullptr) {
-      go_rows = right_rows(this->at(g.grad_out, this->size, sequence, h, query_start(sequence)), g.grad_out,
-                           p.value_width, head.queries, m.go_rows);
+      go_rows = right_rows(this->at(g.grad_out, this->size, sequence, h, query_start(sequence) + begin), g.grad_out,
+                           p.value_width, end - begin, m.go_rows);
     }
-    const StridedMatrix<Element> q_rows = right_rows(head.query, p.query, p.width, head.queries, m.q_rows);
-    for (int64_t i = 0; i < head.queries; i += kQueries) pack(head, sequence, h, placed(head, i, m, i), m);
+    const StridedMatrix<Element> q_rows =
+        right_rows(head.query + begin * p.query.stride[2] * this->size, p.query, p.width, end - begin, m.q_rows);
+    for (int64_t i = begin; i < end; i += kQueries) pack(head, sequence, h, placed(head, i, m, i), m);
 
+    const int64_t of_group = h % group();
     for (int64_t j = first_key; j < end_key; j += kKeys) {
       const Keys keys = this->keys(head, j, at_most(kKeys, end_key - j), m);
-      T *dk = m.dk + (j - first_key) * width, *dv = m.dv + (j - first_key) * value_width;
-      for (int64_t i = 0; i < head.queries; i += kQueries) {
+      const int64_t row = group() == 1 ? 0 : j - first_key;
+      T *dk = m.dk + row * width, *dv = m.dv + row * value_width;
+      for (int64_t i = 0; i < keys.count * width && of_group == 0; ++i) dk[i] = T(0);
+      for (int64_t i = 0; i < keys.count * value_width && of_group == 0; ++i) dv[i] = T(0);
+      for (int64_t i = begin; i < end; i += kQueries) {
         State state = placed(head, i, m, i);
-        state.q_rows = {q_rows.data + i * q_rows.row, q_rows.row, 1};
-        state.go_rows = {go_rows.data + i * go_rows.row, go_rows.row, 1};
+        state.q_rows = {q_rows.data + (i - begin) * q_rows.row, q_rows.row, 1};
+        state.go_rows = {go_rows.data + (i - begin) * go_rows.row, go_rows.row, 1};
         pass(head, state, keys, dk, dv, m, slope);
+      }
+      if (of_group + 1 == group()) write_keys(sequence, h / group(), keys, dk, dv);
+    }
+  }
+
+  // The gradients of a block of keys and values.
+  void write_keys(int64_t sequence, int64_t kv, const Keys& keys, const T* dk, const T* dv) const {
+    const int64_t width = round_up<int64_t>(p.width, kWidth), value_width = round_up<int64_t>(p.value_width, kWidth);
+    for (int64_t j = 0; j < keys.count; ++j) {
+      const int64_t row = key_start(sequence) + keys.first + j;
+      if (g.grad_key.data != nullptr) {
+        write_row(p.dtype, dk + j * width, p.width, T(p.scale), out_row(g.grad_key, sequence, kv, row));
+      }
+      if (g.grad_value.data != nullptr) {
+        write_row(p.dtype, dv + j * value_width, p.value_width, T(1), out_row(g.grad_value, sequence, kv, row));
       }
     }
   }
@@ -358,7 +381,9 @@ class AttentionBackward : Attention<A_> {
         ds = ds * (F(T(1)) - t * t);
       });
     }
-    if (kDepth > 1 && changes) for_steps(state, seen, j, m, true, [](int, int64_t, F&, F&) {});
+    if (kDepth > 1 && changes) {
+      for_steps(state, seen, j, m, true, [](int) { return [](int64_t, F&, F&) {}; });
+    }
     for (const Strip& strip : seen) {
       const int64_t row = strip.first - j, at = row * state.lanes + strip.begin * kWidth;
       const int64_t first = strip.begin * kWidth, lanes = at_most(strip.end * kWidth, state.count) - first;
@@ -401,56 +426,65 @@ class AttentionBackward : Attention<A_> {
   template <bool kDrops>
   void differentiate(const State& state, const Strips& seen, int64_t j, const Memory& m, bool sides) const {
     const F kept_weight{T(p.kept_weight)}, minus_log2e(-Base::kLog2E);
-    for_steps(state, seen, j, m, sides, [&](int v, int64_t at, F& weight, F& ds) {
+    for_steps(state, seen, j, m, sides, [&](int v) {
       F lse, delta;
       load(state.lse + v * kWidth, lse);
       load(state.delta + v * kWidth, delta);
-      // No weight is above 1; but lse does not tell apart the scores of a row under huge masks. A NaN passes.
-      weight = power_of_2<T, U>(smaller(F(T(0)), multiply_add(lse, minus_log2e, weight)));
-      if constexpr (kDrops) {
-        F kept;
-        load(m.extras.added + at, kept);
-        kept = kept * kept_weight;
-        ds = weight * (ds * kept - delta);
-        weight = weight * kept;
-      } else {
-        ds = weight * (ds - delta);
-      }
+      return [=, &m](int64_t at, F& weight, F& ds) {
+        // No weight is above 1; but lse does not tell apart the scores of a row under huge masks. A NaN passes.
+        weight = power_of_2<T, U>(smaller(F(T(0)), multiply_add(lse, minus_log2e, weight)));
+        if constexpr (kDrops) {
+          F kept;
+          load(m.extras.added + at, kept);
+          kept = kept * kept_weight;
+          ds = weight * (ds * kept - delta);
+          weight = weight * kept;
+        } else {
+          ds = weight * (ds - delta);
+        }
+      };
     });
   }
 
-  // Calls body(vector, place, a vector of m.s, the one of m.ds) for all that the strips see, and puts both back: as
+  // Calls body_of(vector)(place, a vector of m.s, the one of m.ds) for all that the strips see, and puts both back: as
   // they are, or as the sides of products.
-  template <class Body>
+  template <class BodyOf>
   FASTGEN_MEMBER void for_steps(const State& state, const Strips& seen, int64_t j, const Memory& m, bool sides,
-                                const Body& body) const {
+                                const BodyOf& body_of) const {
+    T *const s = m.s, *const ds = m.ds;
+    Element *const weights = m.weights, *const ds_rows = m.ds_rows, *const ds_steps = reinterpret_cast<Element*>(ds);
+    const int64_t lanes = state.lanes;
     for (const Strip& strip : seen) {
+      const int64_t begin = (strip.first - j) * lanes, whole = strip.count / kDepth * kDepth * lanes;
       for (int v = strip.begin; v < strip.end; ++v) {
-        for (int64_t k = 0; k < strip.count; k += kDepth) {
-          const int64_t row = (strip.first - j + k) * state.lanes, at = row + v * kWidth;
-          F weight[kDepth], ds[kDepth];
+        const auto body = body_of(v);
+        const auto step = [&](int64_t row, auto rows) {
+          const int64_t at = row + v * kWidth;
+          F weight[kDepth], grad[kDepth];
           FASTGEN_UNROLL
           for (int i = 0; i < kDepth; ++i) {
-            if (i > 0 && k + i == strip.count) {  // half a pair
-              weight[i] = ds[i] = F(T(0));
+            if (i >= rows.value) {  // half a pair
+              weight[i] = grad[i] = F(T(0));
               continue;
             }
-            load(m.s + at + i * state.lanes, weight[i]);
-            load(m.ds + at + i * state.lanes, ds[i]);
-            body(v, at + i * state.lanes, weight[i], ds[i]);
+            load(s + at + i * lanes, weight[i]);
+            load(ds + at + i * lanes, grad[i]);
+            body(at + i * lanes, weight[i], grad[i]);
           }
-          FASTGEN_UNROLL
-          for (int i = 0; i < kDepth; ++i) {
-            if (sides) {
-              store(m.weights + at + i * state.lanes, weight[i]);
-              store(m.ds_rows + at + i * state.lanes, ds[i]);
-            } else {
-              store(m.s + at + i * state.lanes, weight[i]);
-              store(m.ds + at + i * state.lanes, ds[i]);
+          if (sides) {
+            A::put_rows(weight, weights + at, lanes);
+            A::put_rows(grad, ds_rows + at, lanes);
+            if constexpr (kDepth > 1) A::put_step(grad, ds_steps + row + v * kWidth * kDepth);
+          } else {
+            FASTGEN_UNROLL
+            for (int i = 0; i < kDepth; ++i) {
+              store(s + at + i * lanes, weight[i]);
+              store(ds + at + i * lanes, grad[i]);
             }
           }
-          if (kDepth > 1 && sides) A::put_step(ds, reinterpret_cast<Element*>(m.ds) + row + v * kWidth * kDepth);
-        }
+        };
+        for (int64_t row = begin; row < begin + whole; row += kDepth * lanes) step(row, Rows<kDepth>());
+        if (strip.count % kDepth != 0) step(begin + whole, Rows<1>());
       }
     }
   }
@@ -485,11 +519,11 @@ class AttentionBackward : Attention<A_> {
     }
   }
 
-  static void write_row(DType dtype, const T* from, int64_t count, void* out) {
+  static void write_row(DType dtype, const T* from, int64_t count, T factor, void* out) {
     with_element<T>(dtype, [&](auto storage) {
       for (int64_t k = 0; k < count; k += kWidth) {
         const int columns = int(at_most(kWidth, count - k));
-        put(static_cast<decltype(storage)*>(out) + k, fastgen::take<F>(from + k, columns), columns);
+        put(static_cast<decltype(storage)*>(out) + k, fastgen::take<F>(from + k, columns) * F(factor), columns);
       }
     });
   }

@@ -58,6 +58,8 @@ struct Multiply {
 
   // What the kDepth rows of one step are packed into, either side.
   static FASTGEN_MEMBER void put_step(const F (&rows)[kDepth], T* out) { store(out, rows[0]); }
+  // The same kDepth rows as left sides, `stride` elements from one to the next.
+  static FASTGEN_MEMBER void put_rows(const F (&rows)[kDepth], T* out, int64_t) { store(out, rows[0]); }
   // Packs a vector of columns as pack_transposed does, `step` columns apart from one depth to the next.
   template <class Storage>
   static FASTGEN_MEMBER void pack(const Storage* const (&rows)[kLanes<T>], int64_t depth, int64_t step, Right* out) {
