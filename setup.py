@@ -51,6 +51,8 @@ CPU_SOURCES = [s for s in SOURCE_FLAGS if X86 or "avx" not in s]
 TORCH_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))
 # The CUDA sources that promise the same bits as the CPU.
 WITHOUT_CONTRACTION = ("csrc/cuda/random.cu", "csrc/cuda/reparameterize.cu")
+# Those with instructions that compute capability 9.0 alone has, and no other device, older or newer.
+FOR_SM90A = ("csrc/cuda/attention_sm90.cu",)
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
@@ -212,10 +214,14 @@ class BuildLibraries(build_ext):
         headers = str(self.torch_folder / "include")
         if source.endswith(".cu"):
             path = nvcc()
-            _, gencode = cuda_architectures(path)
+            names, gencode = cuda_architectures(path)
+            sm90a = source in FOR_SM90A and any(name.startswith("9.0") for name in names)
+            if sm90a:
+                gencode = ["-gencode", "arch=compute_90a,code=sm_90a"]
             contract = "false" if source in WITHOUT_CONTRACTION else "true"
             device = ["-std=c++20", "-O3", f"-fmad={contract}", "-Xcompiler", ",".join([*common[1:3], "-Wall"])]
             defines = [TARGET, "-DUSE_CUDA", f'-DFASTGEN_TORCH_BUILT="{self.version}"']  # objects follow torch
+            defines += ["-DFASTGEN_SM90A"] if sm90a else []
             wished = os.environ.get("FASTGEN_NVCCFLAGS", "").split()
             return [path, *device, "-ccbin", self.cxx[-1], *gencode, *defines, "-isystem", headers, *wished]
         if source in SOURCE_FLAGS:

@@ -43,7 +43,8 @@ def _load(cache: Path) -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
     library.fastgen_emulated_launches.restype = ctypes.c_int64
-    library.fastgen_emulated_device.argtypes = (ctypes.c_int, ctypes.c_int64)
+    library.fastgen_emulated_products.restype = ctypes.c_int64
+    library.fastgen_emulated_device.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int)
     return library
 
 
@@ -58,9 +59,14 @@ class Emulated:
         """Kernels that have been launched so far."""
         return self._library.fastgen_emulated_launches()
 
-    def resize(self, multiprocessors: int = 4, shared_limit: int = 227 * 1024) -> None:
-        """How many multiprocessors kernels are told of, and the bytes of shared memory that a block may have."""
-        self._library.fastgen_emulated_device(multiprocessors, shared_limit)
+    @property
+    def warpgroup_products(self) -> int:
+        """Products that warps of a warpgroup have made so far."""
+        return self._library.fastgen_emulated_products()
+
+    def resize(self, multiprocessors: int = 4, shared_limit: int = 227 * 1024, capability: int = 80) -> None:
+        """What kernels are told of: multiprocessors, bytes of shared memory a block may have, and 90 for 9.0."""
+        self._library.fastgen_emulated_device(multiprocessors, shared_limit, capability)
 
 
 @dataclass(frozen=True)

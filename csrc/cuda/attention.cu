@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention_forward.inl"
+#include "attention_sm90.h"
 
 namespace fastgen {
 namespace {
@@ -56,7 +57,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   const OnDevice device(query);
   const Tensor out = empty_in_order(query, query.size(0), p.heads, p.queries, p.value_width);
   const Tensor lse = torch::stable::new_empty(query, {query.size(0), p.heads, p.queries}, ScalarType::Float);
-  if (lse.numel() == 0) return {out, lse};
+  if (lse.numel() == 0 || attention_sm90(arguments, query, out, lse)) return {out, lse};
   Tensor keep_seed;
   ForwardCall c{};
   static_cast<AttentionCall&>(c) = attention_call(p, seed_offset_pointer(seed_offset, keep_seed));

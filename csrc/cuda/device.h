@@ -20,9 +20,9 @@
 
 namespace fastgen {
 
-// The block's dynamic shared memory: kernels have no other.
+// The block's dynamic shared memory: kernels have no other. It begins where 1024 divides the address.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
 
@@ -192,6 +192,10 @@ void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t
 }
 
 // Of the current device.
+inline int compute_capability() {  // 90: 9.0
+  return 10 * detail::device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         detail::device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
 inline int multiprocessors() { return detail::device_attribute(cudaDevAttrMultiProcessorCount); }
 inline size_t shared_limit() { return size_t(detail::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
 template <class Kernel>

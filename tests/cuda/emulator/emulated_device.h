@@ -30,6 +30,9 @@ void copy_async_commit();
 void copy_async_wait(int pending);
 void check_shared(const void* p, size_t bytes, size_t alignment);  // that it lies in this block's shared memory
 
+uint32_t shared_address(const void* p);  // from where this block's shared memory begins
+
+int compute_capability();
 int multiprocessors();
 size_t shared_limit();
 
@@ -65,6 +68,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
 
 }  // namespace emulator
 
+inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
 inline unsigned char* dynamic_shared() { return emulator::shared_memory(); }
 inline void block_barrier() { emulator::block_barrier(); }
 inline void warp_barrier() {
@@ -199,6 +203,7 @@ void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t
   emulator::run([&] { std::apply(kernel, values); }, grid, block, shared, true);
 }
 
+inline int compute_capability() { return emulator::compute_capability(); }
 inline int multiprocessors() { return emulator::multiprocessors(); }
 inline size_t shared_limit() { return emulator::shared_limit(); }
 template <class Kernel>

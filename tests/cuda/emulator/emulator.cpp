@@ -10,10 +10,11 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../../csrc/common/dtype.h"
-#include "emulated_device.h"
+#include "emulated_warpgroup.h"
 
 // Saves the registers that a function must keep and the stack pointer in *from, and takes those of `to`.
 extern "C" void fastgen_switch_stack(void** from, void* to);
@@ -48,7 +49,8 @@ constexpr unsigned char kPoison = 0xff;  // in every byte of a number: NaN
 
 int device_multiprocessors = 4;
 size_t device_shared_limit = 227 * 1024;
-int64_t launches = 0;
+int device_capability = 80;
+int64_t launches = 0, products = 0;
 
 // Memory that ends where a page without access begins: what is written behind it ends the process at once.
 class Guarded {
@@ -76,6 +78,7 @@ struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  int by;  // thread
 };
 
 struct Block;
@@ -88,6 +91,24 @@ struct Fibre {
   bool done, ready;
   std::vector<Copy> copies;              // not yet committed
   std::deque<std::vector<Copy>> groups;  // not yet waited for
+  int64_t fenced = 0;                    // when it last called fence_shared
+};
+
+// Sums of a warp that products of its warpgroup add to: in `now`, while the threads' own are NaN. They are given back
+// with the group of products `last`.
+struct Sums {
+  std::array<float*, kLanes> of;
+  size_t count;  // of a thread
+  std::vector<float> now;
+  int64_t last;
+};
+
+// A warp's part of a product: 16 rows.
+struct Pending {
+  std::array<Product, kLanes> of;
+  std::array<std::array<uint32_t, 4>, kLanes> a;  // as it was when the product was issued
+  bool done = false;
+  int64_t group;
 };
 
 struct Warp {
@@ -95,6 +116,23 @@ struct Warp {
   int arrived = 0;
   const void* inputs[kLanes];
   void* outputs[kLanes];
+  std::deque<Pending> products;  // not yet waited for
+  std::vector<Sums> sums;
+  int64_t groups = 0, issued = 0;  // of products: committed; ever
+  bool fenced = false;             // since the last wait
+  int registers = 0;               // of a thread
+};
+
+// A barrier that counts arrivals, as it stands in 64 bits of shared memory.
+struct Arrivals {
+  uint32_t magic;
+  uint16_t phase, missing : 8, each : 8;  // ends with 0 missing of `each`
+  static constexpr uint32_t kMagic = 0xba221e25;
+};
+
+struct Named {
+  int threads = 0, arrived = 0;
+  std::vector<Fibre*> waiting;
 };
 
 struct Block {
@@ -102,11 +140,19 @@ struct Block {
   std::vector<Fibre*> fibres;
   std::vector<Warp> warps;
   int waiting = 0, running = 0;  // at the barrier; not yet through
+  std::vector<Fibre*> for_arrivals, for_registers;
+  std::array<Named, 16> named;
+  int free_registers = 0;
+  struct Written {
+    int64_t when = 0;
+    int by = 0;
+  };
+  std::vector<Written> copied;  // of each 16 bytes of shared memory: by an asynchronous copy that arrived
   std::unique_ptr<Guarded> shared;
   size_t shared_bytes;
 
-  // It begins where 128 divides the address: up to 127 bytes lie between its end and the page behind.
-  unsigned char* shared_begin() const { return shared->end() - (shared_bytes + 127) / 128 * 128; }
+  // It begins where 1024 divides the address: up to 1023 bytes lie between its end and the page behind.
+  unsigned char* shared_begin() const { return shared->end() - (shared_bytes + 1023) / 1024 * 1024; }
   unsigned char* shared_end() const { return shared_begin() + shared_bytes; }
 };
 
@@ -121,6 +167,7 @@ class Run {
   Fibre* current = nullptr;
   std::vector<Fibre*> ready;
   int64_t remaining = 0, idle = 0;  // threads not yet through; yields since anything else happened
+  int64_t clock = 0;
   std::string error;
   void* outside = nullptr;  // stack pointer of the caller
   std::mt19937 order{std::mt19937(20260101)};
@@ -134,6 +181,10 @@ class Run {
       block.index = index;
       block.running = threads;
       block.warps.resize(size_t(threads / kLanes));
+      const int registers = std::min(65536 / threads / 8 * 8, 255);
+      for (Warp& warp : block.warps) warp.registers = registers;
+      block.free_registers = 65536 - registers * threads;
+      block.copied.resize(shared_bytes / 16);
       block.shared = std::make_unique<Guarded>(shared_bytes);
       block.shared_bytes = shared_bytes;
       std::fill(block.shared_begin(), block.shared->end(), kPoison);
@@ -151,8 +202,7 @@ class Run {
     remaining = int64_t(fibres.size());
     switch_to_next(&outside);
     for (const auto& block : blocks) {
-      const auto untouched = [](unsigned char byte) { return byte == kPoison; };
-      if (!std::all_of(block->shared_end(), block->shared->end(), untouched)) error = "written behind shared memory";
+      if (error.empty()) error = left_behind(*block);
     }
     if (!error.empty()) throw std::runtime_error("emulated device: " + error);
   }
@@ -192,6 +242,20 @@ class Run {
   void leave(void** from) {
     current = nullptr;
     fastgen_switch_stack(from, outside);
+  }
+
+  // What is wrong with a block all of whose threads are through.
+  static std::string left_behind(const Block& block) {
+    const auto untouched = [](unsigned char byte) { return byte == kPoison; };
+    if (!std::all_of(block.shared_end(), block.shared->end(), untouched)) return "written behind shared memory";
+    for (size_t w = 0; w < block.warps.size(); ++w) {
+      if (!block.warps[w].products.empty()) return "products that nobody waits for";
+      if (block.warps[w].issued != block.warps[w / 4 * 4].issued) return "warps of a warpgroup made different products";
+    }
+    for (const Named& named : block.named) {
+      if (named.arrived > 0) return "arrivals at a named barrier that nobody waits for";
+    }
+    return "";
   }
 
   void start(Fibre& fibre, size_t number) {
@@ -302,6 +366,9 @@ void yield() {
 
 namespace {
 void arrive(const Copy& copy) {
+  Block& block = *running->current->block;
+  const auto place = size_t(static_cast<unsigned char*>(copy.to) - block.shared_begin()) / 16;
+  block.copied[place] = {++running->clock, copy.by};
   if (copy.from != nullptr) {
     memcpy(copy.to, copy.from, copy.bytes);
   } else {
@@ -313,7 +380,7 @@ void arrive(const Copy& copy) {
 // A copy arrives at once, over what others may still be reading, or as late as it may: drawn at random.
 void copy_async(void* to, const void* from, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(from) % bytes != 0) running->fail("a misaligned copy, " + name(*running->current));
-  const Copy copy{to, from, bytes};
+  const Copy copy{to, from, bytes, running->current->number};
   if (running->order() % 2 == 0) return arrive(copy);
   running->current->copies.push_back(copy);
 }
@@ -331,6 +398,237 @@ void copy_async_wait(int pending) {
     groups.pop_front();
   }
 }
+
+// ---------------------------------------------------------------------------------------------------
+// What compute capability 9.0 has besides (csrc/cuda/warpgroup.h)
+
+uint32_t shared_address(const void* p) {
+  check_shared(p, 1, 1);
+  return uint32_t(static_cast<const unsigned char*>(p) - shared_memory());
+}
+
+namespace {
+Arrivals& arrivals_at(uint64_t* barrier) {
+  check_shared(barrier, sizeof(uint64_t), sizeof(uint64_t));
+  auto& arrivals = *reinterpret_cast<Arrivals*>(barrier);
+  static_assert(sizeof arrivals == sizeof *barrier);
+  if (arrivals.magic != Arrivals::kMagic)
+    running->fail("a barrier that was not initialised, " + name(*running->current));
+  return arrivals;
+}
+
+void wake_all(std::vector<Fibre*>& waiting) {
+  for (Fibre* fibre : std::exchange(waiting, {})) running->wake(fibre);
+}
+}  // namespace
+
+void init_arrivals(uint64_t* barrier, int arrivals) {
+  check_shared(barrier, sizeof(uint64_t), sizeof(uint64_t));
+  const Arrivals fresh{Arrivals::kMagic, 0, uint8_t(arrivals), uint8_t(arrivals)};
+  memcpy(barrier, &fresh, sizeof fresh);
+}
+
+void arrive(uint64_t* barrier) {
+  Arrivals& arrivals = arrivals_at(barrier);
+  running->idle = 0;
+  if (--arrivals.missing > 0) return;
+  arrivals.missing = arrivals.each;
+  ++arrivals.phase;
+  wake_all(running->current->block->for_arrivals);
+}
+
+void wait_arrivals(uint64_t* barrier, uint32_t parity) {
+  // `phase` is the one that goes on; the one before has the other parity.
+  while (arrivals_at(barrier).phase % 2 == parity) {
+    running->current->block->for_arrivals.push_back(running->current);
+    running->wait();
+  }
+}
+
+void named_barrier(int number, int threads, bool wait) {
+  if (number < 1 || number > 15 || threads % kLanes != 0) running->fail("no such named barrier");
+  Named& named = running->current->block->named[size_t(number)];
+  if (named.arrived > 0 && named.threads != threads) running->fail("a named barrier for different numbers of threads");
+  named.threads = threads;
+  running->idle = 0;
+  if (wait) named.waiting.push_back(running->current);
+  if (++named.arrived == threads) {
+    named.arrived = 0;
+    wake_all(named.waiting);
+  }
+  if (wait) running->wait();
+}
+
+void set_registers(int registers, bool more) {
+  if (registers < 24 || registers > 256 || registers % 8 != 0) running->fail("no such number of registers");
+  with_warp(more ? "raise_registers" : "lower_registers", nullptr, nullptr, [](const void* const*, void* const*) {});
+  Fibre& fibre = *running->current;
+  Block& block = *fibre.block;
+  Warp& warp = block.warps[size_t(fibre.number / kLanes)];
+  while (true) {
+    const int by = registers - warp.registers;  // the first of the warp does it for all
+    if (by != 0 && more != (by > 0)) running->fail("registers lowered to more, or raised to less, " + name(fibre));
+    if (kLanes * by <= block.free_registers) {
+      block.free_registers -= kLanes * by;
+      warp.registers = registers;
+      return wake_all(block.for_registers);
+    }
+    block.for_registers.push_back(&fibre);
+    running->wait();
+  }
+}
+
+void fence_shared() { running->current->fenced = ++running->clock; }
+
+namespace {
+
+Warp& this_warp() { return running->current->block->warps[size_t(running->current->number / kLanes)]; }
+
+void together(const char* kind) {
+  with_warp(kind, nullptr, nullptr, [](const void* const*, void* const*) {});
+}
+
+// Element (k, n) of a matrix of 16 rows, as its descriptor says (PTX ISA, "Canonical layouts"); rows: they stand there
+// as they are, or else its columns do.
+uint16_t element(uint64_t descriptor, bool rows, int k, int n) {
+  const Fibre& fibre = *running->current;
+  const Block& block = *fibre.block;
+  const auto bytes = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
+  const uint32_t leading = bytes(16), stride = bytes(32);
+  if ((descriptor >> 49 & 7) != 0) running->fail("a descriptor with a base offset, which is not emulated");
+  const int mode = int(descriptor >> 62);
+  const uint32_t units = mode == 0 ? 1 : 16 >> mode;  // of 16 bytes, beside each other before the pattern repeats
+  // Along what is contiguous in memory, and across it.
+  const auto along = uint32_t(rows ? n : k), across = uint32_t(rows ? k : n);
+  const uint32_t unit = along / 8;
+  uint32_t at = bytes(0) + across % 8 * units * 16 + along % 8 * 2;
+  if (mode == 0) {
+    at += rows ? unit * stride + across / 8 * leading : unit * leading + across / 8 * stride;
+  } else {
+    at += unit % units * 16 + unit / units * leading + across / 8 * stride;
+  }
+  at ^= (at >> 7 & (units - 1)) << 4;
+  if (at + 2 > block.shared_bytes) running->fail("a product reads outside of shared memory, " + name(fibre));
+  const auto& [when, by] = block.copied[at / 16];
+  const int64_t reader = block.fibres[size_t(fibre.number / kLanes * kLanes)]->fenced;
+  if (when > std::max(block.fibres[size_t(by)]->fenced, reader)) {
+    running->fail("a product reads what was copied without a fence, " + name(fibre));
+  }
+  uint16_t bits;
+  memcpy(&bits, block.shared_begin() + at, sizeof bits);
+  return bits;
+}
+
+void complete(Warp& warp, Pending& pending) {
+  if (std::exchange(pending.done, true)) return;
+  const Product& first = pending.of[0];
+  auto& sums = *std::find_if(warp.sums.begin(), warp.sums.end(), [&](const Sums& s) { return s.of[0] == first.d; });
+  std::vector<float> b(size_t(16 * first.columns));
+  for (int k = 0; k < 16; ++k) {
+    for (int n = 0; n < first.columns; ++n) {
+      b[size_t(k * first.columns + n)] = first.widen(element(first.b, first.rows, k, n));
+    }
+  }
+  for (int t = 0; t < kLanes; ++t) {
+    const Product& of = pending.of[size_t(t)];
+    if (memcmp(of.a, pending.a[size_t(t)].data(), sizeof pending.a[0]) != 0) {
+      running->fail("the left side of a product was written to before a wait, " + name(*running->current));
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    float a[16];
+    for (int k = 0; k < 16; ++k) {
+      const auto& registers = pending.a[size_t(row % 8 * 4 + k % 8 / 2)];
+      const uint32_t pair = registers[size_t(row / 8 + k / 8 * 2)];
+      a[k] = first.widen(uint16_t(k % 2 == 0 ? pair : pair >> 16));
+    }
+    for (int n = 0; n < first.columns; ++n) {
+      float& sum = sums.now[size_t(row % 8 * 4 + n % 8 / 2) * sums.count + size_t(n / 8 * 4 + row / 8 * 2 + n % 2)];
+      if (!first.add) sum = 0;
+      for (int k = 0; k < 16; ++k) sum += a[k] * b[size_t(k * first.columns + n)];
+    }
+  }
+}
+
+bool is_poison(const float* d, size_t count) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(d);
+  return std::all_of(bytes, bytes + count * sizeof(float), [](unsigned char byte) { return byte == kPoison; });
+}
+
+void check_at_rest(const Warp& warp, std::initializer_list<const float*> sums) {
+  for (const Sums& pending : warp.sums) {
+    if (std::find(sums.begin(), sums.end(), pending.of[size_t(lane())]) != sums.end()) {
+      running->fail("sums are taken for done that no wait was for, " + name(*running->current));
+    }
+  }
+}
+
+}  // namespace
+
+void warpgroup_fence(std::initializer_list<const float*> sums) {
+  together("warpgroup_fence");
+  check_at_rest(this_warp(), sums);
+  this_warp().fenced = true;
+}
+
+// The part of a warp is computed at once, or as late as it may be: drawn at random.
+void warpgroup_multiply_add(const Product& product) {
+  with_warp("warpgroup_multiply_add", &product, nullptr, [](const void* const* inputs, void* const*) {
+    Warp& warp = this_warp();
+    if (!warp.fenced) running->fail("a product without a fence, " + name(*running->current));
+    Pending& pending = warp.products.emplace_back();
+    for (size_t t = 0; t < kLanes; ++t) {
+      pending.of[t] = *static_cast<const Product*>(inputs[t]);
+      memcpy(pending.a[t].data(), pending.of[t].a, sizeof pending.a[t]);
+      if (pending.of[t].b != pending.of[0].b) running->fail("lanes of a warp have different descriptors");
+    }
+    pending.group = warp.groups;
+    const auto count = size_t(pending.of[0].columns / 2);
+    auto sums =
+        std::find_if(warp.sums.begin(), warp.sums.end(), [&](const Sums& s) { return s.of[0] == pending.of[0].d; });
+    if (sums == warp.sums.end()) {
+      sums = warp.sums.insert(sums, Sums{{}, count, {}, 0});
+      for (size_t t = 0; t < kLanes; ++t) {
+        sums->of[t] = pending.of[t].d;
+        sums->now.insert(sums->now.end(), sums->of[t], sums->of[t] + count);
+        memset(sums->of[t], kPoison, count * sizeof(float));
+      }
+    }
+    sums->last = warp.groups;
+    ++warp.issued;
+    ++products;
+    if (running->order() % 2 == 0) {
+      for (Pending& one : warp.products) complete(warp, one);
+    }
+  });
+}
+
+void warpgroup_commit() {
+  with_warp("warpgroup_commit", nullptr, nullptr, [](const void* const*, void* const*) { ++this_warp().groups; });
+}
+
+void warpgroup_wait(int pending, std::initializer_list<const float*> sums) {
+  with_warp("warpgroup_wait", nullptr, nullptr, [pending](const void* const*, void* const*) {
+    Warp& warp = this_warp();
+    warp.fenced = false;
+    const int64_t end = warp.groups - pending;
+    while (!warp.products.empty() && warp.products.front().group < end) {
+      complete(warp, warp.products.front());
+      warp.products.pop_front();
+    }
+    std::erase_if(warp.sums, [end](const Sums& sums) {
+      if (sums.last >= end) return false;
+      for (size_t t = 0; t < kLanes; ++t) {
+        if (!is_poison(sums.of[t], sums.count)) running->fail("sums were written to before a wait");
+        std::copy_n(sums.now.begin() + int64_t(t * sums.count), sums.count, sums.of[t]);
+      }
+      return true;
+    });
+  });
+  check_at_rest(this_warp(), sums);
+}
+
+int compute_capability() { return device_capability; }
 
 void run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared, bool cooperative) {
   const auto require = [](bool holds, const char* what) {
@@ -366,8 +664,11 @@ void run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shar
 
 extern "C" {
 __attribute__((visibility("default"))) int64_t fastgen_emulated_launches() { return fastgen::emulator::launches; }
-__attribute__((visibility("default"))) void fastgen_emulated_device(int multiprocessors, int64_t shared_limit) {
+__attribute__((visibility("default"))) int64_t fastgen_emulated_products() { return fastgen::emulator::products; }
+__attribute__((visibility("default"))) void fastgen_emulated_device(int multiprocessors, int64_t shared_limit,
+                                                                    int capability) {
   fastgen::emulator::device_multiprocessors = multiprocessors;
   fastgen::emulator::device_shared_limit = size_t(shared_limit);
+  fastgen::emulator::device_capability = capability;
 }
 }

@@ -1,0 +1,64 @@
+// The names of csrc/cuda/warpgroup.h on the emulated device (emulator.cpp).
+#pragma once
+
+#include <array>
+
+#include "emulated_device.h"
+
+namespace fastgen {
+namespace emulator {
+
+void init_arrivals(uint64_t* barrier, int arrivals);
+void arrive(uint64_t* barrier);
+void wait_arrivals(uint64_t* barrier, uint32_t parity);
+void named_barrier(int number, int threads, bool wait);
+void set_registers(int registers, bool more);
+void fence_shared();
+
+// What a thread gives to a product of its warpgroup.
+struct Product {
+  float* d;  // [columns / 8][4]
+  const uint32_t* a;
+  uint64_t b;
+  bool rows, add;
+  int columns;
+  float (*widen)(uint16_t);
+};
+void warpgroup_fence(std::initializer_list<const float*> sums);
+void warpgroup_multiply_add(const Product& product);
+void warpgroup_commit();
+void warpgroup_wait(int pending, std::initializer_list<const float*> sums);
+
+}  // namespace emulator
+
+inline void init_arrivals(uint64_t* barrier, int arrivals) { emulator::init_arrivals(barrier, arrivals); }
+inline void arrive(uint64_t* barrier) { emulator::arrive(barrier); }
+inline void wait_arrivals(uint64_t* barrier, uint32_t parity) { emulator::wait_arrivals(barrier, parity); }
+inline void named_barrier_wait(int number, int threads) { emulator::named_barrier(number, threads, true); }
+inline void named_barrier_arrive(int number, int threads) { emulator::named_barrier(number, threads, false); }
+template <int kRegisters>
+void lower_registers() {
+  emulator::set_registers(kRegisters, false);
+}
+template <int kRegisters>
+void raise_registers() {
+  emulator::set_registers(kRegisters, true);
+}
+
+inline void fence_shared() { emulator::fence_shared(); }
+inline void warpgroup_commit() { emulator::warpgroup_commit(); }
+template <class... Sums>
+void warpgroup_fence(Sums&... sums) {
+  emulator::warpgroup_fence({&sums[0][0]...});
+}
+template <int kPending, class... Sums>
+void warpgroup_wait(Sums&... sums) {
+  emulator::warpgroup_wait(kPending, {&sums[0][0]...});
+}
+template <class Half, bool kRows, int kCount>
+void warpgroup_multiply_add(float (&d)[kCount][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  emulator::warpgroup_multiply_add(
+      {&d[0][0], a, b, kRows, add, 8 * kCount, [](uint16_t bits) { return widen(Half{bits}); }});
+}
+
+}  // namespace fastgen
