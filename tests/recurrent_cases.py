@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 from unittest import mock
 
 import torch
@@ -46,11 +47,27 @@ def taking(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on(gpu: Gpu) -> Iterator[None]:
-    """The ops of a sequence by the CUDA kernels of this device."""
+    """Every recurrent op by the CUDA kernels of this device."""
     with contextlib.ExitStack() as stack:
-        for name in ("recurrent", "recurrent_backward"):
+        for name in ops.SCHEMAS:
             stack.enter_context(mock.patch.object(ops, f"_{name}", getattr(gpu.ops, name).default))
         yield
+
+
+def cell_operands(
+    mode: Mode, batch: int, inputs: int, hidden: int, dtype: torch.dtype, bias: bool = True, seed: int = 0
+) -> tuple[Any, ...]:
+    """(mode, input, h, c, w_ih, w_hh, b_ih, b_hh) of a step; the size of the weights keeps the gates in their bend."""
+    g = random.Generator(seed)
+
+    def draw(*shape: int, std: float = 1.0) -> Tensor:
+        return random.normal(*shape, std=std, generator=g).to(dtype)
+
+    rows = mode.gates * hidden
+    x, h, c = draw(batch, inputs), draw(batch, hidden), draw(batch, hidden)
+    weights = draw(rows, inputs, std=max(inputs, 1) ** -0.5), draw(rows, hidden, std=hidden**-0.5)
+    biases = (draw(rows), draw(rows)) if bias else (None, None)
+    return mode, x, h, c if mode == Mode.LSTM else None, *weights, *biases
 
 
 @contextlib.contextmanager

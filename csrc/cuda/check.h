@@ -100,6 +100,15 @@ Results plain(const char* name, const Args&... args) {
   return call_op<Results>(name, "plain", args...);
 }
 
+// out = left right, by the variant of torch's product that writes to a given tensor: autocast leaves it alone. Operands
+// that want a gradient come by way of `detached`.
+inline void multiply_into(const Tensor& out, const Tensor& left, const Tensor& right) {
+  call_op<Tensor>("aten::mm", "out", left, right, out);
+}
+inline Tensor detached(const Tensor& tensor) { return call_op<Tensor>("aten::detach", "", tensor); }
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+inline void* data_of(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace fastgen

@@ -29,31 +29,6 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-void* data_of(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
-
-template <class Body>
-void by_element(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kBFloat16: return body(BFloat16{});
-    case DType::kFloat16: return body(Float16{});
-    default: return body(float{});
-  }
-}
-template <class Body>
-void by_gates(CellMode mode, const Body& body) {
-  switch (gate_count(mode)) {
-    case 4: return body(std::integral_constant<int, 4>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    default: return body(std::integral_constant<int, 1>{});
-  }
-}
-
-// Products and sums of torch's, by the variants that write to a given tensor: those autocast leaves alone.
-void multiply_into(const Tensor& out, const Tensor& left, const Tensor& right) {
-  call_op<Tensor>("aten::mm", "out", left, right, out);
-}
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
-
 // What runs before and after the kernel of a sequence, in one place for both directions.
 class Sequencer {
  public:
@@ -78,7 +53,7 @@ class Sequencer {
 
   // The rows of a tensor as a matrix, outside of any graph.
   Tensor matrix(const Tensor& tensor) const {
-    const Tensor plain = call_op<Tensor>("aten::detach", "", tensor);
+    const Tensor plain = detached(tensor);
     const int64_t sizes[] = {arguments_.p.rows, tensor.size(tensor.dim() - 1)};
     return torch::stable::reshape(plain, {sizes, 2});
   }
@@ -242,7 +217,7 @@ Results recurrent(int64_t mode, const Tensor& input, const Optional& batch_sizes
   p.cells = save && lstm ? data_of(cells) : nullptr;
 
   const Tensor from_input = call.empty({p.rows, w_ih.size(0)});
-  multiply_into(from_input, call.matrix(input), transposed(call_op<Tensor>("aten::detach", "", w_ih)));
+  multiply_into(from_input, call.matrix(input), transposed(detached(w_ih)));
   p.from_input = data_of(from_input);
   call.prepare(p, seed_offset);
   p.recurrent = call.product(units, outputs, gate_count(p.mode), 2, p.w_hh, units * outputs, outputs, 1);
@@ -376,7 +351,7 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   };
   if (needed(0, input)) {
     const int64_t sizes[] = {p.rows, p.input_size};
-    multiply_into(torch::stable::view(grad_input, {sizes, 2}), grad_ih, call_op<Tensor>("aten::detach", "", w_ih));
+    multiply_into(torch::stable::view(grad_input, {sizes, 2}), grad_ih, detached(w_ih));
   }
   if (needed(1, w_ih)) multiply_into(grad_w_ih, transposed(grad_ih), call.matrix(input));
   if (needed(2, w_hh)) {

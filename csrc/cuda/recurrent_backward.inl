@@ -183,26 +183,22 @@ struct Backward : Worker<BackwardParams> {
       if (norm()) return behind_norm(now, row, b, u, valid, tile, dh);
     }
     if (!valid) return;
+    float kept[4];
+    FASTGEN_UNROLL
+    for (int g = 0; g < 4; ++g) kept[g] = widen(saved.gates[g]);
     if constexpr (kLstm) {
-      const float i = widen(saved.gates[0]), f = widen(saved.gates[1]), g = widen(saved.gates[2]),
-                  o = widen(saved.gates[3]);
+      const auto [i, f, g, o] = kept;
       const float t = tanh_of(p.zone_c.used ? f * saved.before + i * g : saved.after);
       if (p.hidden != nullptr) narrow(o * t, static_cast<Element*>(p.hidden) + row * units + u);
       const float from_h = dh * o * (1.0f - t * t), dc = from_h + cell_gradient(row, b, u, f, from_h, saved.dc);
-      const float grads[] = {dc * g * i * (1.0f - i), dc * saved.before * f * (1.0f - f), dc * i * (1.0f - g * g),
-                             dh * t * o * (1.0f - o)};
-      give(half, row, b, u, grads, grads);
+      const LstmGradients grads(kept, saved.before, t, dh, dc);
+      give(half, row, b, u, grads.sums, grads.sums);
     } else if constexpr (kGru) {
-      const float r = widen(saved.gates[0]), z = widen(saved.gates[1]), n = widen(saved.gates[2]),
-                  h_n = widen(saved.gates[3]);
-      const float dn = dh * (1.0f - z) * (1.0f - n * n), dz = dh * (saved.before - n) * z * (1.0f - z),
-                  dr = dn * h_n * r * (1.0f - r);
-      const float from_input[] = {dr, dz, dn}, from_state[] = {dr, dz, dn * r};
-      give(half, row, b, u, from_input, from_state);
-      p.h[b * units + u] = p.h[b * units + u] + dh * z;
+      const GruGradients grads(kept, saved.before, dh);
+      give(half, row, b, u, grads.from_input, grads.from_state);
+      p.h[b * units + u] = p.h[b * units + u] + dh * kept[1];
     } else {
-      const float h = saved.after;
-      const float grads[] = {p.mode == CellMode::kTanh ? dh * (1.0f - h * h) : h > 0.0f ? dh : 0.0f};
+      const float grads[] = {elman_gradient(p.mode, saved.after, dh)};
       give(half, row, b, u, grads, grads);
     }
   }

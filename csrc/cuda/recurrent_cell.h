@@ -1,5 +1,5 @@
-// What the threads of a step do with single units: activations, zoneout, and the statistics of layer norm, which are
-// those of a row of the batch and come together from all blocks.
+// What the threads of a step do with single units: the cell and its gradients, zoneout, and the statistics of layer
+// norm, which are those of a row of the batch and come together from all blocks.
 #pragma once
 
 #define FASTGEN_GENERIC_BLOCKS 1
@@ -16,6 +16,71 @@ namespace {
 __device__ inline float sigmoid_of(float x) { return sigmoid<float, Lanes<uint32_t, 1>>(Lanes<float, 1>(x)).v[0]; }
 __device__ inline float tanh_of(float x) {
   return hyperbolic_tangent<float, Lanes<uint32_t, 1>>(Lanes<float, 1>(x)).v[0];
+}
+
+template <class Body>
+void by_element(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kBFloat16: return body(BFloat16{});
+    case DType::kFloat16: return body(Float16{});
+    default: return body(float{});
+  }
+}
+template <class Body>
+void by_gates(CellMode mode, const Body& body) {
+  switch (gate_count(mode)) {
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    default: return body(std::integral_constant<int, 1>{});
+  }
+}
+
+// What a cell makes of its sums in one unit. gates: what its backward pass reads, if it has any.
+struct Cell {
+  float gates[4];
+  float c, h;
+};
+
+// x, s: W_ih x + b_ih and W_hh h + b_hh; before: c, or of a GRU h.
+template <int kGates>
+__device__ inline Cell cell_of(CellMode mode, const float (&x)[kGates], const float (&s)[kGates], float before) {
+  if constexpr (kGates == 4) {
+    const float i = sigmoid_of(x[0] + s[0]), f = sigmoid_of(x[1] + s[1]), g = tanh_of(x[2] + s[2]),
+                o = sigmoid_of(x[3] + s[3]), c = f * before + i * g;
+    return {{i, f, g, o}, c, o * tanh_of(c)};
+  } else if constexpr (kGates == 3) {
+    const float r = sigmoid_of(x[0] + s[0]), z = sigmoid_of(x[1] + s[1]), n = tanh_of(x[2] + r * s[2]);
+    return {{r, z, n, s[2]}, 0.0f, (1.0f - z) * n + z * before};
+  } else {
+    const float sum = x[0] + s[0];
+    // Not a maximum, which would drop a NaN.
+    return {{}, 0.0f, mode == CellMode::kTanh ? tanh_of(sum) : sum < 0.0f ? 0.0f : sum};
+  }
+}
+
+// The gradients of the sums. dc: all of that of c'; t: tanh(c').
+struct LstmGradients {
+  float sums[4];
+  __device__ LstmGradients(const float (&gates)[4], float c_before, float t, float dh, float dc) {
+    const auto [i, f, g, o] = gates;
+    sums[0] = dc * g * i * (1.0f - i);
+    sums[1] = dc * c_before * f * (1.0f - f);
+    sums[2] = dc * i * (1.0f - g * g);
+    sums[3] = dh * t * o * (1.0f - o);
+  }
+};
+struct GruGradients {
+  float from_input[3], from_state[3];
+  __device__ GruGradients(const float (&gates)[4], float h_before, float dh) {
+    const auto [r, z, n, h_n] = gates;
+    from_input[2] = dh * (1.0f - z) * (1.0f - n * n);
+    from_input[1] = from_state[1] = dh * (h_before - n) * z * (1.0f - z);
+    from_input[0] = from_state[0] = from_input[2] * h_n * r * (1.0f - r);
+    from_state[2] = from_input[2] * r;
+  }
+};
+__device__ inline float elman_gradient(CellMode mode, float h, float dh) {
+  return mode == CellMode::kTanh ? dh * (1.0f - h * h) : h > 0.0f ? dh : 0.0f;
 }
 
 // The element of an operand that need not be there, as it stands in memory and as a number.
@@ -49,6 +114,11 @@ __device__ inline float sum_of_units(float x) {
   x = x + shuffle_xor(x, 1);
   x = x + shuffle_xor(x, 2);
   return x + shuffle_xor(x, 4);
+}
+
+__device__ inline float warp_sum(float x) {
+  for (int step = 16; step > 0; step /= 2) x = x + shuffle_xor(x, step);
+  return x;
 }
 
 // The mean of some of the values of a row, and the sum of their squared distances from it (Chan, Golub & LeVeque,

@@ -119,33 +119,25 @@ struct Forward : Worker<ForwardParams> {
       x[g] = widen(ahead.x[g]) + widen(ahead.b_ih[g]);
       s[g] = sums[g] + widen(ahead.b_hh[g]);
     }
+    const Cell cell = cell_of<kGates>(p.mode, x, s, ahead.before);
     Element* gates = p.gates == nullptr ? nullptr : static_cast<Element*>(p.gates) + row * saved_gates(p) * units + u;
-    if constexpr (kLstm) {
-      const float i = sigmoid_of(x[0] + s[0]), f = sigmoid_of(x[1] + s[1]), g = tanh_of(x[2] + s[2]),
-                  o = sigmoid_of(x[3] + s[3]);
-      save(gates, i, f, g, o);
-      const float c = f * ahead.before + i * g;
-      keep_cell(row, b, u, c);
-      emit_hidden(now, half, b, u, o * tanh_of(c));
-    } else if constexpr (kGates == 3) {
-      const float r = sigmoid_of(x[0] + s[0]), z = sigmoid_of(x[1] + s[1]), n = tanh_of(x[2] + r * s[2]);
-      save(gates, r, z, n, s[2]);
-      emit(now, half, b, u, (1.0f - z) * n + z * ahead.before);
+    if constexpr (kGates > 1) {
+      save(gates, cell.gates);
     } else {
-      const float sum = x[0] + s[0];
-      // Not a maximum, which would drop a NaN.
-      const float h = p.mode == CellMode::kTanh ? tanh_of(sum) : sum < 0.0f ? 0.0f : sum;
-      if (gates != nullptr) narrow(h, gates);
-      emit(now, half, b, u, h);
+      if (gates != nullptr) narrow(cell.h, gates);
+    }
+    if constexpr (kLstm) {
+      keep_cell(row, b, u, cell.c);
+      emit_hidden(now, half, b, u, cell.h);
+    } else {
+      emit(now, half, b, u, cell.h);
     }
   }
 
-  __device__ void save(Element* gates, float a, float b, float c, float d) const {
+  __device__ void save(Element* gates, const float (&values)[4]) const {
     if (gates == nullptr) return;
-    narrow(a, gates);
-    narrow(b, gates + p.hidden_size);
-    narrow(c, gates + 2 * p.hidden_size);
-    narrow(d, gates + 3 * p.hidden_size);
+    FASTGEN_UNROLL
+    for (int g = 0; g < 4; ++g) narrow(values[g], gates + g * p.hidden_size);
   }
 
   // c' becomes c, by way of zoneout.
@@ -203,7 +195,7 @@ struct Forward : Worker<ForwardParams> {
           if (gates != nullptr) narrow(hat, gates + (8 + g) * units);
         }
         const float i = sigmoid_of(a[0]), f = sigmoid_of(a[1]), g = tanh_of(a[2]), o = sigmoid_of(a[3]);
-        save(gates, i, f, g, o);
+        save(gates, {i, f, g, o});
         c[0] = f * p.c[b * units + u] + i * g;
         p.proposed[b * units + u] = c[0];
         sums[3 * units] = o;

@@ -173,6 +173,27 @@ struct PartialSums<float, kGroups> {
   }
 };
 
+// Runs one warp through the chunks first, first + step, ..., each by way of the next stage of its ring:
+// fetch(chunk, stage) begins copies, use(chunk, stage) finds what they brought.
+template <class Fetch, class Use>
+__device__ void through_ring(int first, int step, int chunks, const Fetch& fetch, const Use& use) {
+  const auto ahead = [&](int chunk, int stage) {
+    if (chunk < chunks) fetch(chunk, stage);
+    copy_async_commit();
+  };
+  FASTGEN_UNROLL
+  for (int i = 0; i < kStages; ++i) ahead(first + i * step, i);
+  int stage = 0;
+  for (int chunk = first; chunk < chunks; chunk += step) {
+    copy_async_wait<kStages - 1>();
+    warp_barrier();
+    use(chunk, stage);
+    warp_barrier();
+    ahead(chunk + kStages * step, stage);
+    stage = (stage + 1) % kStages;
+  }
+}
+
 // The sums of one tile, to be read by `sum_of` behind a block_barrier. operand: the first of `rows` rows, 1 to kRows.
 template <class Element, int kGroups>
 __device__ void multiply_tile(const Product& product, int tile, int block, const unsigned char* operand, int rows,
@@ -186,52 +207,44 @@ __device__ void multiply_tile(const Product& product, int tile, int block, const
   const int64_t pitch = product.pitch(), operand_pitch = product.operand_pitch();
   unsigned char* ring = dynamic_shared() + plan.rings + warp * kStages * plan.stage;
 
-  // The chunks warp, warp + warps, ..., each by way of the next stage.
   const auto fetch = [&](int chunk, int stage) {
-    if (chunk < product.chunks) {
-      const int64_t at = int64_t(chunk) * kChunk;
-      unsigned char* to = ring + stage * plan.stage;
-      for (int j = lane; j < (many ? 16 : 8) * (kChunk / 16); j += 32) {
-        const int row = j / (kChunk / 16), part = j % (kChunk / 16) * 16;
-        const bool there = row < rows;
-        copy_async16(to + row * kChunkPitch + part, operand + (there ? row : 0) * operand_pitch + at + part, there);
-      }
-      for (int j = lane; streamed && j < kGroups * kUnits * (kChunk / 16); j += 32) {
-        const int row = j / (kChunk / 16), part = j % (kChunk / 16) * 16;
-        copy_async16(to + kStageOperand + row * kChunkPitch + part, matrix + row * pitch + at + part);
-      }
+    const int64_t at = int64_t(chunk) * kChunk;
+    unsigned char* to = ring + stage * plan.stage;
+    for (int j = lane; j < (many ? 16 : 8) * (kChunk / 16); j += 32) {
+      const int row = j / (kChunk / 16), part = j % (kChunk / 16) * 16;
+      const bool there = row < rows;
+      copy_async16(to + row * kChunkPitch + part, operand + (there ? row : 0) * operand_pitch + at + part, there);
     }
-    copy_async_commit();
+    for (int j = lane; streamed && j < kGroups * kUnits * (kChunk / 16); j += 32) {
+      const int row = j / (kChunk / 16), part = j % (kChunk / 16) * 16;
+      copy_async16(to + kStageOperand + row * kChunkPitch + part, matrix + row * pitch + at + part);
+    }
   };
-
   PartialSums<Element, kGroups> sums;
-  FASTGEN_UNROLL
-  for (int i = 0; i < kStages; ++i) fetch(warp + i * plan.warps, i);
-  int stage = 0;
-  for (int chunk = warp; chunk < product.chunks; chunk += plan.warps) {
-    copy_async_wait<kStages - 1>();
-    warp_barrier();
+  through_ring(warp, plan.warps, product.chunks, fetch, [&](int chunk, int stage) {
     const unsigned char* of = ring + stage * plan.stage;
     if (streamed) {
       sums.add(of + kStageOperand, kChunkPitch, of, many);
     } else {
       sums.add(matrix + int64_t(chunk) * kChunk, pitch, of, many);
     }
-    warp_barrier();
-    fetch(chunk + kStages * plan.warps, stage);
-    stage = (stage + 1) % kStages;
-  }
+  });
   sums.store(reinterpret_cast<float*>(dynamic_shared() + plan.sums) + warp * kGroups * kUnits * kSumPitch, many);
+}
+
+// The sum of the parts that several warps have stored, in their order.
+template <int kGroups>
+__device__ float sum_of_parts(const float* sums, int parts, int group, int unit, int row) {
+  sums += (group * kUnits + unit) * kSumPitch + row;
+  float total = 0;
+  for (int i = 0; i < parts; ++i) total = total + sums[i * kGroups * kUnits * kSumPitch];
+  return total;
 }
 
 template <int kGroups>
 __device__ float sum_of(const Product& product, const SharedPlan& plan, int group, int unit, int row) {
-  const float* sums =
-      reinterpret_cast<const float*>(dynamic_shared() + plan.sums) + (group * kUnits + unit) * kSumPitch + row;
-  const int parts = product.chunks < plan.warps ? product.chunks : plan.warps;
-  float total = 0;
-  for (int i = 0; i < parts; ++i) total = total + sums[i * kGroups * kUnits * kSumPitch];
-  return total;
+  const auto* sums = reinterpret_cast<const float*>(dynamic_shared() + plan.sums);
+  return sum_of_parts<kGroups>(sums, product.chunks < plan.warps ? product.chunks : plan.warps, group, unit, row);
 }
 
 }  // namespace

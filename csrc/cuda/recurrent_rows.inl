@@ -9,11 +9,6 @@ namespace {
 
 constexpr int kRowThreads = 256;
 
-__device__ inline float warp_sum(float x) {
-  for (int step = 16; step > 0; step /= 2) x = x + shuffle_xor(x, step);
-  return x;
-}
-
 // body(i) for the warps of a grid.
 template <class Body>
 __device__ void for_rows(int64_t count, const Body& body) {

@@ -3,7 +3,8 @@
 #include <vector>
 
 #include "../cpu/isa.h"
-#include "rows.h"
+#include "cell_ops.h"
+#include "cpu_rows.h"
 
 namespace fastgen {
 namespace {
@@ -19,28 +20,9 @@ void run(const LinearRowsParams& p) {
 }
 
 Tensor linear_rows(const Tensor& input, const Tensor& weight, const Optional& bias) {
-  const ScalarType dtype = input.scalar_type();
-  check_floating(dtype);
-  STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected a matrix, got ", weight.dim(), " dimensions");
-  LinearRowsParams p{};
-  p.dtype = dtype_of(dtype);
-  p.batch = input.size(0);
-  p.inputs = input.size(1);
-  p.outputs = weight.size(0);
-  check_matrix("weight", weight, p.outputs, p.inputs, dtype);
-  if (bias) check_vector("bias", *bias, p.outputs, dtype);
-  const int64_t sizes[] = {p.batch, p.outputs};
-  Tensor output = empty_cpu(sizes, 2, dtype);
-  if (output.numel() == 0) return output;
-  const Tensor x = dense_rows(input), w = dense_rows(weight);
-  const Optional b = bias ? Optional(dense_rows(*bias)) : std::nullopt;
-  p.x = rows_of(x);
-  p.w = rows_of(w);
-  p.bias = b ? b->const_data_ptr() : nullptr;
-  p.y = output.mutable_data_ptr();
-  run(p);
-  return output;
+  const LinearRowsArguments<Cpu> arguments(input, weight, bias);
+  if (!arguments.empty()) run(arguments.p);
+  return *arguments.output;
 }
 
 // The states of a row in a generation; those of fastgen/reference/generate.py.
@@ -59,24 +41,24 @@ int64_t* integers(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mu
 // that their strides asked for.
 class Layer {
  public:
-  Layer(const Tensor* weights, int64_t count, CellMode mode, int64_t inputs, int64_t hidden, ScalarType dtype)
+  Layer(const Tensor* weights, int64_t count, CellMode mode, int64_t inputs, int64_t hidden, const Kind& kind)
       : w_ih_(dense_rows(weights[0])), w_hh_(dense_rows(weights[1])) {
     const int64_t rows = gate_count(mode) * hidden;
-    check_matrix("weights", w_ih_, rows, inputs, dtype);
-    check_matrix("weights", w_hh_, rows, hidden, dtype);
+    check_matrix("weights", w_ih_, rows, inputs, kind);
+    check_matrix("weights", w_hh_, rows, hidden, kind);
     p.mode = mode;
-    p.dtype = dtype_of(dtype);
+    p.dtype = dtype_of(kind.dtype);
     p.input_size = inputs;
     p.state_size = p.hidden_size = hidden;
     p.w_ih = rows_of(w_ih_);
     p.w_hh = rows_of(w_hh_);
     if (count > 4) {
       const Tensor* norm = weights + count - 4;
-      norm_.emplace(p, mode, hidden, dtype, norm[0], norm[1], norm[2], norm[3]);
+      norm_.emplace(p, mode, hidden, kind, norm[0], norm[1], norm[2], norm[3]);
     }
     if (count % 4 != 0) return;
-    check_vector("weights", weights[2], rows, dtype);
-    check_vector("weights", weights[3], rows, dtype);
+    check_vector("weights", weights[2], rows, kind);
+    check_vector("weights", weights[3], rows, kind);
     b_ih_ = dense_rows(weights[2]);
     b_hh_ = dense_rows(weights[3]);
     p.b_ih = b_ih_->const_data_ptr();
@@ -94,21 +76,21 @@ class Layer {
 // A linear map of the last layer's states.
 class Output {
  public:
-  Output(const char* name, const Tensor& weight, const Optional& bias, int64_t inputs, int64_t rows, ScalarType dtype)
+  Output(const char* name, const Tensor& weight, const Optional& bias, int64_t inputs, int64_t rows, const Kind& kind)
       : weight_(dense_rows(weight)) {
     STD_TORCH_CHECK(weight.dim() == 2, name, ": expected a matrix, got ", weight.dim(), " dimensions");
-    check_matrix(name, weight_, weight.size(0), inputs, dtype);
-    p.dtype = dtype_of(dtype);
+    check_matrix(name, weight_, weight.size(0), inputs, kind);
+    p.dtype = dtype_of(kind.dtype);
     p.inputs = inputs;
     p.outputs = weight.size(0);
     p.w = rows_of(weight_);
     if (bias) {
-      check_vector("output_bias", *bias, p.outputs, dtype);
+      check_vector("output_bias", *bias, p.outputs, kind);
       bias_ = dense_rows(*bias);
       p.bias = bias_->const_data_ptr();
     }
     const int64_t sizes[] = {rows, p.outputs};
-    result_ = empty_cpu(sizes, 2, dtype);
+    result_ = empty_cpu(sizes, 2, kind.dtype);
     p.y = result_->mutable_data_ptr();
   }
 
@@ -135,8 +117,8 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
                   const Tensor& stop, int64_t steps, double norm_eps, double zoneout_c, double zoneout_h) {
   const CellMode mode = mode_of(mode_number);
   const bool lstm = mode == CellMode::kLstm;
-  const ScalarType dtype = h.scalar_type();
-  check_floating(dtype);
+  const Kind kind(h);
+  const ScalarType dtype = kind.dtype;
   STD_TORCH_CHECK(tokens.dim() == 2, "tokens: expected a matrix, got ", tokens.dim(), " dimensions");
   STD_TORCH_CHECK(h.dim() == 3 && h.size(0) > 0, "h: expected (layers, rows, hidden) with at least one layer");
   STD_TORCH_CHECK(embedding.dim() == 2, "embedding: expected a matrix, got ", embedding.dim(), " dimensions");
@@ -160,7 +142,7 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
                   "weights: expected 2 or 4, or 6 or 8 with layer norm, for each of ", layers, " layers, got ", count);
   STD_TORCH_CHECK(vocabulary > 0 && vocabulary <= int64_t(1) << 22, "embedding: expected 1 to 2^22 tokens, got ",
                   vocabulary);
-  check_matrix("embedding", embedding, vocabulary, embedding.size(1), dtype);
+  check_matrix("embedding", embedding, vocabulary, embedding.size(1), kind);
 
   int64_t *const token = integers(tokens), *const at = integers(position), *const state_of = integers(status);
   const int64_t *const prompt = integers(given), *const until = integers(end), *const seeds = integers(seed_offset),
@@ -181,15 +163,15 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
   std::vector<Layer> stack;
   stack.reserve(size_t(layers));
   for (int64_t l = 0; l < layers; ++l) {
-    stack.emplace_back(&weights[size_t(l * each)], each, mode, l == 0 ? embedding.size(1) : hidden, hidden, dtype);
+    stack.emplace_back(&weights[size_t(l * each)], each, mode, l == 0 ? embedding.size(1) : hidden, hidden, kind);
     stack.back().p.norm_eps = norm_eps;
     set_zoneout(stack.back().p, mode, zoneout_c, zoneout_h);
   }
   const Optional sums = sums_for(stack[0].p, n);  // of one layer at a time
   for (Layer& layer : stack) layer.p.sums = stack[0].p.sums;
   std::optional<Output> project;
-  if (projection) project.emplace("projection", *projection, std::nullopt, hidden, n, dtype);
-  Output logits("output_weight", output_weight, output_bias, project ? project->p.outputs : hidden, n, dtype);
+  if (projection) project.emplace("projection", *projection, std::nullopt, hidden, n, kind);
+  Output logits("output_weight", output_weight, output_bias, project ? project->p.outputs : hidden, n, kind);
   STD_TORCH_CHECK(logits.p.outputs == vocabulary, "output_weight: expected ", vocabulary, " rows, got ",
                   logits.p.outputs);
 

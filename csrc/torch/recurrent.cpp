@@ -6,7 +6,7 @@
 #include "../cpu/isa.h"
 #include "memory.h"
 #include "recurrent_ops.h"
-#include "rows.h"
+#include "cpu_rows.h"
 #include "tensor.h"
 
 namespace fastgen {
@@ -33,9 +33,10 @@ class Arguments : public RecurrentArguments {
   using RecurrentArguments::RecurrentArguments;
 
   // Layer norm and zoneout.
-  void set(const Optional& norm_ih, const Optional& norm_hh, const Optional& norm_c, const Optional& norm_c_bias,
-           const Optional& seed_offset, double norm_eps, double zoneout_c, double zoneout_h) {
-    norm_.emplace(p, p.mode, p.hidden_size, dtype(), norm_ih, norm_hh, norm_c, norm_c_bias);
+  void set(const Tensor& input, const Optional& norm_ih, const Optional& norm_hh, const Optional& norm_c,
+           const Optional& norm_c_bias, const Optional& seed_offset, double norm_eps, double zoneout_c,
+           double zoneout_h) {
+    norm_.emplace(p, p.mode, p.hidden_size, Kind(input), norm_ih, norm_hh, norm_c, norm_c_bias);
     p.norm_eps = norm_eps;
     set_zoneout(p, p.mode, zoneout_c, zoneout_h);
     if (!seed_offset) return;
@@ -184,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent(
     const Optional& norm_c, const Optional& norm_c_bias, const Optional& seed_offset, double norm_eps, double zoneout_c,
     double zoneout_h) {
   Arguments arguments(mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, batch_first, reverse);
-  arguments.set(norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset, norm_eps, zoneout_c, zoneout_h);
+  arguments.set(input, norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset, norm_eps, zoneout_c, zoneout_h);
   RecurrentParams& p = arguments.p;
   const ScalarType dtype = arguments.dtype();
   const bool lstm = p.mode == CellMode::kLstm, gated = saved_gates(p) > 0;
@@ -317,7 +318,7 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
                              const Optional& norm_c, const Optional& norm_c_bias, const Optional& seed_offset,
                              double norm_eps, double zoneout_c, double zoneout_h) {
   Arguments arguments(mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, batch_first, reverse);
-  arguments.set(norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset, norm_eps, zoneout_c, zoneout_h);
+  arguments.set(input, norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset, norm_eps, zoneout_c, zoneout_h);
   RecurrentBackwardParams p{};
   static_cast<RecurrentParams&>(p) = arguments.p;
   const ScalarType dtype = arguments.dtype(), work = arguments.work_dtype();

@@ -244,13 +244,15 @@ class _Recurrent(torch.autograd.Function):
         return None, None, *results
 
 
-_MANY_ROWS = 8  # measured: from here on the sequence's backward is as fast as PyTorch's products, then up to twice
+# On the CPU, measured: from here on the sequence's backward is as fast as PyTorch's products, then up to twice. Other
+# devices would wait for its launches.
+_MANY_ROWS = 8
 
 
 class _RecurrentCell(torch.autograd.Function):
     """The gradient for few rows: an op for what is in front of the four products, which are taken here.
 
-    For many rows packing the weights pays, and a step is a sequence of one.
+    For many rows on the CPU packing the weights pays, and a step is a sequence of one.
     """
 
     @staticmethod
@@ -277,7 +279,7 @@ class _RecurrentCell(torch.autograd.Function):
 
             return None, *through(forward, operands, wanted, (grad_h, grad_c))
         input, h, c, w_ih, w_hh, b_ih, b_hh = operands
-        if h.shape[0] >= _MANY_ROWS:
+        if h.shape[0] >= _MANY_ROWS and h.device.type == "cpu":
             # The wanted results of a sequence of one step, which come in another order.
             order = (0, 6, 7, 1, 2, 3, 4)
             needs = sum(1 << i for i, want in zip(order, wanted, strict=True) if want)

@@ -2,7 +2,7 @@
 
 A row's tokens are a function of its own prompt, seed and state: each row is fed one token a turn, prompt
 and continuation alike, so neither the batch nor the point where a text was cut into prompt and rest shows
-in the bits (as far as those of `recurrent_cell` and `linear_rows` do not: the kernels' do not).
+in the bits (as far as those of `recurrent_step` and `linear_rows` do not: the kernels' do not).
 
 From the logits on, every step has one result on every machine. The scores are single IEEE operations in
 double precision, the probabilities integers in units of 2^-40 of the largest, and sums of integers have no
@@ -153,12 +153,9 @@ def step_layers(
     for layer in range(len(h)):
         w_ih, w_hh, *more = weights[layer * each : (layer + 1) * each]
         biases = more[:2] if each % 4 == 0 else (None, None)
-        operands = (mode, x, h[layer, rows], None if c is None else c[layer, rows], w_ih, w_hh, *biases)
-        if each > 4 or any(zoneout):
-            norm = more[-4:] if each > 4 else [None] * 4
-            x, c_1 = torch.ops.fastgen.recurrent_step(*operands, *norm, norm_eps, *zoneout)
-        else:
-            x, c_1, _ = torch.ops.fastgen.recurrent_cell(*operands)
+        norm = more[-4:] if each > 4 else [None] * 4
+        states = h[layer, rows], None if c is None else c[layer, rows]
+        x, c_1 = torch.ops.fastgen.recurrent_step(mode, x, *states, w_ih, w_hh, *biases, *norm, norm_eps, *zoneout)
         h[layer, rows] = x
         if c is not None:
             c[layer, rows] = c_1

@@ -103,7 +103,7 @@ def test_a_wrong_op_fails(monkeypatch, op):
         "normal": {"known answers", *module._REPARAMETERIZE_TENSORS},
         "bernoulli": {*module._ATTENTION_OPS},
         "linear_rows": {"rnn_generate"},
-        "recurrent_cell": {"rnn_generate"},
+        "recurrent_step": {"rnn_generate"},
     }
     assert failed <= drawn_from.get(op, set())
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recurrent_cases import cell_operands
 from support import FLOATS, ISAS, assert_same_bits
 from torch import Tensor
 
@@ -29,20 +30,6 @@ BATCHES = st.integers(1, 20)
 pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU kernels are not built")
 
 
-def operands(mode: Mode, batch: int, inputs: int, hidden: int, dtype: torch.dtype, bias: bool = True, seed: int = 0):
-    """(mode, input, h, c, w_ih, w_hh, b_ih, b_hh), the weights of a size that keeps the gates in their bend."""
-    g = Generator(seed)
-
-    def draw(*shape: int, std: float = 1.0) -> Tensor:
-        return random.normal(*shape, std=std, generator=g).to(dtype)
-
-    rows = mode.gates * hidden
-    x, h, c = draw(batch, inputs), draw(batch, hidden), draw(batch, hidden)
-    weights = draw(rows, inputs, std=inputs**-0.5), draw(rows, hidden, std=hidden**-0.5)
-    biases = (draw(rows), draw(rows)) if bias else (None, None)
-    return mode, x, h, c if mode == Mode.LSTM else None, *weights, *biases
-
-
 def to(dtype: torch.dtype, args):
     return [a.to(dtype) if isinstance(a, Tensor) else a for a in args]
 
@@ -60,7 +47,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("mode", Mode)
 @given(batch=BATCHES, inputs=SIZES, hidden=SIZES, bias=st.booleans(), seed=st.integers(0, 99))
 def test_values(mode, dtype, batch, inputs, hidden, bias, seed):
-    args = operands(mode, batch, inputs, hidden, dtype, bias, seed)
+    args = cell_operands(mode, batch, inputs, hidden, dtype, bias, seed)
     exact = reference.recurrent_cell(*to(torch.float64, args))
     theirs = torch_cell(*args)
     for isa in ISAS:
@@ -79,7 +66,7 @@ def test_values(mode, dtype, batch, inputs, hidden, bias, seed):
 @pytest.mark.parametrize("mode", Mode)
 @given(batch=BATCHES, hidden=SIZES, seed=st.integers(0, 99), which=st.sampled_from(["h", "c", "both"]))
 def test_backward(mode, dtype, batch, hidden, seed, which):
-    args = operands(mode, batch, 5, hidden, dtype, True, seed)
+    args = cell_operands(mode, batch, 5, hidden, dtype, True, seed)
     h, c = args[2], args[3]
     h_1, c_1, gates = ops.recurrent_cell(*args)
     g = Generator(seed + 1)
@@ -103,7 +90,7 @@ def test_backward(mode, dtype, batch, hidden, seed, which):
 @pytest.mark.parametrize("mode", Mode)
 def test_a_row_does_not_depend_on_its_batch(isa, mode, dtype):
     """Bit for bit: alone, in every batch size, and wherever in it."""
-    mode, x, h, c, *weights = operands(mode, 33, 37, 21, dtype)
+    mode, x, h, c, *weights = cell_operands(mode, 33, 37, 21, dtype)
     with use_cpu_isa(isa):
         whole = ops.recurrent_cell(mode, x, h, c, *weights)
         for n in range(1, 34):
@@ -119,7 +106,7 @@ def test_a_row_does_not_depend_on_its_batch(isa, mode, dtype):
 @pytest.mark.parametrize("mode", Mode)
 def test_threads(isa, mode, threads):
     """The same bits over thread counts, where there is work enough for several: forward and backward."""
-    args = operands(mode, 24, 300, 288, torch.float32)
+    args = cell_operands(mode, 24, 300, 288, torch.float32)
     grad = random.normal(24, 288, generator=Generator(5))
     results = []
     with use_cpu_isa(isa):
@@ -136,7 +123,7 @@ def test_threads(isa, mode, threads):
 @pytest.mark.parametrize("mode", Mode)
 def test_layouts(isa, mode):
     """Slices, transposes and broadcasts are read as what they are."""
-    args = operands(mode, 7, 11, 13, torch.float32)
+    args = cell_operands(mode, 7, 11, 13, torch.float32)
 
     def twisted(x: Tensor) -> list[Tensor]:
         if x.dim() == 1:
@@ -170,7 +157,7 @@ def test_layouts(isa, mode):
 @pytest.mark.parametrize("mode", Mode)
 def test_not_finite(isa, mode):
     """NaN reaches the unit it belongs to and no other; infinities saturate."""
-    mode, x, h, c, w_ih, w_hh, *biases = operands(mode, 3, 6, 20, torch.float32)
+    mode, x, h, c, w_ih, w_hh, *biases = cell_operands(mode, 3, 6, 20, torch.float32)
     w_ih[3, 2] = float("nan")
     x[1, 0] = float("inf")
     w_ih[:, 0] = 1.0
@@ -186,14 +173,14 @@ def test_not_finite(isa, mode):
 def test_empty(isa):
     with use_cpu_isa(isa):
         for mode in Mode:
-            args = operands(mode, 3, 4, 5, torch.float32)
+            args = cell_operands(mode, 3, 4, 5, torch.float32)
             mode, x, h, c, *weights = args
             h_1, c_1, gates = ops.recurrent_cell(mode, x[:0], h[:0], None if c is None else c[:0], *weights)
             assert h_1.shape == (0, 5)
             assert c_1.shape == ((0, 5) if mode == Mode.LSTM else (0,))
             assert gates.shape == ((0, 20) if mode in (Mode.LSTM, Mode.GRU) else (0,))
         # No inputs: the step goes on from the state alone.
-        mode, _, h, c, w_ih, w_hh, *biases = operands(Mode.LSTM, 3, 4, 5, torch.float32)
+        mode, _, h, c, w_ih, w_hh, *biases = cell_operands(Mode.LSTM, 3, 4, 5, torch.float32)
         none = ops.recurrent_cell(mode, torch.zeros(3, 0), h, c, w_ih[:, :0], w_hh, *biases)
         zero = ops.recurrent_cell(mode, torch.zeros(3, 4), h, c, w_ih, w_hh, *biases)
         assert_same_bits(none[0], zero[0])
@@ -227,13 +214,13 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_does_not_fit_raises(isa, wrong):
-    args = operands(Mode.LSTM, 3, 4, 5, torch.float32)
+    args = cell_operands(Mode.LSTM, 3, 4, 5, torch.float32)
     with use_cpu_isa(isa), pytest.raises(RuntimeError, match="expected"):
         ops.recurrent_cell(*wrong(*args))
 
 
 def test_a_backward_that_does_not_fit_raises(isa):
-    args = operands(Mode.LSTM, 3, 4, 5, torch.float32)
+    args = cell_operands(Mode.LSTM, 3, 4, 5, torch.float32)
     h, c = args[2], args[3]
     h_1, c_1, gates = ops.recurrent_cell(*args)
     good = (Mode.LSTM, h, None, h, c, h_1, c_1, gates)

@@ -1,0 +1,180 @@
+// recurrent_cell, recurrent_step, their backward and linear_rows on any device: checks, allocation, parameters.
+#pragma once
+
+#include <tuple>
+
+#include "rows.h"
+
+namespace fastgen {
+
+// Device: static Tensor empty(like, sizes, dims), an uninitialised contiguous tensor of like's dtype.
+template <class Device>
+Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns};
+  return Device::empty(like, sizes, 2);
+}
+template <class Device>
+Tensor nothing(const Tensor& like) {
+  const int64_t none = 0;
+  return Device::empty(like, &none, 1);
+}
+
+// The operands of a step and its results. Holds the copies that strides asked for.
+template <class Device>
+class CellArguments {
+ public:
+  using Optional = std::optional<Tensor>;
+  CellParams p{};
+
+  CellArguments(int64_t mode, const Tensor& input, const Tensor& h, const Optional& c, const Tensor& w_ih,
+                const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool keeps_gates)
+      : kind_(input), lstm_(mode_of(mode) == CellMode::kLstm) {
+    p.mode = CellMode(mode);
+    STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
+    STD_TORCH_CHECK(h.dim() == 2, "h: expected a matrix, got ", h.dim(), " dimensions");
+    p.dtype = dtype_of(kind_.dtype);
+    p.batch = input.size(0);
+    p.input_size = input.size(1);
+    p.hidden_size = p.state_size = h.size(1);
+    const int64_t rows = gate_count(p.mode) * p.hidden_size;
+    check_matrix("h", h, p.batch, p.hidden_size, kind_);
+    check_matrix("w_ih", w_ih, rows, p.input_size, kind_);
+    check_matrix("w_hh", w_hh, rows, p.hidden_size, kind_);
+    STD_TORCH_CHECK(c.has_value() == lstm_, "c: expected a tensor for an LSTM and None for the others");
+    if (lstm_) check_matrix("c", *c, p.batch, p.hidden_size, kind_);
+    STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "b_ih, b_hh: expected both or neither");
+    if (b_ih) {
+      check_vector("b_ih", *b_ih, rows, kind_);
+      check_vector("b_hh", *b_hh, rows, kind_);
+    }
+    keeps_gates = keeps_gates && has_gates(p.mode);
+    h_1 = empty_matrix<Device>(input, p.batch, p.hidden_size);
+    c_1 = lstm_ ? empty_matrix<Device>(input, p.batch, p.hidden_size) : nothing<Device>(input);
+    gates = keeps_gates ? empty_matrix<Device>(input, p.batch, 4 * p.hidden_size) : nothing<Device>(input);
+    if (empty()) return;
+    p.h_1 = h_1->mutable_data_ptr();
+    p.gates = keeps_gates ? gates->mutable_data_ptr() : nullptr;
+    p.input = rows_of(*(kept_[0] = dense_rows(input)));
+    p.h = rows_of(*(kept_[1] = dense_rows(h)));
+    p.w_ih = rows_of(*(kept_[2] = dense_rows(w_ih)));
+    p.w_hh = rows_of(*(kept_[3] = dense_rows(w_hh)));
+    if (lstm_) {
+      p.c = rows_of(*(kept_[4] = contiguous_rows(*c)));
+      p.c_1 = c_1->mutable_data_ptr();
+    }
+    if (b_ih) {
+      p.b_ih = (kept_[5] = dense_rows(*b_ih))->const_data_ptr();
+      p.b_hh = (kept_[6] = dense_rows(*b_hh))->const_data_ptr();
+    }
+  }
+
+  // Layer norm and the expectation of zoneout.
+  void set(const Optional& norm_ih, const Optional& norm_hh, const Optional& norm_c, const Optional& norm_c_bias,
+           double norm_eps, double zoneout_c, double zoneout_h) {
+    norm_.emplace(p, p.mode, p.hidden_size, kind_, norm_ih, norm_hh, norm_c, norm_c_bias);
+    p.norm_eps = norm_eps;
+    set_zoneout(p, p.mode, zoneout_c, zoneout_h);
+  }
+
+  bool empty() const { return h_1->numel() == 0; }
+
+  Optional h_1, c_1, gates;
+
+ private:
+  const Kind kind_;
+  const bool lstm_;
+  Optional kept_[7];
+  std::optional<NormOperands> norm_;
+};
+
+// The same of the backward pass.
+template <class Device>
+class CellBackwardArguments {
+ public:
+  using Optional = std::optional<Tensor>;
+  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+  CellBackwardParams p{};
+
+  CellBackwardArguments(int64_t mode, const Optional& grad_h, const Optional& grad_c, const Tensor& h,
+                        const Optional& c, const Tensor& h_1, const Tensor& c_1, const Tensor& gates)
+      : kind_(h) {
+    p.mode = mode_of(mode);
+    const bool lstm = p.mode == CellMode::kLstm, gru = p.mode == CellMode::kGru;
+    STD_TORCH_CHECK(h.dim() == 2, "h: expected a matrix, got ", h.dim(), " dimensions");
+    STD_TORCH_CHECK(c.has_value() == lstm, "c: expected a tensor for an LSTM and None for the others");
+    p.dtype = dtype_of(kind_.dtype);
+    p.batch = h.size(0);
+    p.hidden_size = h.size(1);
+    const int64_t units = p.hidden_size;
+    if (grad_h) p.grad_h = take(0, "grad_h", *grad_h, units);
+    if (lstm) {
+      if (grad_c) p.grad_c = take(1, "grad_c", *grad_c, units);
+      p.c = take(3, "c", *c, units);
+      p.c_1 = take(5, "c_1", c_1, units);
+    }
+    if (gru) p.h = take(2, "h", h, units);
+    if (has_gates(p.mode)) {
+      p.gates = take(6, "gates", gates, 4 * units);
+    } else {
+      p.h_1 = take(4, "h_1", h_1, units);
+    }
+    const auto matrix = [&](bool wanted, int64_t columns) {
+      return wanted ? empty_matrix<Device>(h, p.batch, columns) : nothing<Device>(h);
+    };
+    results.emplace(matrix(true, gate_count(p.mode) * units), matrix(gru, 3 * units), matrix(gru, units),
+                    matrix(lstm, units));
+    p.to_gates_ih = std::get<0>(*results).mutable_data_ptr();
+    p.to_gates_hh = std::get<1>(*results).mutable_data_ptr();
+    p.to_h = std::get<2>(*results).mutable_data_ptr();
+    p.to_c = std::get<3>(*results).mutable_data_ptr();
+  }
+
+  bool empty() const { return p.batch == 0 || p.hidden_size == 0; }
+
+  std::optional<Results> results;
+
+ private:
+  // A contiguous (batch, columns) operand.
+  const void* take(int i, const char* name, const Tensor& tensor, int64_t columns) {
+    check_matrix(name, tensor, p.batch, columns, kind_);
+    return (kept_[i] = contiguous_rows(tensor))->const_data_ptr();
+  }
+
+  const Kind kind_;
+  Optional kept_[7];
+};
+
+// The operands of linear_rows and its result.
+template <class Device>
+class LinearRowsArguments {
+ public:
+  using Optional = std::optional<Tensor>;
+  LinearRowsParams p{};
+
+  LinearRowsArguments(const Tensor& input, const Tensor& weight, const Optional& bias) {
+    const Kind kind(input);
+    STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
+    STD_TORCH_CHECK(weight.dim() == 2, "weight: expected a matrix, got ", weight.dim(), " dimensions");
+    p.dtype = dtype_of(kind.dtype);
+    p.batch = input.size(0);
+    p.inputs = input.size(1);
+    p.outputs = weight.size(0);
+    check_matrix("weight", weight, p.outputs, p.inputs, kind);
+    if (bias) check_vector("bias", *bias, p.outputs, kind);
+    output = empty_matrix<Device>(input, p.batch, p.outputs);
+    if (empty()) return;
+    p.x = rows_of(*(kept_[0] = dense_rows(input)));
+    p.w = rows_of(*(kept_[1] = dense_rows(weight)));
+    if (bias) p.bias = (kept_[2] = dense_rows(*bias))->const_data_ptr();
+    p.y = output->mutable_data_ptr();
+  }
+
+  bool empty() const { return output->numel() == 0; }
+
+  Optional output;
+
+ private:
+  Optional kept_[3];
+};
+
+}  // namespace fastgen

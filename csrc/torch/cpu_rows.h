@@ -1,0 +1,50 @@
+// How the work of single steps is split over the threads of the CPU.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "../cpu/kernel_table.h"
+#include "rows.h"
+
+namespace fastgen {
+
+// Where the arguments of cell_ops.h put results.
+struct Cpu {
+  static Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims) {
+    return empty_cpu(sizes, dims, like.scalar_type());
+  }
+};
+
+// Multiply-adds below which a second thread does not pay, for kernels that read their matrix from the cache.
+constexpr int64_t kProductGrain = 1 << 17;
+
+// Splits `units` units of `work` multiply-adds each over the threads.
+template <class Body>
+void for_units(int64_t units, int64_t work, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kProductGrain / std::max<int64_t>(1, work));
+  if (units <= grain) return body(0, units);
+  torch::stable::parallel_for(0, units, grain, body);
+}
+
+// The memory for `sums` of a cell of up to `batch` rows that needs whole ones.
+inline std::optional<Tensor> sums_for(CellParams& p, int64_t batch) {
+  if (!by_rows(p)) return std::nullopt;
+  const int64_t count = batch * cell_row_size(p);
+  const Tensor sums = empty_cpu(&count, 1, p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  p.sums = sums.mutable_data_ptr();
+  return sums;
+}
+
+// One step of a layer, split over the threads.
+inline void run(const CellParams& p, const KernelTable& table) {
+  for_units((p.hidden_size + kCellUnits - 1) / kCellUnits,
+            p.batch * gate_count(p.mode) * kCellUnits * (p.input_size + p.state_size),
+            [&](int64_t begin, int64_t end) { table.recurrent_cell(p, begin, end); });
+  if (!by_rows(p)) return;
+  // An activation is worth some 16 multiply-adds.
+  for_units(p.batch, 16 * gate_count(p.mode) * p.hidden_size,
+            [&](int64_t begin, int64_t end) { table.recurrent_cell_rows(p, begin, end); });
+}
+
+}  // namespace fastgen
