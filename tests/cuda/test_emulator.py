@@ -43,7 +43,7 @@ FOUND = {
     "product of rows, taken for columns": "wrong result",
     "ring": "right",
     "ring, read too early": "wrong result",
-    "ring, written too early": "wrong result",
+    "ring, written too early": "threads wait for others that do not come",
     "ring, of a wrong parity": "threads wait for others that do not come",
     "ring, too few arrive at": "threads wait for others that do not come",
     "ring, not initialised": "a barrier that was not initialised",

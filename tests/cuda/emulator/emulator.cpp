@@ -1,6 +1,7 @@
 // A CUDA device for tests: each thread of a grid is a fibre on one thread of the CPU, and another one goes on wherever
-// one waits. Which one is drawn at random, shared memory is NaN before it is written, and copies arrive at once or as
-// late as they may: a barrier that is missing shows as a wrong result, one that not all reach as an error.
+// one waits. Which one is drawn at random, with some of them slow for a while, shared memory is NaN before it is
+// written, and copies arrive at once or as late as they may: a barrier that is missing shows as a wrong result, one
+// that not all reach as an error.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -228,7 +229,7 @@ class Run {
       if (remaining > 0 && error.empty()) error = "deadlock: " + where_all_wait();
       return leave(from);
     }
-    const size_t i = std::uniform_int_distribution<size_t>(0, ready.size() - 1)(order);
+    const size_t i = draw_ready();
     Fibre* next = ready[i];
     ready[i] = ready.back();
     ready.pop_back();
@@ -239,6 +240,25 @@ class Run {
   }
 
  private:
+  // For a while one warp, or a warpgroup, or none, goes on only when others cannot.
+  size_t draw_ready() {
+    if (slow_for-- == 0) {
+      const int warps = std::max(int(size.x * size.y * size.z) / kLanes, 1);
+      slow_for = 1 << order() % 15;
+      slow_width = std::array{0, 1, 4}[order() % 3];
+      slow = int(order() % unsigned(warps)) / std::max(slow_width, 1) * slow_width;
+    }
+    std::uniform_int_distribution<size_t> any(0, ready.size() - 1);
+    size_t i = any(order);
+    const auto is_slow = [&] {
+      const int warp = ready[i]->number / kLanes;
+      return warp >= slow && warp < slow + slow_width;
+    };
+    for (int tries = 0; tries < 16 && is_slow(); ++tries) i = any(order);
+    return i;
+  }
+  int slow = 0, slow_width = 0, slow_for = 0;  // the first one and how many; switches until others are
+
   void leave(void** from) {
     current = nullptr;
     fastgen_switch_stack(from, outside);
@@ -377,6 +397,13 @@ void arrive(const Copy& copy) {
 }
 }  // namespace
 
+// Where no thread has to wait, others go on now and then all the same.
+void pause() {
+  if (running->order() % 4 != 0) return;
+  running->wake(running->current);
+  running->wait();
+}
+
 // A copy arrives at once, over what others may still be reading, or as late as it may: drawn at random.
 void copy_async(void* to, const void* from, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(from) % bytes != 0) running->fail("a misaligned copy, " + name(*running->current));
@@ -389,6 +416,7 @@ void copy_async_commit() {
   Fibre& fibre = *running->current;
   fibre.groups.push_back(std::move(fibre.copies));
   fibre.copies.clear();
+  pause();
 }
 
 void copy_async_wait(int pending) {
@@ -429,6 +457,7 @@ void init_arrivals(uint64_t* barrier, int arrivals) {
 }
 
 void arrive(uint64_t* barrier) {
+  pause();
   Arrivals& arrivals = arrivals_at(barrier);
   running->idle = 0;
   if (--arrivals.missing > 0) return;

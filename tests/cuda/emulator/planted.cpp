@@ -190,12 +190,12 @@ __global__ void ring(const float* in, float* out, int rounds, Faults f) {
   for (int n = 0; n < rounds; ++n) {
     const uint32_t parity = uint32_t(n / 2 % 2);
     if (threadIdx.x < 32) {
-      if (!f.no_empty || n + 1 < rounds) wait_arrivals(empty + n % 2, f.wrong_parity ? parity : parity ^ 1);
+      if (!f.no_empty || n + 10 < rounds) wait_arrivals(empty + n % 2, f.wrong_parity ? parity : parity ^ 1);
       slots[n % 2 * 32 + lane] = in[n * 32 + lane];
       warp_barrier();  // where another thread may go on
       arrive(full + n % 2);
     } else {
-      if (!f.no_full || n + 1 < rounds) wait_arrivals(full + n % 2, parity);
+      if (!f.no_full || n + 10 < rounds) wait_arrivals(full + n % 2, parity);
       sum += slots[n % 2 * 32 + lane];
       warp_barrier();
       arrive(empty + n % 2);
