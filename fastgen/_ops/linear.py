@@ -1,8 +1,10 @@
 """Linear layers: a product of matrices, and where it is faster than PyTorch's.
 
-PyTorch's float32 products on an x86 CPU are MKL's, which takes the AVX2 path on processors not made by Intel: half of
-what the registers of AVX-512 would give. There, and where a product is large enough to be worth a call from Python,
-`mm` is used; everywhere else PyTorch's own.
+PyTorch's products in float32 and float64 on an x86 CPU are MKL's, which takes the AVX2 path on processors not made by
+Intel: half of what the registers of AVX-512 would give. There, and where a product is large enough to be worth a call
+from Python, fastgen's are used: `mm`, which packs the weight once for many rows, and `linear_rows`, which reads it as
+it lies; of float16, for which PyTorch has no fast product, and of few rows of bfloat16 `linear_rows` too. Everywhere
+else PyTorch's own.
 """
 
 from __future__ import annotations
@@ -29,23 +31,33 @@ def _fake_mm(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 register(SCHEMAS, reference, {"mm": _fake_mm})
 
 _mm = torch.ops.fastgen.mm.default
+_linear_rows = torch.ops.fastgen.linear_rows.default
 
-# Below, the call from Python costs more than the product gains; with few rows, packing the weight does, and a narrow
-# result or a short sum leaves the tiles empty.
-_LEAST_ROWS = 32
-_LEAST_WIDTH = 16
-_LEAST_PRODUCTS = 1 << 21
+# `mm` packs the weight, which takes many rows, long ones and whole tiles of outputs to pay.
+_MANY_ROWS = 64
+_LONG_ROWS = 512
+_LEAST_OUTPUTS = 16
+# Shorter sums leave the vectors of `linear_rows` empty.
+_LEAST_INPUTS = 64
+# Multiply-adds below which Python costs more than the product gains: its checks alone, and where gradients are recorded
+# an autograd.Function.
+_LEAST_PRODUCTS = 1 << 18
+_LEAST_PRODUCTS_RECORDED = 1 << 20
+# PyTorch multiplies more rows of bfloat16 faster: in pairs.
+_MOST_ROWS_BFLOAT16 = 8
+
 _TYPES = (Tensor, Parameter)
-_DTYPES = (torch.float32, torch.float64)
+_FULL = (torch.float32, torch.float64)
+_DTYPES = (*_FULL, torch.float16, torch.bfloat16)
 
-# The instruction sets whose kernel beats PyTorch's float32 products on this CPU.
+# The instruction sets whose kernels beat PyTorch's products on this CPU.
 _FASTER = frozenset(
     isa for isa in _load.cpu_isas() if isa.startswith("avx512") and _load.cpu_vendor() != "GenuineIntel"
 )
 
 
 def mm_pays() -> bool:
-    """Whether the active kernel beats PyTorch's float32 products on this CPU."""
+    """Whether the active kernels beat PyTorch's products on this CPU."""
     return _load.cpu_isa() in _FASTER
 
 
@@ -71,9 +83,14 @@ def _mm_without_bias(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = _mm(input.reshape(-1, input.shape[-1]), weight.t(), bias)
+    inputs, outputs = input.shape[-1], weight.shape[0]
+    rows = input if input.dim() == 2 else input.reshape(-1, inputs)
+    packs = len(rows) >= _MANY_ROWS and inputs > _LONG_ROWS and outputs >= _LEAST_OUTPUTS and input.dtype in _FULL
+    out = _mm(rows, weight.t(), bias) if packs else _linear_rows(rows, weight, bias)
+    if rows is input:
+        return out
     # As PyTorch's, no view for autograd, which would refuse what changes the result in place, such as relu_.
-    return torch.ops.aten._unsafe_view(out, (*input.shape[:-1], weight.shape[0]))
+    return torch.ops.aten._unsafe_view(out, (*input.shape[:-1], outputs))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,19 +100,19 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        # The gradients of one row, and of half types, are PyTorch's.
+        if input.dtype not in _FULL or input.numel() == input.shape[-1]:
+            return F.linear(input, weight, bias)
         return _Linear.apply(*distinct((input, weight, bias)))
     return _forward(input, weight, bias)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left (M, K) @ right (K, N), by whichever product is faster; without a gradient."""
-    if mm_pays() and _are_dense(left, right) and _is_large(left.shape[0], left.shape[1], right.shape[1]):
+    large = left.numel() * right.shape[1] >= _LEAST_PRODUCTS
+    if large and mm_pays() and _are_dense(left, right) and left.dtype in _FULL:
         return _mm(left, right, None)
     return left @ right
-
-
-def _is_large(rows: int, depth: int, columns: int) -> bool:
-    return rows >= _LEAST_ROWS and min(depth, columns) >= _LEAST_WIDTH and rows * depth * columns >= _LEAST_PRODUCTS
 
 
 def _are_dense(*operands: Tensor | None) -> bool:
@@ -113,13 +130,17 @@ def _are_dense(*operands: Tensor | None) -> bool:
 
 
 def _serves(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `mm` takes the operands, and gains by it. What it does not take goes to PyTorch, errors included."""
-    if not mm_pays() or not _are_dense(input, weight, bias) or input.dim() < 2 or weight.dim() != 2:
+    """Whether the kernels take the operands and gain by it. What they do not take goes to PyTorch, errors included."""
+    # What most small layers fail comes first.
+    if type(input) not in _TYPES or type(weight) not in _TYPES or input.dim() == 0 or weight.dim() != 2:
         return False
-    columns, depth = weight.shape
-    if input.shape[-1] != depth or depth == 0 or not _is_large(input.numel() // depth, depth, columns):
+    outputs, inputs = weight.shape
+    least = _LEAST_PRODUCTS_RECORDED if torch.is_grad_enabled() else _LEAST_PRODUCTS
+    if input.numel() * outputs < least or inputs < _LEAST_INPUTS or input.shape[-1] != inputs:
         return False
-    if bias is not None and bias.shape != (columns,):
+    if input.dtype is torch.bfloat16 and input.numel() > _MOST_ROWS_BFLOAT16 * inputs:
+        return False
+    if not mm_pays() or not _are_dense(input, weight, bias) or (bias is not None and bias.shape != (outputs,)):
         return False
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False  # a trace is to hold PyTorch's op
