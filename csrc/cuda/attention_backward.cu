@@ -1,5 +1,6 @@
 // fastgen::attention_backward on CUDA: what the kernels take, memory, launches.
 #include "attention_backward.inl"
+#include "attention_sm90.h"
 
 #include <tuple>
 #include <type_traits>
@@ -47,13 +48,7 @@ void run(Arguments& arguments, AttentionGradients g, const Tensor& query, const 
   using OfKeys = Arithmetic<T, kWidth, true>;
   using OfQueries = Arithmetic<T, kWidth, false>;
   const cudaStream_t stream = current_stream(query);
-  const int64_t rows = query.size(0) * query.size(1) * query.size(2);
-  const Tensor terms = torch::stable::new_empty(query, {rows, 2}, ScalarType::Float);
-  g.terms = static_cast<float2*>(terms.mutable_data_ptr());
-  if (rows > 0) {
-    launch(terms_kernel<T>, dim3(unsigned(ceil_div(rows, kTermsThreads / 32))), dim3(kTermsThreads), 0, stream, g,
-           rows);
-  }
+  const Tensor terms = make_terms<T>(g, int(query.size(2)), query);
   Optional starts;
   if (g.grad_key.data != nullptr || g.grad_value.data != nullptr) {
     const int64_t units = plan<OfKeys>(arguments, g.c, query, starts);
@@ -135,7 +130,9 @@ Gradients attention_backward(const Optional& grad_out, const Optional& grad_lse,
   if (slopes && needed(4)) {
     grad_slopes = torch::stable::new_empty(query, slopes->sizes(), slopes->scalar_type());
   }
-  with_kernels(arguments.p, [&]<class T, int kWidth>() { run<T, kWidth>(arguments, g, query, grad_slopes); });
+  const bool done = !grad_slopes && attention_backward_sm90(arguments, g, query);
+  if (!done)
+    with_kernels(arguments.p, [&]<class T, int kWidth>() { run<T, kWidth>(arguments, g, query, grad_slopes); });
   return {grad_query, grad_key, grad_value, none(mask ? *mask : query),
           grad_slopes ? *grad_slopes : none(slopes ? *slopes : query)};
 }

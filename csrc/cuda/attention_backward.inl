@@ -15,46 +15,10 @@
 // write and read 8 bytes for every 4 x 128 operations that are made again: no less time (docs/gpu.md).
 #pragma once
 
-#include "attention.h"
+#include "attention_gradients.h"
 
 namespace fastgen {
 namespace {
-
-// All that a kernel knows.
-struct AttentionGradients {
-  AttentionCall c;
-  Tensor4 out, grad_out;  // data null: zero
-  const float *lse, *grad_lse;
-  Tensor4 grad_query, grad_key, grad_value;  // last stride 1; data null: not wanted
-  float2* terms;                             // of each row of lse: see terms_kernel
-  double* slope_sums;                        // of each unit that owns queries, or null
-};
-
-// Of each row what its weights and their gradients lack: its log-sum-exp in units of log 2, and delta. A row that sees
-// no key has (inf, 0): weights of 2^-inf, and no gradient even where that of its lse is not finite. A warp has a row.
-constexpr int kTermsThreads = 256;
-
-template <class T>
-__global__ void __launch_bounds__(kTermsThreads) terms_kernel(const AttentionGradients g, int64_t rows) {
-  const int64_t row = int64_t(blockIdx.x) * (kTermsThreads / 32) + threadIdx.x / 32;
-  if (row >= rows) return;
-  const int lane = int(threadIdx.x) % 32;
-  const int64_t h = row / g.c.queries % g.c.heads, b = row / g.c.queries / g.c.heads;
-  float delta = 0.0f;
-  if (g.grad_out.data != nullptr) {
-    const int i = int(row % g.c.queries);
-    const Rows<T> grad = rows_of<T>(g.grad_out, int(b), int(h), i, g.c.value_width);
-    const Rows<T> out = rows_of<T>(g.out, int(b), int(h), i, g.c.value_width);
-    for (int k = lane; k < g.c.value_width; k += 32) {
-      delta += widen(grad.data[k * grad.step]) * widen(out.data[k * out.step]);
-    }
-    for (int mask = 16; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
-  }
-  if (lane != 0) return;
-  if (g.grad_lse != nullptr) delta -= g.grad_lse[row];
-  const bool sees_any = g.lse[row] != -INFINITY;
-  g.terms[row] = {sees_any ? g.lse[row] * kLog2E : INFINITY, sees_any ? delta : 0.0f};
-}
 
 // ---------------------------------------------------------------------------------------------------
 // Two ways to compute: which cells of a block of scores a thread has, and the products. Cells are those of the rows

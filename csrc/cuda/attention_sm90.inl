@@ -13,7 +13,7 @@
 #pragma once
 
 #include "attention_forward.h"
-#include "warpgroup.h"
+#include "warpgroup_ring.h"
 
 namespace fastgen {
 namespace {
@@ -23,117 +23,7 @@ struct PersistentCall : ForwardCall {
   unsigned together;  // heads whose tiles are dealt out together
 };
 
-// The unit that is number n of those dealt out, the ones that see most keys first. Only as many heads take part at a
-// time as have their keys and values in the cache.
-FASTGEN_FN unsigned unit_in_order(const PersistentCall& c, unsigned n) {
-  if (c.query_starts != nullptr) return n;
-  const unsigned tiles = unsigned(c.tiles), set = c.together * tiles;
-  const unsigned first = n / set * c.together, heads = min(c.together, c.units / tiles - first);
-  return (first + n % set % heads) * tiles + n % set / heads;
-}
-
-// The number that block `block` of `blocks` deals with in this round: back and forth, as those of a round become
-// smaller from the first on.
-FASTGEN_FN unsigned number_in_round(unsigned round, unsigned block, unsigned blocks) {
-  return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
-}
-
-constexpr int kGroup = 128;  // threads of a warpgroup
-constexpr int kSm90Rows = 128, kSm90Threads = 3 * kGroup;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-
-template <class T, int kWidth>
-class Ring {
- public:
-  static constexpr int kRows = 64, kSlots = 8;
-  static constexpr int kPart = kRows * 64;  // elements of a slot in 64 columns: these stand together
-  static constexpr int kSlot = kRows * kWidth;
-  static constexpr size_t kBytes = kSlots * (kSlot * sizeof(T) + 2 * sizeof(uint64_t));
-
-  // memory: 1024 divides its address.
-  __device__ explicit Ring(unsigned char* memory)
-      : slots_(reinterpret_cast<T*>(memory)), full_(reinterpret_cast<uint64_t*>(memory + kSlots * kSlot * sizeof(T))) {}
-
-  // By one thread.
-  __device__ void init() const {
-    for (int i = 0; i < kSlots; ++i) {
-      init_arrivals(full_ + i, kGroup / 32);
-      init_arrivals(empty(i), 2 * kGroup / 32);
-    }
-  }
-
-  __device__ T* slot(unsigned n) const { return slots_ + n % kSlots * kSlot; }
-  // Row `row` of a slot, column `column` of kWidth.
-  FASTGEN_MEMBER static int at(int row, int column) { return column / 64 * kPart + Tile<T, 64>::at(row, column % 64); }
-
-  // What the warps that compute do: until slot number n has arrived, and once they have read it.
-  __device__ void wait_full(unsigned n) const { wait_arrivals(full_ + n % kSlots, n / kSlots % 2); }
-  __device__ void release(unsigned n) const { arrive_once(empty(n)); }
-
-  // Those that copy: until the slot may be written, and once it has been.
-  __device__ void wait_empty(unsigned n) const { wait_arrivals(empty(n), n / kSlots % 2 ^ 1); }  // at first it is
-  __device__ void filled(unsigned n) const {
-    fence_shared();
-    arrive_once(full_ + n % kSlots);
-  }
-
- private:
-  __device__ uint64_t* empty(unsigned n) const { return full_ + kSlots + n % kSlots; }
-  __device__ static void arrive_once(uint64_t* barrier) {
-    warp_barrier();
-    if (threadIdx.x % 32 == 0) arrive(barrier);
-  }
-
-  T* slots_;
-  uint64_t* full_;
-};
-
-// The warpgroup that copies.
-template <class T, int kWidth>
-class Producer {
-  using R = Ring<T, kWidth>;
-  // Copies of so many slots are on their way at once. That a slot has arrived is said when the copies of the one kAhead
-  // behind it have begun: those that compute are further behind by then, or wait and leave room for it.
-  static constexpr int kAhead = 4;
-  static_assert(kAhead < R::kSlots);
-
- public:
-  __device__ explicit Producer(const R& ring) : ring_(ring) {}
-
-  // Rows [first, first + 64), those from `end` on being zero.
-  __device__ __forceinline__ void bring(const Rows<T>& from, int first, int end) {
-    const int thread = int(threadIdx.x) % kGroup, row = thread / 8, column = thread % 8 * 8;
-    constexpr int kStep = kGroup / 8;
-    ring_.wait_empty(next_);
-    T* to = ring_.slot(next_) + R::at(row, column);
-    const int64_t stride = kStep * from.row;
-    const T* at = from.data + (first + row) * from.row + column;
-    FASTGEN_UNROLL
-    for (int i = 0; i < R::kRows / kStep; ++i) {
-      FASTGEN_UNROLL
-      for (int part = 0; part < kWidth; part += 64) {
-        const bool there = first + row + i * kStep < end && column + part < from.width;
-        copy_async16(to + part / 64 * R::kPart + i * kStep * 64, at + part, there);
-      }
-      at += stride;
-    }
-    copy_async_commit();
-    if (next_ >= kAhead) {
-      copy_async_wait<kAhead>();
-      ring_.filled(next_ - kAhead);
-    }
-    ++next_;
-  }
-
-  __device__ __forceinline__ void finish() const {
-    copy_async_wait<0>();
-    for (unsigned n = next_ < kAhead ? 0 : next_ - kAhead; n < next_; ++n) ring_.filled(n);
-  }
-
- private:
-  R ring_;
-  unsigned next_ = 0;
-};
+constexpr int kSm90Rows = 128;  // of a block
 
 // One of the two warpgroups that compute.
 template <class T, int kWidth>
@@ -143,12 +33,8 @@ class Consumer {
 
  public:
   __device__ Consumer(const PersistentCall& call, const R& ring, int group, T* staging)
-      : c(call), ring_(ring), group_(group), staging_(staging) {
-    if (group_ == 1) pass_turn();
-  }
-  __device__ void finish() const {
-    if (group_ == 0) take_turn();  // the last one that was passed
-  }
+      : c(call), ring_(ring), turns_(group), group_(group), staging_(staging) {}
+  __device__ void finish() const { turns_.finish(); }
 
   __device__ __forceinline__ void run(const Unit& u) {
     const Sequence& s = u.sequence;
@@ -156,7 +42,7 @@ class Consumer {
     fragment_.start(warp_row);
     for (int half = 0; half < 2; ++half, ++next_) {
       ring_.wait_full(next_);
-      if (half == group_) load_queries();
+      if (half == group_) ring_.load_left(next_, query_);
       ring_.release(next_);
     }
 
@@ -172,10 +58,10 @@ class Consumer {
     if (works) {
       const Range rows = {u.first + warp_row, u.first + smaller_int(warp_row + 16, u.count)};
       wait_for(step, tiles);
-      take_turn();
+      turns_.take();
       warpgroup_fence(fragment_.score);
       multiply_keys();
-      pass_turn();
+      turns_.pass();
       warpgroup_wait<0>(fragment_.score);
       release(step, tiles);
       float fade[2];
@@ -183,11 +69,11 @@ class Consumer {
       pack_weights();
       for (++step; step < last_step; ++step) {
         wait_for(step, tiles);
-        take_turn();
+        turns_.take();
         warpgroup_fence(fragment_.score, fragment_.out);
         multiply_keys();
         multiply_values(next_ + 1);
-        pass_turn();
+        turns_.pass();
         warpgroup_wait<1>(fragment_.score);
         ring_.release(next_);
         weigh(u, rows, u.keys.begin + step * kTileKeys, fade);
@@ -203,10 +89,10 @@ class Consumer {
         pack_weights();
       }
       wait_for(step, tiles);
-      take_turn();
+      turns_.take();
       warpgroup_fence(fragment_.out);
       multiply_values(next_ + unsigned(step < tiles));
-      pass_turn();
+      turns_.pass();
       warpgroup_wait<0>(fragment_.out);
       release(step, tiles);
       ++step;
@@ -228,36 +114,17 @@ class Consumer {
   // A step without work for this group.
   __device__ void pass(int step, int tiles) {
     wait_for(step, tiles);
-    take_turn();
-    pass_turn();
+    turns_.take();
+    turns_.pass();
     release(step, tiles);
   }
 
-  __device__ void take_turn() const { named_barrier_wait(1 + group_, 2 * kGroup); }
-  __device__ void pass_turn() const { named_barrier_arrive(2 - group_, 2 * kGroup); }
-
-  // Of the slot that is next: this warp's 16 rows.
-  __device__ __forceinline__ void load_queries() {
-    const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % kGroup / 32 * 16 + lane % 16;
-    FASTGEN_UNROLL
-    for (int k = 0; k < kSteps; ++k) load_matrices(query_[k], ring_.slot(next_) + R::at(row, k * 16 + lane / 16 * 8));
-  }
-
   __device__ __forceinline__ void multiply_keys() {
-    const uint64_t keys = matrix_descriptor(ring_.slot(next_), 8 * kRowBytes, 16);
-    FASTGEN_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      const int at = k / 4 * R::kPart * int(sizeof(T)) + k % 4 * 32;  // 16 columns are 32 bytes of a row
-      warpgroup_multiply_add<T, false>(fragment_.score, query_[k], moved(keys, at), k > 0);
-    }
+    ring_.multiply_rows(fragment_.score, query_, next_);
     warpgroup_commit();
   }
   __device__ __forceinline__ void multiply_values(unsigned slot) {
-    const uint64_t values = matrix_descriptor(ring_.slot(slot), 8 * kRowBytes, R::kPart * sizeof(T));
-    FASTGEN_UNROLL
-    for (int k = 0; k < kPairs; ++k) {
-      warpgroup_multiply_add<T, true>(fragment_.out, weights_[k], moved(values, k * 16 * kRowBytes), true);
-    }
+    ring_.add_product(fragment_.out, weights_, slot);
     warpgroup_commit();
   }
 
@@ -271,10 +138,9 @@ class Consumer {
     for (int k = 0; k < kPairs; ++k) fragment_.pack_weights(k, weights_[k]);
   }
 
-  static constexpr int kRowBytes = 64 * sizeof(T);
-
   const PersistentCall& c;
   R ring_;
+  Turns turns_;
   int group_;
   T* staging_;
   unsigned next_ = 0;  // slot
@@ -286,31 +152,32 @@ template <int kWidth>
 constexpr size_t kSm90Shared = Ring<uint16_t, kWidth>::kBytes + kSm90Rows * kWidth * sizeof(uint16_t);
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kSm90Threads, 1) attention_sm90_kernel(const PersistentCall c) {
+__global__ void __launch_bounds__(kRingThreads, 1) attention_sm90_kernel(const PersistentCall c) {
   const Ring<T, kWidth> ring(dynamic_shared() + kSm90Rows * kWidth * sizeof(T));
   if (threadIdx.x == 0) ring.init();
   block_barrier();
-  // Calls body(unit) for all units of this block.
   const auto for_units = [&](const auto& body) {
-    unsigned n;
-    for (unsigned round = 0; (n = number_in_round(round, blockIdx.x, gridDim.x)) < c.units; ++round) {
-      body(unit_of(c, unit_in_order(c, n), 0, kTileKeys));
-    }
+    for_numbers(c.units, [&](unsigned n) {
+      const unsigned unit = c.query_starts == nullptr ? unit_in_order(n, c.units, c.tiles, c.together) : n;
+      body(unit_of(c, unit, 0, kTileKeys));
+    });
   };
   const int group = shuffle(int(threadIdx.x) / kGroup, 0);  // so that the compiler knows it is the warp's
   if (group == 0) {
     lower_registers<kProducerRegisters>();
-    Producer<T, kWidth> producer(ring);
+    Producer<Ring<T, kWidth>> producer(ring);
     for_units([&](const Unit& u) {
       const Sequence& s = u.sequence;
-      const Rows<T> query = rows_of<T>(c.query, s.number, u.first_head, s.query_start, c.width);
-      const Rows<T> key = rows_of<T>(c.key, s.number, u.kv_head, s.key_start, c.width);
-      const Rows<T> value = rows_of<T>(c.value, s.number, u.kv_head, s.key_start, c.value_width);
-      for (int half = 0; half < 2; ++half) producer.bring(query, u.first + half * 64, u.first + u.count);
-      for (int j = u.keys.begin; j < u.keys.end; j += kTileKeys) {
-        producer.bring(key, j, s.keys);
-        if (j > u.keys.begin) producer.bring(value, j - kTileKeys, s.keys);
-        if (j + kTileKeys >= u.keys.end) producer.bring(value, j, s.keys);
+      RowStream<T, kWidth> query(rows_of<T>(c.query, s.number, u.first_head, s.query_start, c.width), u.first,
+                                 u.first + u.count);
+      const int first = u.keys.begin;
+      RowStream<T, kWidth> key(rows_of<T>(c.key, s.number, u.kv_head, s.key_start, c.width), first, s.keys);
+      RowStream<T, kWidth> value(rows_of<T>(c.value, s.number, u.kv_head, s.key_start, c.value_width), first, s.keys);
+      for (int half = 0; half < 2; ++half) producer.bring(query);
+      for (int j = first; j < u.keys.end; j += kTileKeys) {
+        producer.bring(key);
+        if (j > first) producer.bring(value);
+        if (j + kTileKeys >= u.keys.end) producer.bring(value);
       }
     });
     producer.finish();

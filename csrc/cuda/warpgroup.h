@@ -41,6 +41,13 @@ __device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
 }
 
+// The thread's number in its warp, read anew: what comes of it does not fill registers from long before.
+__device__ __forceinline__ int lane_now() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
+  return lane;
+}
+
 // Registers of a thread, from here on; all warps of a warpgroup call. More are waited for until others have less.
 template <int kRegisters>
 __device__ __forceinline__ void lower_registers() {

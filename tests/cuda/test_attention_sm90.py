@@ -1,4 +1,4 @@
-"""The forward pass of attention by the kernel for compute capability 9.0: on the emulated device and on such a GPU."""
+"""Attention by the kernels for compute capability 9.0: on the emulated device and on such a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, assert_no_worse, on
+from attention_cases import Case, assert_no_worse, on, outputs_and_gradients
 from emulated import Emulated, Gpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -78,28 +78,61 @@ def test_values(hopper, cases, dtype):
         assert_errors(hopper, case, dtype)
 
 
+# Width 64 and less, one length for all sequences: what the kernels of the backward pass take.
+NARROW = [case for case in (*EDGES, *WIDTHS, *OTHERS) if max(case.width, case.value_width) <= 64 and not case.lengths]
+
+
+def assert_gradient_errors(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+    leaves = case.leaves(dtype)
+    with on(gpu):
+        mine = outputs_and_gradients(case.ours, [gpu.put(x.detach()).requires_grad_() for x in leaves], 1)
+    theirs = outputs_and_gradients(case.theirs, leaves, 1)
+    exact = outputs_and_gradients(case.theirs, [x.detach().double().requires_grad_() for x in leaves], 1)
+    # The gradients of a query with one key cancel, to 0 by another road.
+    size = max(float(x.abs().max()) if x.numel() else 0.0 for x in exact[2:])
+    for a, b, w in zip(mine[2:], theirs[2:], exact[2:], strict=True):
+        # Weights and gradients of scores are rounded to half types before they meet another matrix.
+        assert_no_worse(a.cpu(), b, w, dtype, units=2, size=size)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_all_options_together(hopper, dtype, data):
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_gradients(hopper, case, dtype):
+    assert_gradient_errors(hopper, case, dtype)
+
+
+def drawn(data: st.DataObject, widths: tuple[int, ...]) -> Case:
     def draw(*values):
         return data.draw(st.sampled_from(values))
 
-    case = Case(
+    return Case(
         batch=draw(1, 2),
         heads=4,
         key_heads=draw(1, 2, 4),
         queries=data.draw(st.integers(65, 270)),
         keys=data.draw(st.integers(0, 270)),
-        width=draw(8, 64, 88, 128),
-        value_width=draw(16, 64, 128),
+        width=draw(*widths),
+        value_width=draw(*widths),
         window=draw(None, (30, 5), (0, 100), (150, None)),
         causal=draw(True, False),
         lower_right=draw(True, False),
         layout=draw("dense", "rows"),
         seed=data.draw(st.integers(0, 100)),
     )
-    assert_errors(hopper, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_all_options_together(hopper, dtype, data):
+    assert_errors(hopper, drawn(data, (8, 64, 88, 128)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_gradients_of_all_options_together(hopper, dtype, data):
+    assert_gradient_errors(hopper, drawn(data, (8, 40, 64)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,6 +149,58 @@ def test_bits_do_not_depend_on_the_deal(emulated, case, dtype):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("case", [EDGES[-1], OTHERS[0], OTHERS[2]], ids=str)
+def test_bits_of_gradients_do_not_depend_on_the_deal(emulated, case):
+    results = []
+    for multiprocessors in (1, 3, 5):
+        with device(emulated, multiprocessors) as gpu, on(gpu):
+            leaves = [gpu.put(x.detach()).requires_grad_() for x in case.leaves(torch.bfloat16)]
+            results.append(outputs_and_gradients(case.ours, leaves, 1))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_same_bits(a, b)
+
+
+def products_of_backward(emulated: Emulated, gpu: Gpu, case: Case, needed: str = "qkv") -> int:
+    """Products of warpgroups in a backward pass that makes these gradients."""
+    leaves = [gpu.put(x.detach()) for x in case.leaves(torch.bfloat16)]
+    for name, leaf in zip("qkv", leaves, strict=False):
+        leaf.requires_grad_(name in needed)
+    with on(gpu):
+        out, _ = case.ours(*leaves)
+        before = emulated.warpgroup_products
+        out.backward(gpu.put(torch.ones_like(out)))
+    assert [leaf.grad is not None for leaf in leaves[:3]] == [name in needed for name in "qkv"]
+    return emulated.warpgroup_products - before
+
+
+def test_gradients_that_are_not_wanted_are_not_made(emulated):
+    with device(emulated) as gpu:
+        of_each = {needed: products_of_backward(emulated, gpu, PLAIN, needed) for needed in ("qkv", "q", "kv", "k")}
+    assert of_each["qkv"] == of_each["q"] + of_each["kv"]
+    assert of_each["k"] == of_each["kv"] > of_each["q"] > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask": "bool"},
+        {"slopes": "heads"},
+        {"softcap": 3.0},
+        {"dropout": 0.1},
+        {"width": 72},
+        {"value_width": 128},
+        {"queries": 64},
+        {"keys": 64},
+        {"batch": 1, "queries": 150, "lengths": ((70, 80), (75, 75))},
+    ],
+    ids=str,
+)
+def test_what_the_other_kernels_of_the_backward_pass_take(emulated, change):
+    with device(emulated) as gpu:
+        assert products_of_backward(emulated, gpu, replace(PLAIN, **change)) == 0
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ inline void arrive(uint64_t* barrier) { emulator::arrive(barrier); }
 inline void wait_arrivals(uint64_t* barrier, uint32_t parity) { emulator::wait_arrivals(barrier, parity); }
 inline void named_barrier_wait(int number, int threads) { emulator::named_barrier(number, threads, true); }
 inline void named_barrier_arrive(int number, int threads) { emulator::named_barrier(number, threads, false); }
+inline int lane_now() { return emulator::lane(); }
 template <int kRegisters>
 void lower_registers() {
   emulator::set_registers(kRegisters, false);
