@@ -44,6 +44,7 @@ def _load(cache: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.fastgen_emulated_launches.restype = ctypes.c_int64
     library.fastgen_emulated_products.restype = ctypes.c_int64
+    library.fastgen_emulated_clustered.restype = ctypes.c_int64
     library.fastgen_emulated_device.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int)
     return library
 
@@ -63,6 +64,11 @@ class Emulated:
     def warpgroup_products(self) -> int:
         """Products that warps of a warpgroup have made so far."""
         return self._library.fastgen_emulated_products()
+
+    @property
+    def clustered(self) -> int:
+        """Kernels that have been launched in clusters so far."""
+        return self._library.fastgen_emulated_clustered()
 
     def resize(self, multiprocessors: int = 4, shared_limit: int = 227 * 1024, capability: int = 80) -> None:
         """What kernels are told of: multiprocessors, bytes of shared memory a block may have, and 90 for 9.0."""

@@ -145,6 +145,32 @@ __device__ __forceinline__ uint32_t add_release(uint32_t* p, uint32_t value) {
   return before;
 }
 
+// A cluster: neighbouring blocks of a launch that reach into each other's shared memory. Where there are none, before
+// compute capability 9.0, a block is one by itself.
+//
+// Where all threads of a cluster meet. What any of them wrote before is seen by all behind it.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+#else
+  block_barrier();
+#endif
+}
+// The same place in the shared memory of block `rank` of the cluster, which must have begun and not have ended.
+template <class T>
+__device__ __forceinline__ T* in_block_of_cluster(T* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+  T* there;
+  asm("mapa.u64 %0, %1, %2;\n" : "=l"(there) : "l"(shared), "r"(rank));
+  return there;
+#else
+  return shared;
+#endif
+}
+
 namespace detail {
 
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -191,6 +217,39 @@ void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t
       values);
 }
 
+namespace detail {
+
+// A launch of all blocks at once, in clusters.
+struct ClusterLaunch {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(dim3 grid, int cluster, dim3 block, size_t shared, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
+}  // namespace detail
+
+// launch_cooperative in clusters of so many blocks.
+template <class... Params, class... Args>
+void launch_clusters(void (*kernel)(Params...), dim3 grid, int cluster, dim3 block, size_t shared, cudaStream_t stream,
+                     const Args&... args) {
+  detail::allow_shared(kernel, shared);
+  const detail::ClusterLaunch launch(grid, cluster, block, shared, stream);
+  FASTGEN_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, Params(args)...));
+}
+
 // Of the current device.
 inline int compute_capability() {  // 90: 9.0
   return 10 * detail::device_attribute(cudaDevAttrComputeCapabilityMajor) +
@@ -206,6 +265,17 @@ int blocks_per_multiprocessor(Kernel kernel, int threads, size_t shared) {
   return blocks;
 }
 
+// How many clusters run at once.
+template <class Kernel>
+int clusters_at_once(Kernel kernel, int cluster, int threads, size_t shared) {
+  if (compute_capability() < 90) return 0;
+  detail::allow_shared(kernel, shared);
+  const detail::ClusterLaunch launch(unsigned(cluster), cluster, unsigned(threads), shared, nullptr);
+  int clusters = 0;
+  FASTGEN_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &launch.config));
+  return clusters;
+}
+
 }  // namespace fastgen
 
 #endif  // FASTGEN_EMULATED
@@ -218,14 +288,14 @@ struct alignas(sizeof(Storage) * N) Pack {
   Storage v[N];
 };
 
-// Where all threads of a cooperative launch meet; `arrived` is 0 before the launch. What any of them wrote before is
-// seen by all behind it.
+// Where all threads of so many blocks of a cooperative launch meet; `arrived` is theirs alone, and 0 before the launch.
+// What any of them wrote before is seen by all behind it.
 class GridBarrier {
  public:
-  __device__ explicit GridBarrier(uint32_t* arrived) : arrived_(arrived) {}
+  __device__ GridBarrier(uint32_t* arrived, int blocks) : arrived_(arrived), blocks_(uint32_t(blocks)) {}
   __device__ void wait() {
     block_barrier();
-    goal_ += gridDim.x * gridDim.y * gridDim.z;
+    goal_ += blocks_;
     if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
       add_release(arrived_, 1);
       while (int32_t(load_acquire(arrived_) - goal_) < 0) {  // the count may wrap
@@ -236,7 +306,7 @@ class GridBarrier {
 
  private:
   uint32_t* arrived_;
-  uint32_t goal_ = 0;
+  uint32_t blocks_, goal_ = 0;
 };
 
 }  // namespace fastgen

@@ -2,16 +2,17 @@
 //
 // The input's products are one matrix product of torch for all steps. What remains is a chain of steps, each of which
 // waits for the whole h of the one before: so a cooperative kernel runs through all of them, each of its blocks has
-// some units with their rows of W_hh in shared memory for good, and between two steps all blocks meet at a barrier
+// some units with their rows of W_hh in shared memory for good, and between two steps the blocks meet at a barrier
 // (Diamos et al., "Persistent RNNs: stashing recurrent weights on-chip", 2016). Rows of the batch are independent of
-// each other: where there are few units, groups of blocks take different ones.
+// each other: where there are few units, groups of blocks take different ones, each with a barrier of its own.
 //
 // A product needs all units of its operand, and so a barrier before it; layer norm needs the statistics of a row, and
 // so a barrier before each use. A step has the barriers
 //   forward    W_hh h | [norm of it] | [norm of c'] | [W_hr h] |
 //   backward   W_hh^T dgates | [W_hr^T dh] | [norm of c'] | [norm of W_hh h] |
-// Between them each thread takes "its" units and rows, always the same ones: what it keeps for itself from step to step
-// (c, h, dh, dc) needs no barrier.
+// The operand of the backward product is as wide as all gates: where blocks come in clusters, they share reading it.
+// Between barriers each thread takes "its" units and rows, always the same ones: what it keeps for itself from step to
+// step (c, h, dh, dc) needs no barrier.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -104,8 +105,6 @@ class Sequencer {
     }
     p.h = scratch(p.batch, p.output_size);
     if (p.mode == CellMode::kLstm) p.c = scratch(p.batch, p.hidden_size);
-    const int64_t one = 1;
-    p.arrived = static_cast<uint32_t*>(keep(torch::stable::new_zeros(like_, {&one, 1}, ScalarType::Int)));
   }
 
   // A product whose operand has `halves` halves; its matrix comes from `source`, whose strides these are.
@@ -129,10 +128,20 @@ class Sequencer {
     return out;
   }
 
+  // clusters: where there are any, blocks share what the product with the recurrent matrix reads.
   template <class Params>
-  void launch_sequence(void (*kernel)(Params), Params& p) const {
-    plan(p);
-    launch_cooperative(kernel, unsigned(p.unit_blocks * p.groups), kThreads, size_t(p.shared.bytes), stream_, p);
+  void launch_sequence(void (*kernel)(Params), Params& p, bool clusters) {
+    deal(p, multiprocessors(), 1);
+    if (clusters) plan_clusters(kernel, p);
+    const int64_t counters = int64_t(p.groups) * kLine;
+    p.arrived = static_cast<uint32_t*>(keep(torch::stable::new_zeros(like_, {&counters, 1}, ScalarType::Int)));
+    const auto blocks = unsigned(p.unit_blocks * p.groups);
+    const auto shared = size_t(p.shared.bytes);
+    if (p.recurrent.clusters) {
+      launch_clusters(kernel, blocks, kCluster, kThreads, shared, stream_, p);
+    } else {
+      launch_cooperative(kernel, blocks, kThreads, shared, stream_, p);
+    }
   }
 
   unsigned row_blocks(int64_t warps) const {
@@ -140,19 +149,18 @@ class Sequencer {
   }
 
  private:
-  // Units over the multiprocessors, as evenly as they go, and rows of the batch over what remains; and which matrices
-  // stay on the chip.
+  // Units over `room` multiprocessors, as evenly as they go in multiples of `unit` blocks, and rows of the batch over
+  // what remains; and which matrices stay on the chip.
   template <class Params>
-  void plan(Sequence<Params>& p) const {
-    const int most = std::max(p.recurrent.tiles, p.projection.tiles), room = multiprocessors();
-    p.unit_blocks = int(ceil_div(most, ceil_div(most, room)));
+  void deal(Sequence<Params>& p, int room, int unit) const {
+    const int most = std::max(p.recurrent.tiles, p.projection.tiles);
+    p.unit_blocks = int(ceil_div(ceil_div(most, ceil_div(most, room)), unit)) * unit;
     p.groups = int(std::max<int64_t>(1, std::min<int64_t>(room / p.unit_blocks, ceil_div(p.batch, kRows))));
     p.recurrent.tiles_of_block = int(ceil_div(p.recurrent.tiles, p.unit_blocks));
     p.projection.tiles_of_block = int(ceil_div(p.projection.tiles, p.unit_blocks));
-    const auto resident = [](const Product& product) { return product.tiles_of_block * product.tile_bytes(); };
     const int64_t limit = int64_t(shared_limit());
     const int64_t sums = int64_t(sizeof(float)) * kWarps * kGroupsMost * kUnits * kSumPitch;
-    int64_t first = resident(p.recurrent), second = resident(p.projection);
+    int64_t first = p.recurrent.resident_bytes(), second = p.projection.resident_bytes();
     p.shared.warps = kWarps;
     p.shared.stage = kStageOperand;
     const auto rings = [&] { return int64_t(p.shared.warps) * kStages * p.shared.stage; };
@@ -168,6 +176,19 @@ class Sequencer {
     p.shared.rings = int(first + second);
     p.shared.sums = p.shared.rings + int(rings());
     p.shared.bytes = p.shared.sums + int(sums);
+  }
+
+  // The same in clusters, where that takes no more tiles a block, the matrix stays on the chip, and a block's part of
+  // the operand fits into the rings.
+  template <class Params>
+  void plan_clusters(void (*kernel)(Params), Params& p) const {
+    if (p.recurrent.tiles < kCluster || p.recurrent.part_chunks() > kWarps * kStages) return;
+    const int room = clusters_at_once(kernel, kCluster, kThreads, shared_limit()) * kCluster;
+    if (room == 0) return;
+    Params other = p;
+    other.recurrent.clusters = true;
+    deal(other, room, kCluster);
+    if (other.recurrent.shared >= 0 && other.recurrent.tiles_of_block == p.recurrent.tiles_of_block) p = other;
   }
 
   RecurrentArguments& arguments_;
@@ -234,7 +255,8 @@ Results recurrent(int64_t mode, const Tensor& input, const Optional& batch_sizes
       launch(standardise_kernel<Element>, call.row_blocks(p.rows), kRowThreads, 0, call.stream(), p,
              static_cast<Element*>(data_of(from_input)));
     }
-    by_gates(p.mode, [&](auto gates) { call.launch_sequence(forward_kernel<Element, decltype(gates)::value>, p); });
+    by_gates(p.mode,
+             [&](auto gates) { call.launch_sequence(forward_kernel<Element, decltype(gates)::value>, p, false); });
   });
   return {output, h_n, c_n, gates, cells};
 }
@@ -333,7 +355,10 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   }
   by_element(p.dtype, [&](auto element) {
     using Element = decltype(element);
-    by_gates(p.mode, [&](auto gates) { call.launch_sequence(backward_kernel<Element, decltype(gates)::value>, p); });
+    by_gates(p.mode, [&](auto gates) {
+      constexpr int kGates = decltype(gates)::value;
+      call.launch_sequence(backward_kernel<Element, kGates>, p, kGates > 1);
+    });
     if (norm) launch(input_norm_kernel<Element>, call.row_blocks(p.rows), kRowThreads, 0, call.stream(), p);
   });
 

@@ -304,7 +304,7 @@ struct Backward : Worker<BackwardParams> {
 };
 
 template <class Element, int kGates>
-__global__ void __launch_bounds__(kThreads) backward_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, 1) backward_kernel(BackwardParams p) {
   Backward<Element, kGates>(p).run();
 }
 

@@ -6,6 +6,11 @@
 // while the operand of the last is on its way from L2. Their sums stand in shared memory behind each other and are
 // added in that order: the result does not depend on timing.
 //
+// In a cluster of blocks, which as many tiles belong to, the blocks share out the chunks instead, each for all these
+// tiles: a warp a tile. So a block reads its part of the operand alone, and each warp stores its sums in the shared
+// memory of the block whose tile it had, where they stand and are added as the warps' sums do otherwise: the bits are
+// the same.
+//
 // A unit has kGroups rows of the matrix (the gates of W_hh), which are multiplied with the same operand. Halves go
 // through the tensor cores, the matrix as the left side (16 rows: two groups) and the rows of the batch as columns.
 #pragma once
@@ -22,6 +27,7 @@ constexpr int kChunkPitch = kChunk + 16;  // in shared memory: eight rows begin 
 constexpr int kStages = 4;                // chunks of a warp on their way
 constexpr int kSumPitch = 24;             // floats: the pairs of a quarter of a warp fall into different banks
 constexpr int kGroupsMost = 4;
+constexpr int kCluster = kWarps;  // blocks of a cluster
 
 // The matrix in tiles, [tiles][groups][kUnits][pitch], padded with zeros to whole tiles and chunks, and the operand,
 // [2][batch][chunks * kChunk bytes], padded likewise: a step reads one half of it while the next one is written.
@@ -32,11 +38,19 @@ struct Product {
   int groups, chunks, tiles;
   int tiles_of_block;  // each block has as many, but for the last ones
   int shared;          // where the tiles of a block stand in its shared memory; -1: they are read from L2 at each step
+  bool clusters;       // a block has a part of the chunks of all tiles of its cluster; of one group
 
   FASTGEN_MEMBER int64_t operand_pitch() const { return int64_t(chunks) * kChunk; }
   // Eight rows at this distance begin in different banks, as in a chunk.
   FASTGEN_MEMBER int64_t pitch() const { return operand_pitch() + 16; }
   FASTGEN_MEMBER int64_t tile_bytes() const { return groups * kUnits * pitch(); }
+  // Of a row, tile and block that has a part of the chunks.
+  FASTGEN_MEMBER int part_chunks() const { return (chunks + kCluster - 1) / kCluster; }
+  FASTGEN_MEMBER int64_t part_pitch() const { return int64_t(part_chunks()) * kChunk + 16; }
+  FASTGEN_MEMBER int64_t part_bytes() const { return kUnits * part_pitch(); }
+  FASTGEN_MEMBER int64_t resident_bytes() const {
+    return tiles_of_block * (clusters ? kCluster * part_bytes() : tile_bytes());
+  }
   FASTGEN_MEMBER int first_tile(int block) const { return block * tiles_of_block; }
   FASTGEN_MEMBER int end_tile(int block) const {
     const int end = (block + 1) * tiles_of_block;
@@ -81,9 +95,26 @@ __global__ void pack_kernel(PackParams<Element> p) {
   }
 }
 
+// The same of a block that has chunks rank, rank + kCluster, ... of the tiles of its cluster: [tiles][kUnits], those of
+// one of its blocks behind those of another.
+__device__ inline void load_part(const Product& product, int block) {
+  const int rank = block % kCluster, first = product.first_tile(block - rank);
+  const int width = product.part_chunks() * (kChunk / 16);  // of a row, in copies
+  for (int j = int(threadIdx.x); j < kCluster * product.tiles_of_block * kUnits * width; j += kThreads) {
+    const int row = j / width, place = j % width / (kChunk / 16), part = j % (kChunk / 16) * 16;
+    const int chunk = rank + place * kCluster, tile = first + row / kUnits;
+    if (tile >= product.tiles || chunk >= product.chunks) continue;
+    copy_async16(dynamic_shared() + product.shared + row * product.part_pitch() + place * kChunk + part,
+                 product.matrix + (int64_t(first) * kUnits + row) * product.pitch() + int64_t(chunk) * kChunk + part);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+}
+
 // Brings the tiles of a block into its shared memory, where they stay. A barrier must follow.
 __device__ inline void load_resident(const Product& product, int block) {
   if (product.shared < 0) return;
+  if (product.clusters) return load_part(product, block);
   const int first = product.first_tile(block), end = product.end_tile(block);
   const int64_t bytes = (end - first) * product.tile_bytes();
   for (int64_t i = int64_t(threadIdx.x) * 16; i < bytes; i += kThreads * 16) {
@@ -232,6 +263,36 @@ __device__ void multiply_tile(const Product& product, int tile, int block, const
   sums.store(reinterpret_cast<float*>(dynamic_shared() + plan.sums) + warp * kGroups * kUnits * kSumPitch, many);
 }
 
+// The part of a block in the sums of tile number `i` of each block of its cluster, to be read by `sum_of` behind a
+// cluster_barrier. What is read of the operand may be as much as the rings hold.
+template <class Element>
+__device__ void multiply_part(const Product& product, int i, int block, const unsigned char* operand, int rows,
+                              const SharedPlan& plan) {
+  const int warp = threadIdx.x / 32, rank = block % kCluster, row_parts = kChunk / 16;
+  const bool many = rows > 8;
+  unsigned char* own = dynamic_shared() + plan.rings;
+  for (int j = int(threadIdx.x); j < product.part_chunks() * (many ? 16 : 8) * row_parts; j += kThreads) {
+    const int part = j % row_parts * 16, row = j / row_parts % (many ? 16 : 8), place = j / row_parts / (many ? 16 : 8);
+    const int chunk = rank + place * kCluster;
+    const bool there = row < rows && chunk < product.chunks;
+    copy_async16(own + place * kStageOperand + row * kChunkPitch + part,
+                 operand + (there ? row * product.operand_pitch() + int64_t(chunk) * kChunk + part : 0), there);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  block_barrier();
+  const int owner = block - rank + warp, tile = product.first_tile(owner) + i;
+  if (tile >= product.end_tile(owner) || rank >= product.chunks) return;
+  const unsigned char* matrix =
+      dynamic_shared() + product.shared + (warp * product.tiles_of_block + i) * product.part_bytes();
+  PartialSums<Element, 1> sums;
+  for (int place = 0; rank + place * kCluster < product.chunks; ++place) {
+    sums.add(matrix + place * kChunk, product.part_pitch(), own + place * kStageOperand, many);
+  }
+  auto* parts = reinterpret_cast<float*>(dynamic_shared() + plan.sums);
+  sums.store(in_block_of_cluster(parts, warp) + rank * kUnits * kSumPitch, many);
+}
+
 // The sum of the parts that several warps have stored, in their order.
 template <int kGroups>
 __device__ float sum_of_parts(const float* sums, int parts, int group, int unit, int row) {
@@ -244,7 +305,8 @@ __device__ float sum_of_parts(const float* sums, int parts, int group, int unit,
 template <int kGroups>
 __device__ float sum_of(const Product& product, const SharedPlan& plan, int group, int unit, int row) {
   const auto* sums = reinterpret_cast<const float*>(dynamic_shared() + plan.sums);
-  return sum_of_parts<kGroups>(sums, product.chunks < plan.warps ? product.chunks : plan.warps, group, unit, row);
+  const int most = product.clusters ? kCluster : plan.warps;
+  return sum_of_parts<kGroups>(sums, product.chunks < most ? product.chunks : most, group, unit, row);
 }
 
 }  // namespace

@@ -17,8 +17,9 @@ struct Sequence : Params {
   Zone zone_c, zone_h;
   const int64_t* seed_offset;  // null: nothing is drawn
   float *h, *c;                // [batch][P], [batch][H]: states from step to step, backward the gradients of them
-  uint32_t* arrived;
+  uint32_t* arrived;           // [groups][kLine]: each group has a barrier of its own
 };
+constexpr int kLine = 32;  // counters of different groups stand in different cache lines
 
 // The place of a step in the sequence: its rows of the batch, and the number of the first of them.
 struct Step {
@@ -45,7 +46,7 @@ struct Worker {
 
   __device__ explicit Worker(const Params& p)
       : p(p),
-        barrier(p.arrived),
+        barrier(p.arrived + int(blockIdx.x) / p.unit_blocks * kLine, p.unit_blocks),
         block(int(blockIdx.x) % p.unit_blocks),
         group(int(blockIdx.x) / p.unit_blocks),
         unit(int(threadIdx.x) % kUnits),
@@ -81,25 +82,49 @@ struct Worker {
   template <class Element, int kGroups, class Fetch, class Body>
   __device__ void multiply(const Product& product, int64_t half, int64_t fed, int64_t rows, const Fetch& fetch,
                            const Body& body) const {
-    tiles(product, rows, [&](int tile, int64_t b) {
+    // The element of this thread in a tile, whose sums are there behind `multiply(operand, rows)` and `meet()`.
+    const auto one = [&](int tile, int64_t b, const auto& multiply, const auto& meet) {
       const int64_t left = fed - b, u = int64_t(tile) * kUnits + unit;
       const bool valid = owner && b + row < rows && u < product.units;
       const auto ahead = fetch(b + row, u, valid);
       if (left > 0) {
-        const auto* operand = product.template operand_row<unsigned char>(half, b);
-        multiply_tile<Element, kGroups>(product, tile, block, operand, int(left < kRows ? left : kRows), p.shared);
-        block_barrier();
+        multiply(product.template operand_row<unsigned char>(half, b), int(left < kRows ? left : kRows));
+        meet();
       }
-      if (owner) {
-        float sums[kGroups];
-        FASTGEN_UNROLL
-        for (int g = 0; g < kGroups; ++g) {
-          sums[g] = row < left ? sum_of<kGroups>(product, p.shared, g, unit, row) : 0.0f;
-        }
-        body(b + row, u, valid, tile, sums, ahead);
+      if (!owner) return;
+      float sums[kGroups];
+      FASTGEN_UNROLL
+      for (int g = 0; g < kGroups; ++g) {
+        sums[g] = row < left ? sum_of<kGroups>(product, p.shared, g, unit, row) : 0.0f;
       }
-      if (left > 0) block_barrier();
+      body(b + row, u, valid, tile, sums, ahead);
+    };
+    if constexpr (kGroups == 1) {
+      if (product.clusters) return in_clusters<Element>(product, rows, one);
+    }
+    tiles(product, rows, [&](int tile, int64_t b) {
+      const auto multiply = [&](const unsigned char* operand, int count) {
+        multiply_tile<Element, kGroups>(product, tile, block, operand, count, p.shared);
+      };
+      one(tile, b, multiply, [] { block_barrier(); });
+      block_barrier();
     });
+  }
+  // As many tiles as the other blocks of the cluster, whether they are there or not. The sums of one are read before
+  // another block writes those of the next, or, of the last, before it comes past the barrier of the grid.
+  template <class Element, class One>
+  __device__ void in_clusters(const Product& product, int64_t rows, const One& one) const {
+    bool first = true;
+    for (int64_t b = int64_t(group) * kRows; b < rows; b += int64_t(p.groups) * kRows) {
+      for (int i = 0; i < product.tiles_of_block; ++i) {
+        const auto multiply = [&](const unsigned char* operand, int count) {
+          if (!first) cluster_barrier();
+          multiply_part<Element>(product, i, block, operand, count, p.shared);
+          first = false;
+        };
+        one(product.first_tile(block) + i, b, multiply, [] { cluster_barrier(); });
+      }
+    }
   }
   __device__ int units_of(const Product& product, int tile) const {
     const int64_t left = product.units - int64_t(tile) * kUnits;

@@ -247,6 +247,36 @@ def test_how_many_blocks_share_the_work_changes_no_bit(emulated, call):
             assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(hidden=64),
+        Call(hidden=70, lengths=(3,) * 9 + (2, 1), masked=True, seed=2),
+        Call(hidden=150, lengths=(2,) * 18, seed=3),
+        Call(Mode.GRU, hidden=100, lengths=(2,) * 40 + (1,), reverse=True),
+        Call(norm=True, hidden=70, outputs=66, zoneout=(0.2, 0.3), lengths=(2,) * 18),
+    ],
+    ids=str,
+)
+def test_clusters(emulated, call, dtype):
+    """From compute capability 9.0 on blocks share what the backward pass reads; that changes no bit."""
+    device = in_dtype(dtype)
+    exact = forward(reference, call, in_dtype(torch.float64))
+    try:
+        emulated.resize(16)
+        alone = backward(EMULATED.ops, call, device, exact)
+        before = emulated.clustered
+        emulated.resize(16, capability=90)
+        check(EMULATED, call, dtype)
+        shared = backward(EMULATED.ops, call, device, exact)
+        assert emulated.clustered == before + 2
+    finally:
+        emulated.resize()
+    for got, want in zip(shared, alone, strict=True):
+        assert_same_bits(got, want)
+
+
 def test_more_steps_than_travel_in_one_launch(gpu):
     lengths = (301,) * 2
     check(gpu, Call(Mode.RNN_TANH, hidden=3, inputs=1, lengths=(*lengths, 5), bias=False), torch.float32)

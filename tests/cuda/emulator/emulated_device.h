@@ -13,8 +13,8 @@ namespace fastgen {
 namespace emulator {
 
 // Runs `kernel` once for each thread of a grid. Blocks one after the other, or, where they wait for each other, at
-// once.
-void run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared, bool cooperative);
+// once, `cluster` of them in a cluster.
+void run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared, bool cooperative, int cluster = 1);
 
 constexpr int kLanes = 32;
 // Waits until all threads of the warp are here with the same `kind`; the last of them runs `compute` on what each gave
@@ -24,6 +24,8 @@ void with_warp(const char* kind, const void* input, void* output,
 int lane();
 unsigned char* shared_memory();
 void block_barrier();
+void cluster_barrier();
+unsigned char* shared_memory_of(int rank, const void* p);   // of a block of the cluster; p: in this block's own
 void yield();                                               // to other threads, while this one waits for a flag
 void copy_async(void* to, const void* from, size_t bytes);  // from null: zeros
 void copy_async_commit();
@@ -71,6 +73,12 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
 inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
 inline unsigned char* dynamic_shared() { return emulator::shared_memory(); }
 inline void block_barrier() { emulator::block_barrier(); }
+inline void cluster_barrier() { emulator::cluster_barrier(); }
+template <class T>
+T* in_block_of_cluster(T* shared, int rank) {
+  const auto at = reinterpret_cast<unsigned char*>(shared) - emulator::shared_memory();
+  return reinterpret_cast<T*>(emulator::shared_memory_of(rank, shared) + at);
+}
 inline void warp_barrier() {
   emulator::with_warp("warp_barrier", nullptr, nullptr, [](const void* const*, void* const*) {});
 }
@@ -204,11 +212,24 @@ void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t
 }
 
 inline int compute_capability() { return emulator::compute_capability(); }
+template <class... Params, class... Args>
+void launch_clusters(void (*kernel)(Params...), dim3 grid, int cluster, dim3 block, size_t shared, cudaStream_t,
+                     const Args&... args) {
+  const std::tuple<Params...> values(args...);
+  emulator::run([&] { std::apply(kernel, values); }, grid, block, shared, true, cluster);
+}
+
 inline int multiprocessors() { return emulator::multiprocessors(); }
 inline size_t shared_limit() { return emulator::shared_limit(); }
 template <class Kernel>
 int blocks_per_multiprocessor(Kernel, int threads, size_t shared) {
   return int(std::min<size_t>(2048 / size_t(threads), shared_limit() / std::max<size_t>(shared, 1024)));
+}
+
+template <class Kernel>
+int clusters_at_once(Kernel kernel, int cluster, int threads, size_t shared) {
+  if (compute_capability() < 90) return 0;
+  return blocks_per_multiprocessor(kernel, threads, shared) * multiprocessors() / cluster;
 }
 
 }  // namespace fastgen

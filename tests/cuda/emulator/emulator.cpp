@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -51,7 +52,7 @@ constexpr unsigned char kPoison = 0xff;  // in every byte of a number: NaN
 int device_multiprocessors = 4;
 size_t device_shared_limit = 227 * 1024;
 int device_capability = 80;
-int64_t launches = 0, products = 0;
+int64_t launches = 0, products = 0, clustered = 0;
 
 // Memory that ends where a page without access begins: what is written behind it ends the process at once.
 class Guarded {
@@ -136,11 +137,18 @@ struct Named {
   std::vector<Fibre*> waiting;
 };
 
+struct Cluster {
+  std::vector<Block*> blocks;
+  int waiting = 0;  // at its barrier
+};
+
 struct Block {
   uint3 index;
+  Cluster* cluster;
   std::vector<Fibre*> fibres;
   std::vector<Warp> warps;
   int waiting = 0, running = 0;  // at the barrier; not yet through
+  bool begun = false;
   std::vector<Fibre*> for_arrivals, for_registers;
   std::array<Named, 16> named;
   int free_registers = 0;
@@ -159,12 +167,13 @@ struct Block {
 
 class Run {
  public:
-  Run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared)
-      : kernel(kernel), grid(grid), size(block), shared_bytes(shared) {}
+  Run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared, int cluster)
+      : kernel(kernel), grid(grid), size(block), shared_bytes(shared), cluster(cluster) {}
 
   const std::function<void()>& kernel;
   dim3 grid, size;
   size_t shared_bytes;
+  int cluster;  // blocks of one
   Fibre* current = nullptr;
   std::vector<Fibre*> ready;
   int64_t remaining = 0, idle = 0;  // threads not yet through; yields since anything else happened
@@ -176,10 +185,13 @@ class Run {
   void blocks(const std::vector<uint3>& indices) {
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::unique_ptr<Fibre>> fibres;
+    std::map<unsigned, Cluster> clusters;
     const int threads = int(size.x * size.y * size.z);
     for (const uint3& index : indices) {
       auto& block = *blocks.emplace_back(std::make_unique<Block>());
       block.index = index;
+      block.cluster = &clusters[index.x / unsigned(cluster)];  // of grids of one dimension
+      block.cluster->blocks.push_back(&block);
       block.running = threads;
       block.warps.resize(size_t(threads / kLanes));
       const int registers = std::min(65536 / threads / 8 * 8, 255);
@@ -305,7 +317,18 @@ void release_barrier(Block& block) {
   for (Fibre* fibre : block.fibres) running->wake(fibre);
 }
 
+void release_barrier(Cluster& cluster) {
+  int left = 0;
+  for (const Block* block : cluster.blocks) left += block->running;
+  if (cluster.waiting == 0 || cluster.waiting < left) return;
+  cluster.waiting = 0;
+  for (Block* block : cluster.blocks) {
+    for (Fibre* fibre : block->fibres) running->wake(fibre);
+  }
+}
+
 void Run::entry() {
+  running->current->block->begun = true;
   running->kernel();
   Fibre& fibre = *running->current;
   fibre.done = true;
@@ -314,6 +337,7 @@ void Run::entry() {
   --running->remaining;
   running->idle = 0;
   release_barrier(block);
+  release_barrier(*block.cluster);
   void* unused;
   running->switch_to_next(&unused);
 }
@@ -352,6 +376,26 @@ void block_barrier() {
     block.waiting = 0;
   }
   running->wait();
+}
+
+void cluster_barrier() {
+  Cluster& cluster = *running->current->block->cluster;
+  ++cluster.waiting;
+  running->idle = 0;
+  release_barrier(cluster);
+  running->wait();
+}
+
+unsigned char* shared_memory_of(int rank, const void* p) {
+  check_shared(p, 1, 1);
+  for (const Block* block : running->current->block->cluster->blocks) {
+    if (int(block->index.x % unsigned(running->cluster)) != rank) continue;
+    if (!block->begun) running->fail("shared memory of a block that has not begun, " + name(*running->current));
+    if (block->running == 0) running->fail("shared memory of a block that has ended, " + name(*running->current));
+    return block->shared_begin();
+  }
+  running->fail("no such block of the cluster, " + name(*running->current));
+  return nullptr;
 }
 
 void with_warp(const char* kind, const void* input, void* output,
@@ -659,7 +703,7 @@ void warpgroup_wait(int pending, std::initializer_list<const float*> sums) {
 
 int compute_capability() { return device_capability; }
 
-void run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared, bool cooperative) {
+void run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared, bool cooperative, int cluster) {
   const auto require = [](bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string("emulated device: ") + what);
   };
@@ -672,8 +716,11 @@ void run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shar
     const size_t each = size_t(blocks_per_multiprocessor(0, int(threads), shared));
     require(blocks <= each * size_t(device_multiprocessors), "a cooperative launch of more blocks than fit at once");
   }
+  require(cluster == 1 || device_capability >= 90, "there are no clusters before compute capability 9.0");
+  require(cluster <= 8 && blocks % size_t(cluster) == 0, "expected whole clusters of at most 8 blocks");
   ++launches;
-  Run state(kernel, grid, block, shared);
+  clustered += cluster > 1;
+  Run state(kernel, grid, block, shared, cluster);
   running = &state;
   struct End {
     ~End() { running = nullptr; }
@@ -694,6 +741,7 @@ void run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shar
 extern "C" {
 __attribute__((visibility("default"))) int64_t fastgen_emulated_launches() { return fastgen::emulator::launches; }
 __attribute__((visibility("default"))) int64_t fastgen_emulated_products() { return fastgen::emulator::products; }
+__attribute__((visibility("default"))) int64_t fastgen_emulated_clustered() { return fastgen::emulator::clustered; }
 __attribute__((visibility("default"))) void fastgen_emulated_device(int multiprocessors, int64_t shared_limit,
                                                                     int capability) {
   fastgen::emulator::device_multiprocessors = multiprocessors;

@@ -7,6 +7,8 @@
 
 #include "../../../csrc/cuda/warpgroup.h"
 
+extern "C" void fastgen_emulated_device(int multiprocessors, int64_t shared_limit, int capability);
+
 namespace fastgen {
 namespace {
 
@@ -59,7 +61,7 @@ __global__ void write_behind_shared() { dynamic_shared()[threadIdx.x] = 0; }
 
 // Each block adds what all blocks wrote in the round before.
 __global__ void rounds(uint32_t* arrived, float* sums, int count, bool barrier) {
-  GridBarrier grid(arrived);
+  GridBarrier grid(arrived, int(gridDim.x));
   for (int round = 0; round < count; ++round) {
     if (threadIdx.x == 0) {
       float sum = 1;
@@ -68,6 +70,18 @@ __global__ void rounds(uint32_t* arrived, float* sums, int count, bool barrier) 
     }
     if (barrier) grid.wait();
   }
+}
+
+// Each block of a cluster writes to the next one.
+__global__ void neighbours(float* out, int cluster, bool begin, bool end, bool barrier) {
+  float* shared = reinterpret_cast<float*>(dynamic_shared());
+  const int rank = int(blockIdx.x) % cluster;
+  if (end && rank == 1) return;
+  if (begin) cluster_barrier();
+  in_block_of_cluster(shared, (rank + 1) % cluster)[threadIdx.x] = float(blockIdx.x * kThreads + threadIdx.x);
+  const float early = shared[threadIdx.x];
+  cluster_barrier();
+  out[blockIdx.x * kThreads + threadIdx.x] = barrier ? shared[threadIdx.x] : early;
 }
 
 __global__ void wait_for(const uint32_t* flag) {
@@ -277,6 +291,14 @@ std::string outcome(const std::string& name) {
     for (int round = 0; round < 5; ++round) {
       want = 1 + 4 * want;
       for (int block = 0; block < 4; ++block) right &= out[4 * round + block] == want;
+    }
+  } else if (const std::string wrong = after("cluster", name); wrong != name) {
+    fastgen_emulated_device(4, 227 * 1024, wrong == "of an older device" ? 80 : 90);
+    out.resize(8 * kThreads);
+    launch_clusters(neighbours, wrong == "cut" ? 6 : 8, 4, kThreads, kThreads * 4, nullptr, out.data(), 4,
+                    wrong != "not begun", wrong == "ended", wrong != "not waited for");
+    for (int i = 0; i < 8 * kThreads; ++i) {
+      right &= out[i] == float((i / kThreads / 4 * 4 + (i / kThreads + 3) % 4) * kThreads + i % kThreads);
     }
   } else if (name == "too many blocks") {
     launch_cooperative(rounds, 1000, kThreads, 0, nullptr, &flag, out.data(), 0, true);
