@@ -75,7 +75,7 @@ class LinearCase(ProductCase):
             out = function(*given[:3])
             return out, *torch.autograd.grad(out, given[:3], given[3])
 
-        return step if self.direction == "training" else lambda *given: (function(*given),)
+        return step if self.direction == "training" else torch.no_grad()(lambda *given: (function(*given),))
 
     def rivals(self) -> dict[str, Callable[..., Any]]:
         return {OURS: self._call(linear), EAGER: self._call(F.linear)}
@@ -91,8 +91,8 @@ class LinearCase(ProductCase):
 
 
 def cases(*, full: bool) -> list[LinearCase]:
-    """The layers of a small GPT, of GPT-2 and of a VAE."""
-    chosen = [LinearCase(shape=(3072, 384, 1536))]
+    """The layers of a small GPT, of GPT-2 and of a VAE, the last two also for a few rows and in half types."""
+    chosen = [LinearCase(shape=(3072, 384, 1536)), LinearCase(shape=(16, 3136, 256))]
     if full:
         shapes = [
             (3072, 384, 1152),
@@ -101,8 +101,17 @@ def cases(*, full: bool) -> list[LinearCase]:
             (256, 768, 50257),
             (128, 784, 512),
             (32, 256, 256),
+            (16, 3136, 256),
+            (8, 768, 3072),
+            (1, 768, 3072),
         ]
         every = [LinearCase(shape=shape) for shape in ((3072, 384, 1536), *shapes)]
         both = [replace(case, direction=direction) for case in every for direction in ("inference", "training")]
+        few, many = (LinearCase(shape=(rows, 768, 3072), direction="inference") for rows in (4, 256))
+        both += [
+            replace(few, dtype=torch.bfloat16),
+            replace(few, dtype=torch.float16),
+            replace(many, dtype=torch.float16),
+        ]
         chosen += [case for case in both if case not in chosen]
     return chosen
