@@ -29,7 +29,7 @@ class MatrixProduct {
       const int64_t parts = (p.rows + out.unit_rows - 1) / out.unit_rows;
       out.unit_columns = round_up<int64_t>((p.columns * parts + threads - 1) / threads, kColumns);
       out.units = parts * ((p.columns + out.unit_columns - 1) / out.unit_columns);
-      out.scratch = Transposed::scratch_bytes();
+      out.scratch = Transposed::scratch_bytes(p.depth);
       return out;
     }
     const int64_t panels = panel_count();

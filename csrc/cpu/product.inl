@@ -60,6 +60,11 @@ struct Multiply {
   static FASTGEN_MEMBER void put_step(const F (&rows)[kDepth], T* out) { store(out, rows[0]); }
   // The same kDepth rows as left sides, `stride` elements from one to the next.
   static FASTGEN_MEMBER void put_rows(const F (&rows)[kDepth], T* out, int64_t) { store(out, rows[0]); }
+  // The same of `count` columns of rows in storage; a null row is zero.
+  template <class Storage>
+  static FASTGEN_MEMBER void copy_step(const Storage* const (&rows)[kDepth], int count, T* out) {
+    store(out, take<F>(rows[0], count));
+  }
   // Packs a vector of columns as pack_transposed does, `step` columns apart from one depth to the next.
   template <class Storage>
   static FASTGEN_MEMBER void pack(const Storage* const (&rows)[kLanes<T>], int64_t depth, int64_t step, Right* out) {
@@ -306,27 +311,41 @@ __attribute__((noinline)) void pack_panel(const Rows& rows, int64_t begin, int64
                                           int64_t columns, typename A::Right* out) {
   using F = typename A::F;
   constexpr int kWidth = kLanes<typename A::T>;
-  for (int64_t k = 0; k < depth; k += A::kDepth) {
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t column = first + v * kWidth, left = columns - column;
-      F x[A::kDepth];
-      for (int i = 0; i < A::kDepth; ++i) {
-        const bool exists = left > 0 && k + i < depth;
-        x[i] = exists ? rows(begin + k + i, column, left < kWidth ? int(left) : kWidth) : F(typename A::T(0));
+  const auto pack_steps = [&](int64_t k, int64_t end, const auto& element) {
+    for (; k < end; k += A::kDepth) {
+      FASTGEN_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        F x[A::kDepth];
+        FASTGEN_UNROLL
+        for (int i = 0; i < A::kDepth; ++i) x[i] = element(k + i, first + v * kWidth);
+        A::put_step(x, out);
+        out += kWidth * A::kDepth;
       }
-      A::put_step(x, out);
-      out += kWidth * A::kDepth;
     }
+    return k;
+  };
+  int64_t k = 0;
+  if (columns - first >= kVectors * kWidth) {
+    const auto whole = [&](int64_t at, int64_t column) { return rows(begin + at, column, kWidth); };
+    k = pack_steps(0, depth / A::kDepth * A::kDepth, whole);
   }
+  pack_steps(k, depth, [&](int64_t at, int64_t column) {
+    const int64_t left = columns - column;
+    return left > 0 && at < depth ? rows(begin + at, column, left < kWidth ? int(left) : kWidth) : F(typename A::T(0));
+  });
 }
 
 constexpr int kFlatVectors = 4;        // of a panel whose columns have no structure
-constexpr int64_t kColumnBlock = 512;  // columns of right sides that stay in L2
+constexpr int64_t kColumnBlock = 512;  // columns of right sides whose panels and sums are held together
 constexpr int64_t kRowGroup = 96;      // rows of the left side that are packed at once
+constexpr int64_t kPanelBytes = 1 << 21;
 
 // out[m][n] = sum over k of left[k][m] * right(k, n): products with the left side transposed, as the gradients of
-// weights are. The sum is made in blocks of kDepthBlock, added up in order: as with any cascade, its error grows with
+// weights are. The sum is made in blocks of the depth, added up in order: as with any cascade, its error grows with
 // the root of the number of blocks only.
+//
+// The panels of the right side are packed as deep as kPanelBytes hold them, so that the result is read and written
+// once for that depth; between its blocks the sums of a group of rows wait in L2.
 //
 // left rows are `left_stride` elements apart. Several right sides share the work of packing the left one.
 template <class A>
@@ -336,12 +355,16 @@ struct TransposedProduct {
   using Left = typename A::Left;
   using Right = typename A::Right;
   static constexpr int kWidth = kLanes<T>, kColumns = kFlatVectors * kWidth, kRows = kTileRows<kFlatVectors>;
-  static constexpr int64_t kGroup = kRowGroup / kRows * kRows;
-  static_assert(kDepthBlock % A::kDepth == 0 && kWidth >= kRows, "");
+  static constexpr int64_t kGroupTiles = kRowGroup / kRows, kGroup = kGroupTiles * kRows;
+  static constexpr int64_t kBlock = kDepthBlock * A::kDepth;  // of one chain of multiply-adds
+  static constexpr int64_t kDeep = kPanelBytes / (kColumnBlock * int64_t(sizeof(Right)));
+  // A packed tile of the left side, and room for the rest of the vector that its last row is written as.
+  static constexpr int64_t kLeftTile = kBlock * kRows + kWidth * A::kDepth;
+  static_assert(kDeep % kBlock == 0 && kWidth >= kRows, "");
 
-  static int64_t scratch_bytes() {
-    return int64_t(sizeof(Right)) * kDepthBlock * kColumnBlock +
-           int64_t(sizeof(Left)) * (kDepthBlock * kGroup + kWidth * A::kDepth);
+  static int64_t scratch_bytes(int64_t depth) {
+    return int64_t(sizeof(Right)) * panel_depth(depth) * kColumnBlock + int64_t(sizeof(T)) * kGroup * kColumnBlock +
+           int64_t(sizeof(Left)) * kLeftTile * kGroupTiles;
   }
 
   template <class Rows>
@@ -357,33 +380,37 @@ struct TransposedProduct {
                                             const Target<Rows>* targets, int count, void* scratch) {
     if (rows <= 0) return;
     Right* panels = static_cast<Right*>(scratch);
-    Left* packed = reinterpret_cast<Left*>(panels + kDepthBlock * kColumnBlock);
-    // The panels of all targets in a row, as many at a time as stay in L2.
+    T* sums = reinterpret_cast<T*>(panels + panel_depth(depth) * kColumnBlock);
+    Left* packed = reinterpret_cast<Left*>(sums + kGroup * kColumnBlock);
+    // The panels of all targets in a row, as many at a time as there is room for.
     struct {
       const Target<Rows>* target;
       int64_t first;  // column
     } panel[kColumnBlock / kColumns];
     int found = 0;
     const auto flush = [&] {
-      for (int64_t k = 0; k < depth && found > 0; k += kDepthBlock) {
-        const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
-        const int64_t deep = round_up<int64_t>(block, A::kDepth);
+      for (int64_t first = 0; first < depth && found > 0; first += kDeep) {
+        const int64_t deep = at_most(depth - first, kDeep), stride = round_up<int64_t>(deep, A::kDepth) * kColumns;
         for (int j = 0; j < found; ++j) {
-          pack_panel<A, kFlatVectors>(panel[j].target->right, k, block, panel[j].first, panel[j].target->columns,
-                                      panels + j * kColumns * deep);
+          pack_panel<A, kFlatVectors>(panel[j].target->right, first, deep, panel[j].first, panel[j].target->columns,
+                                      panels + j * stride);
         }
         for (int64_t m = 0; m < rows; m += kGroup) {
-          const int64_t group = rows - m < kGroup ? rows - m : kGroup;
-          pack_left(left + k * left_stride + m, left_stride, block, group, rows - m, packed);
-          for (int j = 0; j < found; ++j) {
-            const int64_t columns = panel[j].target->columns, first = panel[j].first;
-            const int64_t stride = panel[j].target->stride;
-            T* out = panel[j].target->out + m * stride + first;
-            for (int64_t i = 0; i < group; i += kRows) {
-              alignas(64) T tile[kRows * kColumns];
-              multiply_packed(packed + i * deep, panels + j * kColumns * deep, deep, tile);
-              add(tile, group - i < kRows ? group - i : kRows, columns - first, k == 0, out + i * stride, stride);
+          const int64_t group = at_most(rows - m, kGroup);
+          for (int64_t k = 0; k < deep; k += kBlock) {
+            const int64_t block = at_most(deep - k, kBlock);
+            pack_left(left + (first + k) * left_stride + m, left_stride, block, group, rows - m, packed);
+            for (int j = 0; j < found; ++j) {
+              for (int64_t i = 0; i * kRows < group; ++i) {
+                multiply_packed(packed + i * kLeftTile, panels + j * stride + k * kColumns, block, k > 0,
+                                sums + (j * kGroupTiles + i) * kRows * kColumns);
+              }
             }
+          }
+          for (int j = 0; j < found; ++j) {
+            const Target<Rows>& target = *panel[j].target;
+            put_sums(sums + j * kGroup * kColumns, group, target.columns - panel[j].first, first > 0,
+                     target.out + m * target.stride + panel[j].first, target.stride);
           }
         }
       }
@@ -399,37 +426,56 @@ struct TransposedProduct {
   }
 
  private:
-  // [tile][depth][kRows], of the first `rows` of those that are there. A whole vector is written for each row of a
-  // tile: what it overwrites past the tile is written after it.
+  static constexpr int64_t kAhead = 16;  // rows of the left side that are asked for in advance
+
+  static int64_t panel_depth(int64_t depth) { return round_up<int64_t>(at_most(depth, kDeep), A::kDepth); }
+
+  // Tiles of [depth][kRows], kLeftTile apart, of the first `rows` of those that are there. A whole vector is written
+  // for each row of a tile: what it overwrites past that row is written after it.
   template <class Storage>
   static __attribute__((noinline)) void pack_left(const Storage* left, int64_t stride, int64_t depth, int64_t rows,
                                                   int64_t there, Left* out) {
-    for (int64_t i = 0; i < rows; i += kRows) {
-      for (int64_t k = 0; k < depth; k += A::kDepth) {
-        F x[A::kDepth];
-        for (int q = 0; q < A::kDepth; ++q) {
-          if (k + q < depth) {
-            x[q] = take<F>(left + (k + q) * stride + i, there - i < kWidth ? int(there - i) : kWidth);
-          } else {
-            x[q] = F(T(0));
-          }
-        }
-        A::put_step(x, out);
-        out += kRows * A::kDepth;
+    for (int64_t k = 0; k < depth; k += A::kDepth) {
+      for (int q = 0; q < A::kDepth; ++q) {
+        const char* ahead = reinterpret_cast<const char*>(left + (k + q + kAhead) * stride);
+        for (int64_t b = 0; b < rows * int64_t(sizeof(Storage)); b += 64) __builtin_prefetch(ahead + b);
+      }
+      for (int64_t i = 0; i < rows; i += kRows) {
+        const Storage* from[A::kDepth];
+        for (int q = 0; q < A::kDepth; ++q) from[q] = k + q < depth ? left + (k + q) * stride + i : nullptr;
+        A::copy_step(from, there - i < kWidth ? int(there - i) : kWidth, out + i / kRows * kLeftTile + k * kRows);
       }
     }
   }
-  static __attribute__((noinline)) void multiply_packed(const Left* left, const Right* right, int64_t depth, T* tile) {
-    multiply_tile<A, kRows, kFlatVectors>(LeftColumns<A, kRows>(left), right, depth, nullptr, 0, tile, kColumns);
+  // sums = left . right, or sums += left . right.
+  static __attribute__((noinline)) void multiply_packed(const Left* left, const Right* right, int64_t depth,
+                                                        bool continued, T* sums) {
+    F sum[kRows][kFlatVectors];
+    FASTGEN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTGEN_UNROLL
+      for (int v = 0; v < kFlatVectors; ++v) sum[r][v] = F(T(0));
+    }
+    multiply_sums<A>(LeftColumns<A, kRows>(left), right, kColumns * A::kDepth, depth, sum);
+    FASTGEN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTGEN_UNROLL
+      for (int v = 0; v < kFlatVectors; ++v) {
+        T* to = sums + r * kColumns + v * kWidth;
+        F before(T(0));
+        if (continued) load(to, before);
+        store(to, before + sum[r][v]);
+      }
+    }
   }
-  static __attribute__((noinline)) void add(const T* tile, int64_t rows, int64_t columns, bool first, T* out,
-                                            int64_t stride) {
+  static __attribute__((noinline)) void put_sums(const T* sums, int64_t rows, int64_t columns, bool add, T* out,
+                                                 int64_t stride) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < kColumns && j < columns; j += kWidth) {
         const int count = columns - j < kWidth ? int(columns - j) : kWidth;
         F value;
-        load(tile + r * kColumns + j, value);
-        put(out + r * stride + j, first ? value : take<F>(out + r * stride + j, count) + value, count);
+        load(sums + r * kColumns + j, value);
+        put(out + r * stride + j, add ? take<F>(out + r * stride + j, count) + value : value, count);
       }
     }
   }

@@ -376,14 +376,18 @@ class Recurrence {
           for (int64_t r = 0; r < count; ++r) {
             cell(work, scratch, t, n + r, u, sums + r * kColumns, from_input + r * kColumns);
           }
+          if constexpr (kMode == CellMode::kLstm) {
+            for (int64_t r = 0; r < count; ++r) cell_output(work, scratch, t, n + r, u, sums + r * kColumns);
+          }
         }
       }
     }
   }
 
-  // A row's units of block u, from what the product left.
-  FASTGEN_MEMBER void cell(const RecurrentWork& work, const Scratch& scratch, int64_t t, int64_t at, int64_t u,
-                           const T* sums, const T* from_input) const {
+  // A row's units of block u, from what the product left. An LSTM's h is left to cell_output, for which o takes the
+  // place of its sum: in one pass the chain of two activations would be longer than the processor can overlap.
+  FASTGEN_MEMBER void cell(const RecurrentWork& work, const Scratch& scratch, int64_t t, int64_t at, int64_t u, T* sums,
+                           const T* from_input) const {
     const int64_t row = row_number(p, t, work.first_row + at);
     F x[kVectors];
     FASTGEN_UNROLL
@@ -398,15 +402,10 @@ class Recurrence {
               o = sigmoid<T, U>(x[3]);
       c = multiply_add(f, c, i * g);
       store(state, c);
-      const F h = o * hyperbolic_tangent<T, U>(c);
+      store(sums + 3 * kWidth, o);
       if (p.gates != nullptr) {
         save(row, unit, count, i, f, g, o);
         put(static_cast<T*>(p.cells) + row * p.hidden_size + unit, c, count);
-      }
-      if (p.w_hr != nullptr) {
-        store(scratch.raw + at * unit_stride + unit, h);
-      } else {
-        emit(work, scratch, t, at, unit, h);
       }
     } else if constexpr (kMode == CellMode::kGru) {
       const int64_t unit = u * kUnits;
@@ -429,6 +428,20 @@ class Recurrence {
         const F h = p.mode == CellMode::kTanh ? hyperbolic_tangent<T, U>(x[v]) : larger(F(T(0)), x[v]);
         emit(work, scratch, t, at, unit, h);
       }
+    }
+  }
+
+  FASTGEN_MEMBER void cell_output(const RecurrentWork& work, const Scratch& scratch, int64_t t, int64_t at, int64_t u,
+                                  const T* sums) const {
+    const int64_t unit = u * kUnits;
+    F o, c;
+    load(sums + 3 * kWidth, o);
+    load(scratch.c + at * unit_stride + unit, c);
+    const F h = o * hyperbolic_tangent<T, U>(c);
+    if (p.w_hr != nullptr) {
+      store(scratch.raw + at * unit_stride + unit, h);
+    } else {
+      emit(work, scratch, t, at, unit, h);
     }
   }
 

@@ -21,8 +21,7 @@ class RecurrenceBackward {
   using Right = typename A::Right;
   using Work = RecurrentBackwardWork;
   static constexpr int kWidth = kLanes<T>, kColumns = kFlatVectors * kWidth, kRows = kTileRows<kFlatVectors>;
-  // dG enters the products as it is stored.
-  static constexpr bool kInPlace = sizeof(Storage) == sizeof(Left) && A::kDepth == 1;
+  static constexpr int kToL2 = 2;              // of __builtin_prefetch
   static constexpr int64_t kRowsOfInput = 96;  // rows of dX made at once
   static constexpr int64_t kTemporaries = 7;   // of a row of LSTM cells: c before, and those of LstmRowBackward
 
@@ -33,6 +32,7 @@ class RecurrenceBackward {
         gru(p.mode == CellMode::kGru),
         norm(p.norm_ih != nullptr),
         rows_form(by_rows(p)),
+        in_place(sizeof(Storage) == sizeof(Left) && p.hidden_size % A::kDepth == 0),
         gates(gate_count(p.mode) * p.hidden_size),
         gate_stride(gate_gradients(p) * p.hidden_size),
         cell_stride(p.hidden_size + saved_scales(p)),
@@ -63,7 +63,7 @@ class RecurrenceBackward {
     sizes.packed = packed_bytes;
     sizes.scratch = Scratch(*this, nullptr, rows).bytes;
     sizes.input_scratch = InputScratch(*this, nullptr).bytes;
-    sizes.weight_scratch = TransposedProduct<A>::scratch_bytes();
+    sizes.weight_scratch = TransposedProduct<A>::scratch_bytes(p.rows);
     return sizes;
   }
 
@@ -107,8 +107,8 @@ class RecurrenceBackward {
       dh = arena.take<T>(rows * of.state_stride);
       dc = arena.take<T>(of.lstm ? rows * of.unit_stride : 0);
       direct = arena.take<T>(of.has_direct() ? rows * of.state_stride : 0);
-      fed[0] = arena.take<Left>(kInPlace ? 0 : rows * of.gates_depth);
-      fed[1] = arena.take<Left>(kInPlace ? 0 : rows * of.gates_depth);
+      fed[0] = arena.take<Left>(of.in_place ? 0 : rows * of.gates_depth);
+      fed[1] = arena.take<Left>(of.in_place ? 0 : rows * of.gates_depth);
       outer = arena.take<Left>(of.p.w_hr != nullptr ? rows * of.state_stride : 0);
       if (of.rows_form) {
         to_raw = arena.take<T>(of.p.w_hr != nullptr ? rows * of.unit_stride : 0);
@@ -126,7 +126,7 @@ class RecurrenceBackward {
     FASTGEN_MEMBER InputScratch(const RecurrenceBackward& of, void* base) {
       Arena arena(base);
       sums = arena.take<T>(kRowsOfInput * of.input_stride);
-      copy = arena.take<Left>(kInPlace ? 0 : kRowsOfInput * of.gates_depth);
+      copy = arena.take<Left>(of.in_place ? 0 : kRowsOfInput * of.gates_depth);
       bytes = arena.used();
     }
   };
@@ -195,7 +195,7 @@ class RecurrenceBackward {
     const auto* dc = static_cast<const Storage*>(p.grad_c_n);
     for (int64_t b = work.first_row; b < work.end_row; ++b) {
       const int64_t at = b - work.first_row;
-      for (int64_t k = gates; !kInPlace && k < gates_depth; ++k) {
+      for (int64_t k = gates; !in_place && k < gates_depth; ++k) {
         scratch.fed[0][at * gates_depth + k] = scratch.fed[1][at * gates_depth + k] = Left{};
       }
       for (int64_t j = 0; j < state_stride; j += kWidth) {
@@ -216,7 +216,7 @@ class RecurrenceBackward {
     for (int64_t n = 0; n < rows; n += kGroupRows) {
       const int64_t count = rows - n < kGroupRows ? rows - n : kGroupRows;
       for (int64_t r = 0; r < count; ++r) {
-        if constexpr (kInPlace) {
+        if (in_place) {
           left[r] = static_cast<const Left*>(p.grad_gates) + row_number(p, t, work.first_row + n + r) * gate_stride;
         } else {
           left[r] = scratch.fed[(s + 1) & 1] + (n + r) * gates_depth;
@@ -272,8 +272,10 @@ class RecurrenceBackward {
     load(scratch.dh + n * state_stride + column, dh);
     if (p.grad_output == nullptr || column >= p.output_size) return dh;
     const int64_t b = work.first_row + n;
-    const int64_t at = (p.step_rows == nullptr ? t * p.grad_step : p.step_rows[t] * p.grad_batch) + b * p.grad_batch;
-    return dh + upto(static_cast<const Storage*>(p.grad_output), at, column, p.output_size);
+    return dh + upto(static_cast<const Storage*>(p.grad_output), gradient_offset(t, b), column, p.output_size);
+  }
+  FASTGEN_MEMBER int64_t gradient_offset(int64_t t, int64_t b) const {
+    return (p.step_rows == nullptr ? t * p.grad_step : p.step_rows[t] * p.grad_batch) + b * p.grad_batch;
   }
 
   // By rows: of rows [first_block, end_block) of a step, what reaches h before zoneout, in dh, and the h before past
@@ -327,8 +329,7 @@ class RecurrenceBackward {
       }
       T* keep = p.zoneout_c > 0 ? scratch.keep + n * keep_stride() : nullptr;
       if (keep != nullptr) zones(p, p.zoneout_c, uint64_t(row * p.hidden_size), p.hidden_size, keep);
-      Left* fed = nullptr;
-      if constexpr (!kInPlace) fed = scratch.fed[s & 1] + n * gates_depth;
+      Left* fed = in_place ? nullptr : scratch.fed[s & 1] + n * gates_depth;
       row_cell.run(row, c, p.w_hr != nullptr ? scratch.to_raw + n * unit_stride : scratch.dh + n * state_stride,
                    scratch.dc + n * unit_stride, keep, c + unit_stride, fed);
     }
@@ -369,6 +370,7 @@ class RecurrenceBackward {
       // Back and forth: the panels that the last step used last are still in cache.
       const int64_t j = s % 2 == 0 ? i : work.first_block + work.end_block - 1 - i;
       if (p.w_hr == nullptr) {
+        for (int64_t n = 0; n < rows; ++n) expect<kMode>(work, s, n, j * kColumns);
         return_block(work, scratch, s, j);
         for (int64_t n = 0; n < rows; ++n) {
           for (int v = 0; v < kFlatVectors; ++v) {
@@ -397,6 +399,35 @@ class RecurrenceBackward {
             }
           }
         }
+      }
+    }
+  }
+
+  // Asks for what the cells of a panel of units are going to read and write.
+  template <CellMode kMode>
+  FASTGEN_MEMBER void expect(const Work& work, int64_t s, int64_t n, int64_t unit) const {
+    const int64_t t = time_of(p, s), b = work.first_row + n, row = row_number(p, t, b);
+    const int64_t units = p.hidden_size - unit < kColumns ? p.hidden_size - unit : kColumns;
+    const auto ask = [&](const auto* from) {
+      for (int64_t i = 0; i < units * int64_t(sizeof *from); i += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, kToL2);
+      }
+    };
+    if constexpr (Gates<kMode>::kCount > 1) {
+      const Storage* saved = static_cast<const Storage*>(p.gates) + row * 4 * p.hidden_size + unit;
+      for (int g = 0; g < 4; ++g) ask(saved + g * p.hidden_size);
+    }
+    if constexpr (kMode == CellMode::kLstm) {
+      const int64_t before = row_before(s, b);
+      if (before >= 0) ask(static_cast<const T*>(p.cells) + before * p.hidden_size + unit);
+    } else {
+      ask(static_cast<const Storage*>(p.output) + row * p.output_size + unit);
+    }
+    if (p.grad_output != nullptr) ask(static_cast<const Storage*>(p.grad_output) + gradient_offset(t, b) + unit);
+    Storage* out = static_cast<Storage*>(p.grad_gates) + row * gate_stride + unit;
+    for (int g = 0; g < gate_gradients(p); ++g) {
+      for (int64_t i = 0; i < units * int64_t(sizeof *out); i += 64) {
+        __builtin_prefetch(reinterpret_cast<char*>(out + g * p.hidden_size) + i, 1, kToL2);
       }
     }
   }
@@ -451,7 +482,7 @@ class RecurrenceBackward {
     Storage* out = static_cast<Storage*>(p.grad_gates) + row * gate_stride + unit;
     FASTGEN_UNROLL
     for (int k = 0; k < kGradients; ++k) put(out + k * p.hidden_size, gradient[k], count);
-    if constexpr (!kInPlace) {
+    if (!in_place) {
       Left* fed = scratch.fed[s & 1] + n * gates_depth + unit;
       FASTGEN_UNROLL
       for (int k = 0; k < kGates; ++k) put(fed + k * p.hidden_size, gradient[k], count);
@@ -505,17 +536,18 @@ class RecurrenceBackward {
       // The gates of the input's side: the first `own` of the state's, and its own.
       const int64_t shared = own < gates ? own : gates;
       for (int64_t n = 0; n < rows; ++n) {
-        const Storage* from = static_cast<const Storage*>(p.grad_gates) + (first + n) * gate_stride;
-        if constexpr (kInPlace) {
-          left[n] = shared > 0 ? from : from + apart;
+        const int64_t row = (first + n) * gate_stride;
+        if (in_place) {
+          left[n] = static_cast<const Left*>(p.grad_gates) + row + (shared > 0 ? 0 : apart);
         } else {
+          const Storage* from = static_cast<const Storage*>(p.grad_gates) + row;
           Left* copy = scratch.copy + n * gates_depth;
           left[n] = copy;
           A::copy_row(from, shared, copy);
           A::copy_row(from + shared + apart, gates - shared, copy + shared);
         }
       }
-      const int64_t split = kInPlace && shared > 0 && shared < gates ? shared : gates_depth;
+      const int64_t split = in_place && shared > 0 && shared < gates ? shared : gates_depth;
       multiply_input(left, rows, 0, split, scratch.sums);
       if (split < gates_depth) {
         for (int64_t n = 0; n < rows; ++n) left[n] += split + apart;
@@ -604,21 +636,30 @@ class RecurrenceBackward {
   void add_up(const Storage* from, int64_t columns, T* out, T* copy, const Storage* factors = nullptr,
               int64_t factor_stride = 0) const {
     if (out == nullptr && copy == nullptr) return;
-    for (int64_t m = 0; m < columns; m += kWidth) {
-      const int count = lanes_from(m, columns);
-      F total(T(0));
+    constexpr int kTogether = 4;  // vectors: neighbours in memory, each with a chain of its own
+    for (int64_t m = 0; m < columns; m += kTogether * kWidth) {
+      const int64_t left = columns - m;
+      F total[kTogether];
+      for (int v = 0; v < kTogether; ++v) total[v] = F(T(0));
       for (int64_t k = 0; k < p.rows; k += kDepthBlock) {
-        F block(T(0));
+        F block[kTogether];
+        for (int v = 0; v < kTogether; ++v) block[v] = F(T(0));
         const int64_t end = p.rows - k < kDepthBlock ? p.rows : k + kDepthBlock;
         for (int64_t q = k; q < end; ++q) {
-          F value = take<F>(from + q * gate_stride + m, count);
-          if (factors != nullptr) value = value * take<F>(factors + q * factor_stride + m, count);
-          block = block + value;
+          FASTGEN_UNROLL
+          for (int v = 0; v < kTogether; ++v) {
+            F value = upto(from + q * gate_stride + m, 0, v * kWidth, left);
+            if (factors != nullptr) value = value * upto(factors + q * factor_stride + m, 0, v * kWidth, left);
+            block[v] = block[v] + value;
+          }
         }
-        total = total + block;
+        for (int v = 0; v < kTogether; ++v) total[v] = total[v] + block[v];
       }
-      if (out != nullptr) put(out + m, total, count);
-      if (copy != nullptr) put(copy + m, total, count);
+      for (int v = 0; v < kTogether && v * kWidth < left; ++v) {
+        const int64_t at = m + v * kWidth;
+        if (out != nullptr) put(out + at, total[v], lanes_from(at, columns));
+        if (copy != nullptr) put(copy + at, total[v], lanes_from(at, columns));
+      }
     }
   }
 
@@ -632,6 +673,7 @@ class RecurrenceBackward {
 
   const RecurrentBackwardParams& p;
   const bool lstm, gru, norm, rows_form;
+  const bool in_place;               // whether dG enters the products as it is stored
   const int64_t gates, gate_stride;  // G H, and elements of a row of grad_gates
   const int64_t cell_stride;         // of a row of cells
   const int64_t own, apart;  // from gate `own` on, the input's side stands `apart` behind the state's in grad_gates

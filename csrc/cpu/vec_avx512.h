@@ -134,17 +134,28 @@ FASTGEN_FN void load(const Float16* p, F32& out) {
 }
 FASTGEN_FN void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
 FASTGEN_FN void store(double* p, F64 a) { _mm512_storeu_pd(p, a.v); }
-FASTGEN_FN void store(BFloat16* p, F32 a) {
-  // To nearest, ties to even, in integers: vcvtneps2bf16 would flush subnormals.
+// To nearest, ties to even, in integers.
+FASTGEN_FN __m256i rounded_to_bf16(F32 a) {
   const __m512i x = _mm512_castps_si512(a.v);
   const __m512i high = _mm512_srli_epi32(x, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i out = _mm512_mask_blend_epi32(nan, rounded, quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
 }
+#if defined(__AVX512BF16__)
+// The instruction for it takes subnormals for zero, so they go the longer way.
+static __attribute__((noinline)) __m256i subnormals_to_bf16(__m512 a) { return rounded_to_bf16(a); }
+FASTGEN_FN __m256i to_bf16(F32 a) {
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, kSubnormal) != 0, 0)) return subnormals_to_bf16(a.v);
+  return __m256i(_mm512_cvtneps_pbh(a.v));
+}
+#else
+FASTGEN_FN __m256i to_bf16(F32 a) { return rounded_to_bf16(a); }
+#endif
+FASTGEN_FN void store(BFloat16* p, F32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
 FASTGEN_FN void store(Float16* p, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -47,6 +47,12 @@ struct MultiplyPairs {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(rounded));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + stride), _mm512_extracti64x4_epi64(rounded, 1));
   }
+  static FASTGEN_MEMBER void copy_step(const BFloat16* const (&rows)[kDepth], int count, BFloat16* out) {
+    const __mmask16 mask = first_mask(count);
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[0]));
+    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rows[1] == nullptr ? 0 : mask, rows[1]));
+    _mm512_storeu_si512(out, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+  }
   // The transposition moves pairs as it moves floats: bits only.
   static FASTGEN_MEMBER void pack(const BFloat16* const (&rows)[kLanes<T>], int64_t depth, int64_t step, Right* out) {
     F square[16];
