@@ -4,9 +4,10 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "cpu_rows.h"
 #include "memory.h"
 #include "recurrent_ops.h"
-#include "cpu_rows.h"
+#include "team.h"
 #include "tensor.h"
 
 namespace fastgen {
@@ -14,9 +15,9 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kRowsPerThread = 8;     // below this many, rows of a batch do not fill the tiles of a product
-constexpr int64_t kRowsPerPart = 64;      // more do not help the products, and their states leave the cache
-constexpr int64_t kSharedStep = 1 << 17;  // multiply-adds of a step from which on several threads share it
+constexpr int64_t kRowsPerThread = 8;    // below this many, rows of a batch do not fill the tiles of a product
+constexpr int64_t kRowsPerPart = 64;     // more do not help the products, and their states leave the cache
+constexpr int64_t kStepShare = 1 << 15;  // multiply-adds of a step that are worth a thread of its own
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor out = empty_cpu(sizes.begin(), int64_t(sizes.size()), dtype);
@@ -102,6 +103,16 @@ void share_blocks(void (*kernel)(const Params&, const Work&), const Params& p, P
   });
 }
 
+// Runs one block of a phase.
+template <class Work, class Params, class Phase>
+void run_block(void (*kernel)(const Params&, const Work&), const Params& p, Phase phase, int64_t block) {
+  Work work{};
+  work.phase = phase;
+  work.first_block = block;
+  work.end_block = block + 1;
+  kernel(p, work);
+}
+
 // Runs the phase that takes some rows of the batch through all steps, over parts of about equal work.
 template <class Work, class Params, class Sizes, class Phase>
 void run_rows(void (*kernel)(const Params&, const Work&), Sizes (*sizes)(const Params&, int64_t), const Params& p,
@@ -131,7 +142,7 @@ struct Split {
   Split(const RecurrentParams& p, int64_t blocks)
       : parts(std::max((p.batch + kRowsPerPart - 1) / kRowsPerPart, std::min(threads, p.batch / kRowsPerThread))) {
     const int64_t work = p.batch * p.hidden_size * gate_count(p.mode) * p.output_size;
-    sharing = parts > 1 || work < kSharedStep ? 1 : std::min(threads, blocks);
+    sharing = parts > 1 ? 1 : std::clamp<int64_t>(work / kStepShare, 1, std::min(threads, blocks));
   }
 };
 
@@ -141,10 +152,9 @@ void run(RecurrentParams& p) {
   const Split split(p, sizes.blocks);
   const Tensor packed = bytes(sizes.packed);
   p.packed = data_of(packed);
-  share_blocks<RecurrentWork>(table.recurrent, p, RecurrentPhase::kPack, sizes.blocks + sizes.projection_blocks,
-                              split.threads);
-
+  const int64_t panels = sizes.blocks + sizes.projection_blocks;
   if (split.sharing == 1) {
+    share_blocks<RecurrentWork>(table.recurrent, p, RecurrentPhase::kPack, panels, split.threads);
     run_rows<RecurrentWork>(table.recurrent, table.recurrent_sizes, p, RecurrentPhase::kRows, p.rows, split.parts);
     return;
   }
@@ -152,30 +162,41 @@ void run(RecurrentParams& p) {
   // Few rows and wide steps: all rows together, each step shared out by units.
   const RecurrentSizes all = table.recurrent_sizes(p, p.batch);
   const Tensor scratch = bytes(all.scratch);
-  RecurrentWork work{};
-  work.end_row = p.batch;
-  work.scratch = data_of(scratch);
-  const auto serial = [&](RecurrentPhase phase) {
-    work.phase = phase;
-    table.recurrent(p, work);
-  };
-  const auto shared = [&](RecurrentPhase phase, int64_t blocks) {
-    share_blocks<RecurrentWork>(table.recurrent, p, phase, blocks, split.sharing, work);
-  };
-  serial(RecurrentPhase::kStart);
-  for (int64_t s = 0; s < p.steps; s += all.chunk) {
-    work.first_step = s;
-    work.end_step = std::min(s + all.chunk, p.steps);
-    serial(RecurrentPhase::kGather);
-    shared(RecurrentPhase::kInput, sizes.blocks);
-    for (; work.first_step < work.end_step; ++work.first_step) {
-      shared(RecurrentPhase::kStep, sizes.blocks);
-      if (by_rows(p)) shared(RecurrentPhase::kCells, p.batch);
-      if (sizes.projection_blocks > 0) shared(RecurrentPhase::kProject, sizes.projection_blocks);
-      if (by_rows(p) && sizes.projection_blocks > 0) shared(RecurrentPhase::kEmit, p.batch);
+  const auto pack = [&](int64_t i) { run_block<RecurrentWork>(table.recurrent, p, RecurrentPhase::kPack, i); };
+  Team::run(split.sharing, panels, pack, [&](Team::Member member) {
+    RecurrentWork work{};
+    work.end_row = p.batch;
+    work.scratch = data_of(scratch);
+    const auto alone = [&](RecurrentPhase phase) {
+      work.phase = phase;
+      if (member.first()) table.recurrent(p, work);
+    };
+    const auto shared = [&](RecurrentPhase phase, int64_t blocks) {
+      work.phase = phase;
+      work.first_block = member.begin(blocks);
+      work.end_block = member.end(blocks);
+      table.recurrent(p, work);
+    };
+    alone(RecurrentPhase::kStart);
+    for (int64_t s = 0; s < p.steps; s += all.chunk) {
+      work.first_step = s;
+      work.end_step = std::min(s + all.chunk, p.steps);
+      alone(RecurrentPhase::kGather);
+      member.meet();
+      shared(RecurrentPhase::kInput, sizes.blocks);  // of the units whose steps follow on the same thread
+      for (; work.first_step < work.end_step; ++work.first_step) {
+        const auto phase = [&](RecurrentPhase which, int64_t blocks) {
+          shared(which, blocks);
+          member.meet();
+        };
+        phase(RecurrentPhase::kStep, sizes.blocks);
+        if (by_rows(p)) phase(RecurrentPhase::kCells, p.batch);
+        if (sizes.projection_blocks > 0) phase(RecurrentPhase::kProject, sizes.projection_blocks);
+        if (by_rows(p) && sizes.projection_blocks > 0) phase(RecurrentPhase::kEmit, p.batch);
+      }
     }
-  }
-  serial(RecurrentPhase::kFinish);
+    alone(RecurrentPhase::kFinish);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent(
@@ -214,35 +235,42 @@ void run(RecurrentBackwardParams& p) {
   p.packed = data_of(packed);
   using Phase = RecurrentBackwardPhase;
   using Work = RecurrentBackwardWork;
-  share_blocks<Work>(kernel, p, Phase::kPack, sizes.panels, split.threads);
-
   if (split.sharing == 1) {
+    share_blocks<Work>(kernel, p, Phase::kPack, sizes.panels, split.threads);
     run_rows<Work>(kernel, table.recurrent_backward_sizes, p, Phase::kRows, p.rows, split.parts);
   } else {
     const Tensor scratch = bytes(table.recurrent_backward_sizes(p, p.batch).scratch);
-    Work work{};
-    work.end_row = p.batch;
-    work.scratch = data_of(scratch);
-    const auto serial = [&](Phase phase) {
-      work.phase = phase;
-      kernel(p, work);
-    };
-    const auto shared = [&](Phase phase, int64_t blocks) {
-      share_blocks<Work>(kernel, p, phase, blocks, split.sharing, work);
-    };
-    serial(Phase::kStart);
-    for (work.first_step = p.steps - 1; work.first_step >= 0; --work.first_step) {
-      if (by_rows(p) || p.w_hr != nullptr) shared(Phase::kReturn, sizes.blocks);
-      if (by_rows(p) && p.w_hr != nullptr) shared(Phase::kEmit, p.batch);
-      if (p.w_hr != nullptr) {
-        shared(Phase::kStep, sizes.projection_blocks);
-      } else if (!by_rows(p)) {
-        shared(Phase::kStep, sizes.blocks);
+    const auto pack = [&](int64_t i) { run_block<Work>(kernel, p, Phase::kPack, i); };
+    Team::run(split.sharing, sizes.panels, pack, [&](Team::Member member) {
+      Work work{};
+      work.end_row = p.batch;
+      work.scratch = data_of(scratch);
+      const auto alone = [&](Phase phase) {
+        work.phase = phase;
+        if (member.first()) kernel(p, work);
+      };
+      const auto shared = [&](Phase phase, int64_t blocks) {
+        work.phase = phase;
+        work.first_block = member.begin(blocks);
+        work.end_block = member.end(blocks);
+        kernel(p, work);
+        member.meet();
+      };
+      alone(Phase::kStart);
+      member.meet();
+      for (work.first_step = p.steps - 1; work.first_step >= 0; --work.first_step) {
+        if (by_rows(p) || p.w_hr != nullptr) shared(Phase::kReturn, sizes.blocks);
+        if (by_rows(p) && p.w_hr != nullptr) shared(Phase::kEmit, p.batch);
+        if (p.w_hr != nullptr) {
+          shared(Phase::kStep, sizes.projection_blocks);
+        } else if (!by_rows(p)) {
+          shared(Phase::kStep, sizes.blocks);
+        }
+        if (by_rows(p)) shared(Phase::kCells, p.batch);
       }
-      if (by_rows(p)) shared(Phase::kCells, p.batch);
-    }
-    if (p.grad_h_0 != nullptr) shared(Phase::kReturn, sizes.blocks);
-    serial(Phase::kFinish);
+      if (p.grad_h_0 != nullptr) shared(Phase::kReturn, sizes.blocks);
+      alone(Phase::kFinish);
+    });
   }
 
   if (p.grad_input != nullptr) {
