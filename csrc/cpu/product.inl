@@ -175,7 +175,7 @@ FASTGEN_FN int next_tile(int64_t left) {
   return int((left + tiles - 1) / tiles);
 }
 
-constexpr int64_t kDepthBlock = 128;  // rows of a panel that stay in L1 while the left side passes by
+constexpr int64_t kDepthBlock = 128;  // steps of a panel that stay in L1 while the left side passes by
 constexpr int64_t kGroupRows = 64;    // rows that pass by together, where their sums have to wait on the stack
 
 // The same for any number of rows: the panel goes through L1 once, and sums wait in `out`.
@@ -184,7 +184,7 @@ __attribute__((noinline)) void multiply_panel(int64_t rows, const typename A::Le
                                               const typename A::Right* panel, int64_t depth, const typename A::T* start,
                                               int64_t start_stride, typename A::T* out, int64_t out_stride) {
   constexpr int64_t kColumns = kVectors * kLanes<typename A::T>;
-  const int64_t block = rows <= kTileRows<kVectors> && depth > 0 ? depth : kDepthBlock;
+  const int64_t block = rows <= kTileRows<kVectors> && depth > 0 ? depth : kDepthBlock * A::kDepth;
   for (int64_t k = 0; k == 0 || k < depth; k += block) {  // without depth, out = start
     for (int64_t n = 0; n < rows;) {
       const int count = next_tile<kVectors>(rows - n);

@@ -21,7 +21,6 @@ class RecurrenceBackward {
   using Right = typename A::Right;
   using Work = RecurrentBackwardWork;
   static constexpr int kWidth = kLanes<T>, kColumns = kFlatVectors * kWidth, kRows = kTileRows<kFlatVectors>;
-  static constexpr int kToL2 = 2;              // of __builtin_prefetch
   static constexpr int64_t kRowsOfInput = 96;  // rows of dX made at once
   static constexpr int64_t kTemporaries = 7;   // of a row of LSTM cells: c before, and those of LstmRowBackward
 
@@ -408,28 +407,19 @@ class RecurrenceBackward {
   FASTGEN_MEMBER void expect(const Work& work, int64_t s, int64_t n, int64_t unit) const {
     const int64_t t = time_of(p, s), b = work.first_row + n, row = row_number(p, t, b);
     const int64_t units = p.hidden_size - unit < kColumns ? p.hidden_size - unit : kColumns;
-    const auto ask = [&](const auto* from) {
-      for (int64_t i = 0; i < units * int64_t(sizeof *from); i += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, kToL2);
-      }
-    };
     if constexpr (Gates<kMode>::kCount > 1) {
       const Storage* saved = static_cast<const Storage*>(p.gates) + row * 4 * p.hidden_size + unit;
-      for (int g = 0; g < 4; ++g) ask(saved + g * p.hidden_size);
+      for (int g = 0; g < 4; ++g) ask(saved + g * p.hidden_size, units);
     }
     if constexpr (kMode == CellMode::kLstm) {
       const int64_t before = row_before(s, b);
-      if (before >= 0) ask(static_cast<const T*>(p.cells) + before * p.hidden_size + unit);
+      if (before >= 0) ask(static_cast<const T*>(p.cells) + before * p.hidden_size + unit, units);
     } else {
-      ask(static_cast<const Storage*>(p.output) + row * p.output_size + unit);
+      ask(static_cast<const Storage*>(p.output) + row * p.output_size + unit, units);
     }
-    if (p.grad_output != nullptr) ask(static_cast<const Storage*>(p.grad_output) + gradient_offset(t, b) + unit);
+    if (p.grad_output != nullptr) ask(static_cast<const Storage*>(p.grad_output) + gradient_offset(t, b) + unit, units);
     Storage* out = static_cast<Storage*>(p.grad_gates) + row * gate_stride + unit;
-    for (int g = 0; g < gate_gradients(p); ++g) {
-      for (int64_t i = 0; i < units * int64_t(sizeof *out); i += 64) {
-        __builtin_prefetch(reinterpret_cast<char*>(out + g * p.hidden_size) + i, 1, kToL2);
-      }
-    }
+    for (int g = 0; g < gate_gradients(p); ++g) ask<true>(out + g * p.hidden_size, units);
   }
 
   // dG of a vector of units, and what reaches c and h of the step before.
@@ -527,6 +517,15 @@ class RecurrenceBackward {
     }
   }
 
+  // Asks for elements that will be read, or written, some microseconds from now: as near as L2.
+  template <bool kWrite = false, class Element>
+  static FASTGEN_MEMBER void ask(const Element* from, int64_t count) {
+    constexpr int kToL2 = 2;
+    for (int64_t i = 0; i < count * int64_t(sizeof *from); i += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + i, kWrite, kToL2);
+    }
+  }
+
   // dX, for rows [first_row, end_row) of all.
   void to_input(const Work& work) const {
     const InputScratch scratch(*this, work.scratch);
@@ -546,6 +545,10 @@ class RecurrenceBackward {
           A::copy_row(from, shared, copy);
           A::copy_row(from + shared + apart, gates - shared, copy + shared);
         }
+      }
+      // Read by tiles of a few rows, dG would come from memory a line of each row at a time.
+      for (int64_t n = 0; in_place && n < rows; ++n) {
+        ask(static_cast<const Storage*>(p.grad_gates) + (first + n) * gate_stride, gate_stride);
       }
       const int64_t split = in_place && shared > 0 && shared < gates ? shared : gates_depth;
       multiply_input(left, rows, 0, split, scratch.sums);

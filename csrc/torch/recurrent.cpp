@@ -15,9 +15,10 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kRowsPerThread = 8;    // below this many, rows of a batch do not fill the tiles of a product
-constexpr int64_t kRowsPerPart = 64;     // more do not help the products, and their states leave the cache
-constexpr int64_t kStepShare = 1 << 15;  // multiply-adds of a step that are worth a thread of its own
+constexpr int64_t kRowsPerThread = 8;       // below this many, rows of a batch do not fill the tiles of a product
+constexpr int64_t kRowsPerPart = 64;        // more do not help the products, and their states leave the cache
+constexpr int64_t kLargeWeights = 1 << 22;  // bytes that no core keeps to itself from one step to the next
+constexpr int64_t kStepShare = 1 << 15;     // multiply-adds of a step that are worth a thread of its own
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor out = empty_cpu(sizes.begin(), int64_t(sizes.size()), dtype);
@@ -133,14 +134,16 @@ void run_rows(void (*kernel)(const Params&, const Work&), Sizes (*sizes)(const P
 }
 
 // How the recurrence is split: over parts of the rows of the batch, each of which runs through all steps by itself, or,
-// where there are few rows and the steps are wide, over the units of each step. The results do not depend on it.
+// where there are few rows or the weights are large, over the units of each step: then a thread reads only its share of
+// the weights. The results do not depend on it.
 struct Split {
   int64_t threads = torch::stable::get_num_threads();
   int64_t parts;    // of the rows
   int64_t sharing;  // threads that share a step
 
-  Split(const RecurrentParams& p, int64_t blocks)
+  Split(const RecurrentParams& p, int64_t blocks, int64_t packed)
       : parts(std::max((p.batch + kRowsPerPart - 1) / kRowsPerPart, std::min(threads, p.batch / kRowsPerThread))) {
+    if (packed > kLargeWeights && p.batch <= kRowsPerPart) parts = 1;
     const int64_t work = p.batch * p.hidden_size * gate_count(p.mode) * p.output_size;
     sharing = parts > 1 ? 1 : std::clamp<int64_t>(work / kStepShare, 1, std::min(threads, blocks));
   }
@@ -149,7 +152,7 @@ struct Split {
 void run(RecurrentParams& p) {
   const KernelTable& table = kernels();
   const RecurrentSizes sizes = table.recurrent_sizes(p, 0);
-  const Split split(p, sizes.blocks);
+  const Split split(p, sizes.blocks, sizes.packed);
   const Tensor packed = bytes(sizes.packed);
   p.packed = data_of(packed);
   const int64_t panels = sizes.blocks + sizes.projection_blocks;
@@ -230,7 +233,7 @@ void run(RecurrentBackwardParams& p) {
   const KernelTable& table = kernels();
   const auto kernel = table.recurrent_backward;
   const RecurrentBackwardSizes sizes = table.recurrent_backward_sizes(p, 0);
-  const Split split(p, sizes.blocks);
+  const Split split(p, sizes.blocks, sizes.packed);
   const Tensor packed = bytes(sizes.packed);
   p.packed = data_of(packed);
   using Phase = RecurrentBackwardPhase;
