@@ -225,10 +225,10 @@ struct ClusterLaunch {
   cudaLaunchConfig_t config{};
 
   ClusterLaunch(dim3 grid, int cluster, dim3 block, size_t shared, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeCooperative;
-    attributes[0].val.cooperative = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {unsigned(cluster), 1, 1};
+    attributes[1].id = cudaLaunchAttributeCooperative;
+    attributes[1].val.cooperative = 1;
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
@@ -270,7 +270,8 @@ template <class Kernel>
 int clusters_at_once(Kernel kernel, int cluster, int threads, size_t shared) {
   if (compute_capability() < 90) return 0;
   detail::allow_shared(kernel, shared);
-  const detail::ClusterLaunch launch(unsigned(cluster), cluster, unsigned(threads), shared, nullptr);
+  detail::ClusterLaunch launch(unsigned(cluster), cluster, unsigned(threads), shared, nullptr);
+  launch.config.numAttrs = 1;  // that they are launched together is no matter of their number
   int clusters = 0;
   FASTGEN_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &launch.config));
   return clusters;

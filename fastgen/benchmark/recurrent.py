@@ -304,5 +304,6 @@ def cuda_cases(*, full: bool) -> list[RecurrentCase]:
             replace(usual, layer_norm=True),
             replace(usual, layers=2),
             replace(usual, shape=(128, 1, 768, 768)),
+            *(replace(usual, module="LSTMCell", shape=(batch, 768, 768)) for batch in (1, 16, 256)),
         ]
     return [replace(case, direction=direction) for case in chosen for direction in ("inference", "training")]

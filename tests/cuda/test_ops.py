@@ -13,7 +13,7 @@ from support import assert_same_bits
 
 import fastgen
 from fastgen import random
-from fastgen.functional import lstm, reparameterize, reparameterize_kl, scaled_dot_product_attention
+from fastgen.functional import lstm, lstm_cell, reparameterize, reparameterize_kl, scaled_dot_product_attention
 from fastgen.random import Generator
 
 pytestmark = [
@@ -59,12 +59,18 @@ def recur(x: torch.Tensor, generator: Generator) -> torch.Tensor:
     return lstm(x[0], (zeros, zeros), weights, *options, generator=generator, zoneout=(0.3, 0.0))[0]
 
 
+def recur_once(x: torch.Tensor, generator: Generator) -> torch.Tensor:
+    noisy = reparameterize(x[0, 0, :16], x[0, 1, :16], generator=generator)
+    return lstm_cell(noisy, (noisy, noisy), *weights_on(x.device, x.dtype))[0]
+
+
 # Functions of a tensor (2, 4, 96, 64) that draw from the stream.
 CALLS = [
     pytest.param(lambda x, generator: reparameterize(x, x, generator=generator), id="reparameterize"),
     pytest.param(attend, id="attention"),
     pytest.param(attend_to_ragged, id="ragged-attention"),
     pytest.param(recur, id="lstm"),
+    pytest.param(recur_once, id="lstm-cell"),
 ]
 
 
