@@ -1,4 +1,4 @@
-"""Fit the polynomials of `csrc/common/math.h` and of `fastgen/reference/random.py`.
+"""Fit the polynomials of `csrc/common/math.h`, `csrc/common/activations.h` and of `fastgen/reference/random.py`.
 
 The random stream promises the same bits on every CPU and device, so its elementary functions are
 ours: Chebyshev fits (within a small factor of minimax) on reduced ranges, rounded to the working
@@ -15,6 +15,12 @@ LN2 = mp.log(2)
 QUARTER_PI = mp.pi / 4
 F_LOW, F_HIGH = mp.sqrt("0.5") - 1, mp.sqrt(2) - 1
 S_HIGH = F_HIGH / (2 + F_HIGH)
+MILLS = mp.mpf("0.36")  # of those tried, where nine terms are closest
+
+
+def mills(x):
+    """Mills' ratio of the normal distribution times its density at 0."""
+    return mp.exp(x * x / 2) * mp.erfc(x / mp.sqrt(2)) / 2
 
 
 def guard(function, series):
@@ -59,9 +65,16 @@ FITS = {
         mp.exp,
         lambda r, p: 1 + r + r * r * p,
     ),
+    # exp(x^2 / 2) Phi(-x) = t tail(t), t = 1 / (1 + MILLS x), 0 <= x <= 14
+    "MILLS": (
+        lambda t: mills((1 / t - 1) / MILLS) / t,
+        (1 / (1 + 14 * MILLS), mp.mpf(1)),
+        lambda t: mills((1 / t - 1) / MILLS),
+        lambda t, p: t * p,
+    ),
 }
 TERMS = {
-    "float32": {"LOG": 9, "SIN": 3, "COS": 3, "EXP": 5},
+    "float32": {"LOG": 9, "SIN": 3, "COS": 3, "EXP": 5, "MILLS": 9},
     "float64": {"ATANH": 8, "SIN": 6, "COS": 6, "EXP": 11},
 }
 

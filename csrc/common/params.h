@@ -357,4 +357,26 @@ struct MatrixSizes {
   int64_t scratch;  // bytes for a unit at work
 };
 
+// What stands between the two products of a feed-forward layer (fastgen/reference/activation.py), row by row.
+enum class Activation : int32_t { kGelu, kGeluTanh, kSwiglu };
+
+struct ActivationParams {
+  Activation activation;
+  DType dtype, bias_dtype;
+  int64_t rows, width;  // of out
+  const void* input;    // [rows][width], kSwiglu: [rows][2][width]; contiguous
+  const void* bias;     // [width] or null; in dtype or float32
+  void* out;            // [rows][width]
+};
+
+// Rows are worked on in blocks, whose sums for the gradient of the bias are added up in order.
+constexpr int64_t kActivationRows = 64;
+
+struct ActivationBackwardParams : ActivationParams {
+  const void* grad;  // [rows][width]
+  void* grad_input;  // as input
+  void* sums;        // [blocks of rows][width] in the work type, or null
+  void* grad_bias;   // [width] in bias_dtype, where there are sums
+};
+
 }  // namespace fastgen

@@ -15,17 +15,6 @@ FASTGEN_FN void with_arithmetic(DType dtype, const Body& body) {
   body(Multiply<float>());
 }
 
-// Calls body with a number of the dtype.
-template <class Body>
-FASTGEN_FN void with_storage(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat64: return body(double());
-    case DType::kBFloat16: return body(BFloat16());
-    case DType::kFloat16: return body(Float16());
-    default: return body(float());
-  }
-}
-
 // Calls body(kernel) with the kernel that serves the call.
 template <class Body>
 FASTGEN_FN void with_attention(const AttentionParams& p, const Body& body) {

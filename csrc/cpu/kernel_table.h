@@ -35,7 +35,10 @@ struct KernelTable {
   void (*attention_backward)(const AttentionBackwardParams&, AttentionBackwardPhase, int64_t unit, void* scratch);
   MatrixSizes (*matrix_sizes)(const MatrixParams&, int64_t threads);
   void (*matrix_product)(const MatrixParams&, const MatrixSizes&, int64_t unit, void* scratch);
-  void (*draw_tokens)(const DrawParams&, int64_t begin, int64_t end);  // rows
+  void (*activation)(const ActivationParams&, int64_t begin, int64_t end);                     // rows
+  void (*activation_backward)(const ActivationBackwardParams&, int64_t begin, int64_t end);    // blocks of rows
+  void (*activation_add_blocks)(const ActivationBackwardParams&, int64_t begin, int64_t end);  // columns
+  void (*draw_tokens)(const DrawParams&, int64_t begin, int64_t end);                          // rows
 };
 
 constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay

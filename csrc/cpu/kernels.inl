@@ -1,6 +1,7 @@
 // All kernels of an instruction set and their table (after a vec_*.h, which defines Isa).
 #pragma once
 
+#include "activation.inl"
 #include "attention_kernels.inl"
 #include "cell.inl"
 #include "generate.inl"
@@ -35,6 +36,9 @@ constexpr KernelTable kernel_table(const char* isa) {
           attention_backward,
           matrix_sizes,
           matrix_product,
+          activation,
+          activation_backward,
+          activation_add_blocks,
           draw_tokens};
 }
 

@@ -24,5 +24,16 @@ FASTGEN_FN void put(Storage* out, F value, int count) {
   store_first(out, count, value);
 }
 
+// Calls body with a number of the dtype.
+template <class Body>
+FASTGEN_FN void with_storage(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat64: return body(double());
+    case DType::kBFloat16: return body(BFloat16());
+    case DType::kFloat16: return body(Float16());
+    default: return body(float());
+  }
+}
+
 }  // namespace
 }  // namespace fastgen

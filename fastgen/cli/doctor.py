@@ -215,6 +215,7 @@ _REPARAMETERIZE_TENSORS: dict[str, tuple[str, ...]] = {
     "reparameterize_kl": ("mu", "logvar"),
     "reparameterize_kl_backward": ("grad_z", "grad_kl", "mu", "logvar"),
 }
+_ACTIVATION_OPS = ("gelu", "gelu_backward", "swiglu", "swiglu_backward")
 _ATTENTION_OPS = ("attention", "attention_backward")
 _RECURRENT_OPS = ("recurrent", "recurrent_backward", "recurrent_cell", "recurrent_step", "recurrent_cell_backward")
 
@@ -231,6 +232,8 @@ def self_test(device: str) -> Iterator[Check]:
         yield _verdict(f"{device}: {op}", _attention_errors(op, device), "fits the formula in fp64")
     for op in _RECURRENT_OPS:
         yield _verdict(f"{device}: {op}", _recurrent_errors(op, device), "fits the formula in fp64")
+    for op in _ACTIVATION_OPS:
+        yield _verdict(f"{device}: {op}", _activation_errors(op, device), "fits the formula in fp64")
     yield _verdict(f"{device}: mm", _mm_errors(device), "fits the formula in fp64, by rows and by columns")
     yield _verdict(f"{device}: linear_rows", _linear_rows_errors(device), "fits the formula in fp64, row by row")
     yield _verdict(f"{device}: rnn_generate", _rnn_generate_errors(device), "draws the tokens of the loop in Python")
@@ -310,6 +313,30 @@ def _reparameterize_errors(op: str, device: str) -> Iterator[str]:
             error = (actual.cpu().double() - expected).abs()
             if not bool((error <= allowed).all()):
                 yield f"off by up to {float(error.max()):.3g} in {dtype}, numbers up to {scale:.3g}"
+
+
+def _activation_errors(op: str, device: str) -> Iterator[str]:
+    import torch
+
+    from fastgen import reference
+
+    draw = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        shapes = {"input": (70, 22), "bias": (22,), "grad": (70, 11 if op.startswith("swiglu") else 22)}
+        given = {name: torch.randn(shape, generator=draw).to(device, dtype) for name, shape in shapes.items()}
+        tensors = [given[name] for name in ("grad", "input") if name == "input" or op.endswith("_backward")]
+        options: list[tuple[Any, ...]] = [()] if op.startswith("swiglu") else [(given["bias"], True), (None, False)]
+        for option in options:
+            args = (*tensors, *option)
+            wide = (x.cpu().double() if isinstance(x, torch.Tensor) else x for x in args)
+            got, want = getattr(torch.ops.fastgen, op)(*args), getattr(reference, op)(*wide)
+            pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
+            for actual, expected in pairs:
+                if expected.numel() == 0:
+                    continue
+                error, scale = float((actual.cpu().double() - expected).abs().max()), float(expected.abs().max())
+                if not error <= 64 * torch.finfo(dtype).eps * scale:
+                    yield f"off by up to {error:.3g} in {dtype}, numbers up to {scale:.3g}"
 
 
 def _mm_errors(device: str) -> Iterator[str]:

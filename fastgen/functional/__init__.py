@@ -1,5 +1,6 @@
 """Functions of fastgen; the same kernels stand behind `fastgen.nn` and `fastgen.models`."""
 
+from fastgen.functional.activation import gelu, swiglu
 from fastgen.functional.adversarial import (
     ADVERSARIAL_LOSSES,
     augmentation_size,
@@ -29,6 +30,7 @@ __all__ = [
     "augmentation_size",
     "diff_augment",
     "discriminator_loss",
+    "gelu",
     "generator_loss",
     "gradient_penalty",
     "gru",
@@ -44,5 +46,6 @@ __all__ = [
     "rnn_tanh",
     "rnn_tanh_cell",
     "scaled_dot_product_attention",
+    "swiglu",
     "zero_centered_gradient_penalty",
 ]

@@ -160,9 +160,21 @@ def scaled_dot_product_attention(
 def _fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether nothing is to be converted or broadcast, or refused; False if in doubt."""
     try:
-        if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:  # Dynamo follows no failed unpacking
+        shape, dtype = query.shape, query.dtype
+        if (
+            key.dtype is not dtype
+            or value.dtype is not dtype
+            or dtype not in _DTYPES
+            or not (query.is_cpu and key.is_cpu and value.is_cpu)
+            or query.is_nested
+            or _any_autocast()
+        ):
             return False
-        batch, heads, _, width = query.shape
+        if key.shape == shape and value.shape == shape:  # tokens that look at each other: nothing to take apart
+            return len(shape) == 4 and shape[3] > 0
+        if len(shape) != 4 or key.dim() != 4 or value.dim() != 4:  # Dynamo follows no failed unpacking
+            return False
+        batch, heads, _, width = shape
         key_batch, key_heads, keys, key_width = key.shape
         value_batch, value_heads, value_keys, value_width = value.shape
         return (
@@ -174,14 +186,6 @@ def _fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
             and (key_heads == heads or (enable_gqa and heads % key_heads == 0))
             and width > 0
             and value_width > 0
-            and key.dtype is query.dtype
-            and value.dtype is query.dtype
-            and query.dtype in _DTYPES
-            and query.is_cpu
-            and key.is_cpu
-            and value.is_cpu
-            and not query.is_nested
-            and not _any_autocast()
         )
     except (AttributeError, TypeError, ValueError, ZeroDivisionError):
         return False

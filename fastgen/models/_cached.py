@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.functional import scaled_dot_product_attention
+from fastgen.functional import gelu, scaled_dot_product_attention
 from fastgen.models._sampling import IGNORED, STEPS_A_CALL, RowState, TokenRows
 from fastgen.nn.lora import LoRALinear
 from fastgen.reference.generate import Status, pick_tokens
@@ -51,6 +51,10 @@ class LayerPass:
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         return layer(x)
+
+    def gelu(self, layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:
+        """GELU of what the layer makes of x."""
+        return gelu(self.linear(layer, x), approximate=approximate)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query (B, H, T, head_dim), key and value (B, Hkv, T, head_dim) -> like query."""

@@ -31,7 +31,7 @@ import fastgen.nn as nn
 from fastgen import _validate
 from fastgen._dtypes import dtype_name
 from fastgen._ops.library import plain_only
-from fastgen.functional import linear, linear_cross_entropy, scaled_dot_product_attention
+from fastgen.functional import gelu, linear, linear_cross_entropy, scaled_dot_product_attention, swiglu
 from fastgen.models._cached import CachedRows, GPTState, LayerPass
 from fastgen.models._huggingface import MODEL_TYPES, config_from, read_state, to_huggingface
 from fastgen.models._pretrained import CONFIG_FILE, Folder, PretrainedConfig, read_config
@@ -42,12 +42,8 @@ from fastgen.tokenizers import Tokenizer
 
 __all__ = ["GPT", "GPTConfig", "GPTOutput", "GPTState", "RopeScaling"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-}
+_GELUS = {"gelu_tanh": "tanh", "gelu": "none"}  # and how the distribution function is approximated
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +155,7 @@ class GPTConfig(PretrainedConfig):
                 "position_embedding", self.position_embedding, ("learned", "rotary")
             ),
             "normalization": _validate.choice("normalization", self.normalization, ("layer_norm", "rms_norm")),
-            "hidden_act": _validate.choice("hidden_act", self.hidden_act, (*_ACTIVATIONS, "swiglu")),
+            "hidden_act": _validate.choice("hidden_act", self.hidden_act, (*_GELUS, *_ACTIVATIONS, "swiglu")),
             "norm_eps": _validate.number("norm_eps", self.norm_eps, above=0),
             "rope_theta": _validate.number("rope_theta", self.rope_theta, above=0),
             "initializer_range": _validate.number("initializer_range", self.initializer_range, above=0),
@@ -509,6 +505,12 @@ class _FullPass(LayerPass):
             cu_seqlens_q=self._cu_seqlens,
         )
 
+    def gelu(self, layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:
+        if type(layer) is not nn.Linear or layer.bias is None:
+            return super().gelu(layer, x, approximate)
+        # The bias goes with what follows, and its gradient with what precedes: a sum over all tokens less.
+        return gelu(linear(x, layer.weight), layer.bias, approximate=approximate)
+
 
 class _Layer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
@@ -555,19 +557,20 @@ class _MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         width, bias = config.intermediate_size, config.mlp_bias
-        self.activation = _ACTIVATIONS.get(config.hidden_act)
-        if self.activation is None:
+        self.activation = config.hidden_act
+        if self.activation == "swiglu":
             self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
         else:
             self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, layers: LayerPass) -> Tensor:
-        if self.activation is None:
-            gate, up = layers.linear(self.gate_up_proj, x).chunk(2, dim=-1)
-            inner = F.silu(gate) * up
+        if self.activation == "swiglu":
+            inner = swiglu(layers.linear(self.gate_up_proj, x))
+        elif self.activation in _GELUS:
+            inner = layers.gelu(self.up_proj, x, _GELUS[self.activation])
         else:
-            inner = self.activation(layers.linear(self.up_proj, x))
+            inner = _ACTIVATIONS[self.activation](layers.linear(self.up_proj, x))
         return layers.linear(self.down_proj, inner)
 
 

@@ -4,6 +4,7 @@ This is the definition of each op: the fallback where no kernel was built for a 
 precision, the oracle of the tests.
 """
 
+from fastgen.reference.activation import gelu, gelu_backward, swiglu, swiglu_backward
 from fastgen.reference.attention import attention, attention_backward
 from fastgen.reference.generate import linear_rows, rnn_generate
 from fastgen.reference.linear import mm
@@ -40,6 +41,8 @@ __all__ = [
     "bernoulli",
     "claim",
     "exponential",
+    "gelu",
+    "gelu_backward",
     "kl_divergence",
     "linear_rows",
     "mm",
@@ -57,5 +60,7 @@ __all__ = [
     "reparameterize_kl",
     "reparameterize_kl_backward",
     "rnn_generate",
+    "swiglu",
+    "swiglu_backward",
     "uniform",
 ]

@@ -908,6 +908,52 @@ void test_matrix(const char* isa) {
   }
 }
 
+void test_activations(const char* isa) {
+  const KernelTable& kernels = table(isa);
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    for (const Activation activation : {Activation::kGelu, Activation::kGeluTanh, Activation::kSwiglu}) {
+      for (const int64_t rows : {1, 5, 64, 130}) {
+        for (const int64_t width : {1, 15, 16, 33}) {
+          const int64_t inputs = activation == Activation::kSwiglu ? 2 * width : width;
+          const int64_t blocks = (rows + kActivationRows - 1) / kActivationRows;
+          const Rows input(dtype, rows, inputs, 1), grad(dtype, rows, width, 2), bias(dtype, 1, width, 3);
+          const size_t work = dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+          const std::string what = std::string(isa) + " activation " + std::to_string(int(activation)) + " dtype " +
+                                   std::to_string(int(dtype)) + " " + std::to_string(rows) + " x " +
+                                   std::to_string(width);
+          Buffer out[2] = {Buffer(rows * width * size_of(dtype)), Buffer(rows * width * size_of(dtype), 0xCD)};
+          Buffer grad_input[2] = {Buffer(rows * inputs * size_of(dtype)), Buffer(rows * inputs * size_of(dtype), 0xCD)};
+          Buffer grad_bias[2] = {Buffer(width * size_of(dtype)), Buffer(width * size_of(dtype), 0xCD)};
+          ActivationBackwardParams p{};
+          p.activation = activation;
+          p.dtype = p.bias_dtype = dtype;
+          p.rows = rows;
+          p.width = width;
+          p.input = input.operand.data;
+          p.grad = grad.operand.data;
+          for (int run = 0; run < 2; ++run) {  // in one piece, and piece by piece from the end
+            Buffer sums(size_t(blocks * width) * work, 0xAB);
+            p.out = out[run].data;
+            p.grad_input = grad_input[run].data;
+            if (activation != Activation::kSwiglu) {
+              p.bias = bias.operand.data;
+              p.sums = sums.data;
+              p.grad_bias = grad_bias[run].data;
+            }
+            const int64_t piece = run == 0 ? rows : 1, block = run == 0 ? blocks : 1;
+            for (int64_t row = rows - piece; row >= 0; row -= piece) kernels.activation(p, row, row + piece);
+            for (int64_t b = blocks - block; b >= 0; b -= block) kernels.activation_backward(p, b, b + block);
+            if (p.sums != nullptr) kernels.activation_add_blocks(p, 0, width);
+          }
+          expect_same(out[0], out[1], what);
+          expect_same(grad_input[0], grad_input[1], what + " gradient");
+          if (p.sums != nullptr) expect_same(grad_bias[0], grad_bias[1], what + " gradient of the bias");
+        }
+      }
+    }
+  }
+}
+
 void test_probes(const char* isa) {
   const KernelTable& kernels = table(isa);
   for (const int64_t count : {0, 1, 63, 64, 1000}) {
@@ -935,6 +981,7 @@ int main(int argc, char** argv) {
     test_generation(argv[i]);
     test_attention(argv[i]);
     test_matrix(argv[i]);
+    test_activations(argv[i]);
   }
   printf("%ld comparisons\n", comparisons);
   return comparisons > 0 ? 0 : 1;
