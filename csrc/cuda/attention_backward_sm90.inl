@@ -103,7 +103,7 @@ class GradientConsumer {
     if (first_step < last_step) {
       wait_for(u, step);
       turns_.take();
-      warpgroup_fence(scores_, gradients_);
+      fence_products();
       multiply();
       turns_.pass();
       warpgroup_wait<0>(scores_, gradients_);
@@ -113,11 +113,8 @@ class GradientConsumer {
       for (++step; step < last_step; ++step) {
         wait_for(u, step);
         turns_.take();
-        if constexpr (kOwnsKeys) {
-          warpgroup_fence(scores_, gradients_, sums_, value_sums_);
-        } else {
-          warpgroup_fence(scores_, gradients_, sums_);
-        }
+        fence_products();
+        fence_sums();
         multiply();
         accumulate();
         turns_.pass();
@@ -129,11 +126,7 @@ class GradientConsumer {
       }
       wait_for(u, step);
       turns_.take();
-      if constexpr (kOwnsKeys) {
-        warpgroup_fence(sums_, value_sums_);
-      } else {
-        warpgroup_fence(sums_);
-      }
+      fence_sums();
       accumulate();
       turns_.pass();
       wait_for_sums();
@@ -165,6 +158,14 @@ class GradientConsumer {
     release_before(u, step);
   }
 
+  __device__ __forceinline__ void fence_products() { warpgroup_fence(own_, own_second_, scores_, gradients_); }
+  __device__ __forceinline__ void fence_sums() {
+    if constexpr (kOwnsKeys) {
+      warpgroup_fence(left_gradients_, left_weights_, sums_, value_sums_);
+    } else {
+      warpgroup_fence(left_gradients_, sums_);
+    }
+  }
   __device__ __forceinline__ void multiply() {
     ring_.multiply_rows(scores_, own_, next_);
     ring_.multiply_rows(gradients_, own_second_, next_ + 1);

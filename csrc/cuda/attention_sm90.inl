@@ -59,7 +59,7 @@ class Consumer {
       const Range rows = {u.first + warp_row, u.first + smaller_int(warp_row + 16, u.count)};
       wait_for(step, tiles);
       turns_.take();
-      warpgroup_fence(fragment_.score);
+      warpgroup_fence(query_, fragment_.score);
       multiply_keys();
       turns_.pass();
       warpgroup_wait<0>(fragment_.score);
@@ -70,7 +70,7 @@ class Consumer {
       for (++step; step < last_step; ++step) {
         wait_for(step, tiles);
         turns_.take();
-        warpgroup_fence(fragment_.score, fragment_.out);
+        warpgroup_fence(query_, fragment_.score, weights_, fragment_.out);
         multiply_keys();
         multiply_values(next_ + 1);
         turns_.pass();
@@ -90,7 +90,7 @@ class Consumer {
       }
       wait_for(step, tiles);
       turns_.take();
-      warpgroup_fence(fragment_.out);
+      warpgroup_fence(weights_, fragment_.out);
       multiply_values(next_ + unsigned(step < tiles));
       turns_.pass();
       warpgroup_wait<0>(fragment_.out);

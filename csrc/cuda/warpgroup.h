@@ -61,7 +61,7 @@ __device__ __forceinline__ void raise_registers() {
 // Products by a warpgroup, four warps of which the first one's number is divisible by 4. They are asynchronous: what
 // they read must stay as it is, and their sums are not to be touched, until a wait. In order:
 //   fence_shared       by who wrote their operands to shared memory, before it tells that they are there
-//   warpgroup_fence    before the first product of a group, of all sums it adds to
+//   warpgroup_fence    before products, of all their sums and left sides
 //   warpgroup_multiply_add, any number of times
 //   warpgroup_commit   makes a group of them
 //   warpgroup_wait     until all groups but the last kPending are done, with the sums that are there then
@@ -69,20 +69,22 @@ __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 
 namespace detail {
-// To the compiler, what may read and write the sums: it moves nothing across that touches them.
-template <int kCount>
-__device__ __forceinline__ void touch(float (&sums)[kCount][4]) {
+// To the compiler, what may read and write registers: it moves nothing across that touches them.
+__device__ __forceinline__ void touch(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ __forceinline__ void touch(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+template <class Register, int kCount>
+__device__ __forceinline__ void touch(Register (&registers)[kCount][4]) {
   FASTGEN_UNROLL
   for (int n = 0; n < kCount; ++n) {
     FASTGEN_UNROLL
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(sums[n][e])::"memory");
+    for (int e = 0; e < 4; ++e) touch(registers[n][e]);
   }
 }
 }  // namespace detail
 
-template <class... Sums>
-__device__ __forceinline__ void warpgroup_fence(Sums&... sums) {
-  (detail::touch(sums), ...);
+template <class... Registers>
+__device__ __forceinline__ void warpgroup_fence(Registers&... registers) {
+  (detail::touch(registers), ...);
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }
 template <int kPending, class... Sums>
@@ -158,7 +160,7 @@ namespace fastgen {
 // goes across, which it does only along rows.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* first, uint32_t stride, uint32_t leading) {
   constexpr uint64_t kSwizzle128 = 1;
-  return uint64_t(shared_address(first) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+  return uint64_t((shared_address(first) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
          kSwizzle128 << 62;
 }
 // The same matrix, so many bytes behind; the blocks stand where they stood.

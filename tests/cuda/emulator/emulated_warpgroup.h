@@ -24,10 +24,10 @@ struct Product {
   int columns;
   float (*widen)(uint16_t);
 };
-void warpgroup_fence(std::initializer_list<const float*> sums);
+void warpgroup_fence(std::initializer_list<const void*> registers);
 void warpgroup_multiply_add(const Product& product);
 void warpgroup_commit();
-void warpgroup_wait(int pending, std::initializer_list<const float*> sums);
+void warpgroup_wait(int pending, std::initializer_list<const void*> sums);
 
 }  // namespace emulator
 
@@ -48,9 +48,9 @@ void raise_registers() {
 
 inline void fence_shared() { emulator::fence_shared(); }
 inline void warpgroup_commit() { emulator::warpgroup_commit(); }
-template <class... Sums>
-void warpgroup_fence(Sums&... sums) {
-  emulator::warpgroup_fence({&sums[0][0]...});
+template <class... Registers>
+void warpgroup_fence(Registers&... registers) {
+  emulator::warpgroup_fence({&registers[0][0]...});
 }
 template <int kPending, class... Sums>
 void warpgroup_wait(Sums&... sums) {

@@ -628,7 +628,7 @@ bool is_poison(const float* d, size_t count) {
   return std::all_of(bytes, bytes + count * sizeof(float), [](unsigned char byte) { return byte == kPoison; });
 }
 
-void check_at_rest(const Warp& warp, std::initializer_list<const float*> sums) {
+void check_at_rest(const Warp& warp, std::initializer_list<const void*> sums) {
   for (const Sums& pending : warp.sums) {
     if (std::find(sums.begin(), sums.end(), pending.of[size_t(lane())]) != sums.end()) {
       running->fail("sums are taken for done that no wait was for, " + name(*running->current));
@@ -638,9 +638,9 @@ void check_at_rest(const Warp& warp, std::initializer_list<const float*> sums) {
 
 }  // namespace
 
-void warpgroup_fence(std::initializer_list<const float*> sums) {
+void warpgroup_fence(std::initializer_list<const void*> registers) {
   together("warpgroup_fence");
-  check_at_rest(this_warp(), sums);
+  check_at_rest(this_warp(), registers);
   this_warp().fenced = true;
 }
 
@@ -680,7 +680,7 @@ void warpgroup_commit() {
   with_warp("warpgroup_commit", nullptr, nullptr, [](const void* const*, void* const*) { ++this_warp().groups; });
 }
 
-void warpgroup_wait(int pending, std::initializer_list<const float*> sums) {
+void warpgroup_wait(int pending, std::initializer_list<const void*> sums) {
   with_warp("warpgroup_wait", nullptr, nullptr, [pending](const void* const*, void* const*) {
     Warp& warp = this_warp();
     warp.fenced = false;
