@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kRingThreads, 1) gradients_sm90_kernel(const P
         auto second = stream(kOwnsKeys ? g.grad_out : c.value, of, c.value_width, u.walk, last);
         const float2* terms = g.terms + (int64_t(s.number) * c.heads + head) * g.terms_rows + u.walk;
         for (int tile = 0; tile < u.tiles; ++tile, terms += kPairRows) {
-          producer.bring(walked, terms, kOwnsKeys ? kPairRows * int(sizeof(float2)) / 16 : 0);
+          producer.bring(walked, kOwnsKeys ? terms : nullptr);
           producer.bring(second);
         }
       }

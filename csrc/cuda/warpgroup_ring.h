@@ -34,12 +34,12 @@ constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kRingThreads = 3 * kGroup;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-// kWidth: 64 or 128. kBeside: more bytes of each slot, a multiple of 16.
-template <class T_, int kWidth_, int kSlots_ = 8, int kBeside = 0>
+// kWidth: 64 or 128. kBeside: bytes that stand beside a slot, a multiple of 16.
+template <class T_, int kWidth_, int kSlots_ = 8, int kBeside_ = 0>
 class Ring {
  public:
   using T = T_;
-  static constexpr int kRows = 64, kWidth = kWidth_, kSlots = kSlots_, kSteps = kWidth / 16;
+  static constexpr int kRows = 64, kWidth = kWidth_, kSlots = kSlots_, kBeside = kBeside_, kSteps = kWidth / 16;
   static constexpr int kPart = kRows * 64;  // elements of a slot in 64 columns: these stand together
   static constexpr int kSlot = kRows * kWidth;
   static constexpr size_t kBytes = kSlots * (kSlot * sizeof(T) + kBeside + 2 * sizeof(uint64_t));
@@ -145,8 +145,8 @@ class Producer {
  public:
   __device__ explicit Producer(const R& ring) : ring_(ring) {}
 
-  // The next 64 rows of a stream; what stands beside them, in 16 bytes of each of `pieces` threads.
-  __device__ __forceinline__ void bring(RowStream<T, R::kWidth>& from, const void* beside = nullptr, int pieces = 0) {
+  // The next 64 rows of a stream; and what stands beside them, at an address that 16 divides, or nothing.
+  __device__ __forceinline__ void bring(RowStream<T, R::kWidth>& from, const void* beside = nullptr) {
     constexpr int kStep = RowStream<T, R::kWidth>::kStep;
     const int thread = int(threadIdx.x) % kGroup;
     ring_.wait_empty(next_);
@@ -160,8 +160,9 @@ class Producer {
     }
     FASTGEN_UNROLL
     for (int& left : from.left) left -= R::kRows;
-    if (thread < pieces)
+    if (R::kBeside > 0 && beside != nullptr && thread < R::kBeside / 16) {
       copy_async16(ring_.beside(next_) + 16 * thread, static_cast<const char*>(beside) + 16 * thread);
+    }
     copy_async_commit();
     if (next_ >= kAhead) {
       copy_async_wait<kAhead>();
