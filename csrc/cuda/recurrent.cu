@@ -132,7 +132,14 @@ class Sequencer {
   template <class Params>
   void launch_sequence(void (*kernel)(Params), Params& p, bool clusters) {
     deal(p, multiprocessors(), 1);
-    if (clusters) plan_clusters(kernel, p);
+    const bool many = p.recurrent.tiles >= kCluster && p.recurrent.part_chunks() <= kWarps * kStages;
+    const int room = clusters && many ? clusters_at_once(kernel, kCluster, kThreads, shared_limit()) * kCluster : 0;
+    if (room > 0) {
+      Params other = p;
+      other.recurrent.clusters = true;
+      deal(other, room, kCluster);
+      if (other.recurrent.shared >= 0 && cycles(other) <= cycles(p)) p = other;
+    }
     const int64_t counters = int64_t(p.groups) * kLine;
     p.arrived = static_cast<uint32_t*>(keep(torch::stable::new_zeros(like_, {&counters, 1}, ScalarType::Int)));
     const auto blocks = unsigned(p.unit_blocks * p.groups);
@@ -149,15 +156,38 @@ class Sequencer {
   }
 
  private:
-  // Units over `room` multiprocessors, as evenly as they go in multiples of `unit` blocks, and rows of the batch over
-  // what remains; and which matrices stay on the chip.
+  // Units over `room` multiprocessors in multiples of `unit` blocks, and rows of the batch over what remains. Of a
+  // large batch a block reads less for all its steps where it has more units and fewer rows.
   template <class Params>
-  void deal(Sequence<Params>& p, int room, int unit) const {
-    const int most = std::max(p.recurrent.tiles, p.projection.tiles);
-    p.unit_blocks = int(ceil_div(ceil_div(most, ceil_div(most, room)), unit)) * unit;
-    p.groups = int(std::max<int64_t>(1, std::min<int64_t>(room / p.unit_blocks, ceil_div(p.batch, kRows))));
-    p.recurrent.tiles_of_block = int(ceil_div(p.recurrent.tiles, p.unit_blocks));
-    p.projection.tiles_of_block = int(ceil_div(p.projection.tiles, p.unit_blocks));
+  void deal(Params& p, int room, int unit) const {
+    const int most = std::max(p.recurrent.tiles, p.projection.tiles), least = int(ceil_div(most, room));
+    Params best = p;
+    for (int tiles = least; tiles <= most; ++tiles) {
+      p.unit_blocks = int(ceil_div(ceil_div(most, tiles), unit)) * unit;
+      p.groups = int(std::max<int64_t>(1, std::min<int64_t>(room / p.unit_blocks, ceil_div(p.batch, kRows))));
+      p.recurrent.tiles_of_block = int(ceil_div(p.recurrent.tiles, p.unit_blocks));
+      p.projection.tiles_of_block = int(ceil_div(p.projection.tiles, p.unit_blocks));
+      arrange(p);
+      const bool resident = p.recurrent.shared >= 0 && (p.projection.tiles == 0 || p.projection.shared >= 0);
+      if (tiles == least || (resident && cycles(p) < cycles(best))) best = p;
+      if (!resident) break;
+    }
+    p = best;
+  }
+
+  // What the recurrent product of a step costs a block, about: its matrix from shared memory at 128 bytes a cycle, and
+  // the operand from L2, of which a multiprocessor has some 24 bytes a cycle where all read.
+  template <class Params>
+  int64_t cycles(const Sequence<Params>& p) const {
+    const Product& of = p.recurrent;
+    const int64_t row_tiles = ceil_div(ceil_div(p.batch, kRows), p.groups);
+    const int64_t operand = kRows * of.operand_pitch() / (of.clusters ? kCluster : 1);
+    return row_tiles * (of.resident_bytes() / 128 + (of.stays(p.shared) ? 1 : of.tiles_of_block) * operand / 24);
+  }
+
+  // Which matrices stay on the chip, and where everything stands there.
+  template <class Params>
+  void arrange(Sequence<Params>& p) const {
     const int64_t limit = int64_t(shared_limit());
     const int64_t sums = int64_t(sizeof(float)) * kWarps * kGroupsMost * kUnits * kSumPitch;
     int64_t first = p.recurrent.resident_bytes(), second = p.projection.resident_bytes();
@@ -176,19 +206,6 @@ class Sequencer {
     p.shared.rings = int(first + second);
     p.shared.sums = p.shared.rings + int(rings());
     p.shared.bytes = p.shared.sums + int(sums);
-  }
-
-  // The same in clusters, where that takes no more tiles a block, the matrix stays on the chip, and a block's part of
-  // the operand fits into the rings.
-  template <class Params>
-  void plan_clusters(void (*kernel)(Params), Params& p) const {
-    if (p.recurrent.tiles < kCluster || p.recurrent.part_chunks() > kWarps * kStages) return;
-    const int room = clusters_at_once(kernel, kCluster, kThreads, shared_limit()) * kCluster;
-    if (room == 0) return;
-    Params other = p;
-    other.recurrent.clusters = true;
-    deal(other, room, kCluster);
-    if (other.recurrent.shared >= 0 && other.recurrent.tiles_of_block == p.recurrent.tiles_of_block) p = other;
   }
 
   RecurrentArguments& arguments_;

@@ -29,6 +29,12 @@ constexpr int kSumPitch = 24;             // floats: the pairs of a quarter of a
 constexpr int kGroupsMost = 4;
 constexpr int kCluster = kWarps;  // blocks of a cluster
 
+// Where everything stands in the shared memory of a block: resident tiles, rings, sums.
+struct SharedPlan {
+  int warps;                      // that multiply
+  int rings, stage, sums, bytes;  // stage: bytes of a chunk of the operand, and of the matrix where it is streamed
+};
+
 // The matrix in tiles, [tiles][groups][kUnits][pitch], padded with zeros to whole tiles and chunks, and the operand,
 // [2][batch][chunks * kChunk bytes], padded likewise: a step reads one half of it while the next one is written.
 struct Product {
@@ -51,6 +57,10 @@ struct Product {
   FASTGEN_MEMBER int64_t resident_bytes() const {
     return tiles_of_block * (clusters ? kCluster * part_bytes() : tile_bytes());
   }
+  // Whether the rings hold all chunks of a tile of rows, for all tiles of the matrix that a block has.
+  FASTGEN_MEMBER bool stays(const SharedPlan& plan) const {
+    return shared >= 0 && (clusters || chunks <= kStages * plan.warps);
+  }
   FASTGEN_MEMBER int first_tile(int block) const { return block * tiles_of_block; }
   FASTGEN_MEMBER int end_tile(int block) const {
     const int end = (block + 1) * tiles_of_block;
@@ -62,11 +72,6 @@ struct Product {
   }
 };
 
-// Where everything stands in the shared memory of a block: resident tiles, rings, sums.
-struct SharedPlan {
-  int warps;                      // that multiply
-  int rings, stage, sums, bytes;  // stage: bytes of a chunk of the operand, and of the matrix where it is streamed
-};
 constexpr int kStageOperand = kRows * kChunkPitch;
 constexpr int kStageStreamed = kStageOperand + kGroupsMost * kUnits * kChunkPitch;
 constexpr int kWarpsStreamed = 4;  // with rings of three times the size: as many bytes on their way, in 99 KB
@@ -226,6 +231,7 @@ __device__ void through_ring(int first, int step, int chunks, const Fetch& fetch
 }
 
 // The sums of one tile, to be read by `sum_of` behind a block_barrier. operand: the first of `rows` rows, 1 to kRows.
+// The tiles of a block come in their order for each of the row tiles.
 template <class Element, int kGroups>
 __device__ void multiply_tile(const Product& product, int tile, int block, const unsigned char* operand, int rows,
                               const SharedPlan& plan) {
@@ -252,27 +258,33 @@ __device__ void multiply_tile(const Product& product, int tile, int block, const
     }
   };
   PartialSums<Element, kGroups> sums;
-  through_ring(warp, plan.warps, product.chunks, fetch, [&](int chunk, int stage) {
+  const auto use = [&](int chunk, int stage) {
     const unsigned char* of = ring + stage * plan.stage;
     if (streamed) {
       sums.add(of + kStageOperand, kChunkPitch, of, many);
     } else {
       sums.add(matrix + int64_t(chunk) * kChunk, pitch, of, many);
     }
-  });
+  };
+  if (tile > product.first_tile(block) && product.stays(plan)) {
+    for (int i = 0; warp + i * plan.warps < product.chunks; ++i) use(warp + i * plan.warps, i);
+  } else {
+    through_ring(warp, plan.warps, product.chunks, fetch, use);
+  }
   sums.store(reinterpret_cast<float*>(dynamic_shared() + plan.sums) + warp * kGroups * kUnits * kSumPitch, many);
 }
 
 // The part of a block in the sums of tile number `i` of each block of its cluster, to be read by `sum_of` behind a
-// cluster_barrier. What is read of the operand may be as much as the rings hold.
+// cluster_barrier. The block's part of the operand stands in place of the rings from the first tile to the last.
 template <class Element>
 __device__ void multiply_part(const Product& product, int i, int block, const unsigned char* operand, int rows,
                               const SharedPlan& plan) {
   const int warp = threadIdx.x / 32, rank = block % kCluster, row_parts = kChunk / 16;
   const bool many = rows > 8;
   unsigned char* own = dynamic_shared() + plan.rings;
-  for (int j = int(threadIdx.x); j < product.part_chunks() * (many ? 16 : 8) * row_parts; j += kThreads) {
-    const int part = j % row_parts * 16, row = j / row_parts % (many ? 16 : 8), place = j / row_parts / (many ? 16 : 8);
+  const int width = (many ? 16 : 8) * row_parts;  // of a chunk, in copies
+  for (int j = int(threadIdx.x); i == 0 && j < product.part_chunks() * width; j += kThreads) {
+    const int place = j / width, row = j % width / row_parts, part = j % row_parts * 16;
     const int chunk = rank + place * kCluster;
     const bool there = row < rows && chunk < product.chunks;
     copy_async16(own + place * kStageOperand + row * kChunkPitch + part,
