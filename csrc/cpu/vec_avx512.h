@@ -145,11 +145,11 @@ FASTGEN_FN __m256i rounded_to_bf16(F32 a) {
   return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
 }
 #if defined(__AVX512BF16__)
-// The instruction for it takes subnormals for zero, so they go the longer way.
-static __attribute__((noinline)) __m256i subnormals_to_bf16(__m512 a) { return rounded_to_bf16(a); }
+// The instruction for it takes subnormals for zero, so vectors with an exponent of zero go the longer way.
+static __attribute__((noinline)) __m256i small_to_bf16(__m512 a) { return rounded_to_bf16(a); }
 FASTGEN_FN __m256i to_bf16(F32 a) {
-  constexpr int kSubnormal = 0x20;
-  if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, kSubnormal) != 0, 0)) return subnormals_to_bf16(a.v);
+  const __m512i exponent = _mm512_set1_epi32(0x7f800000);
+  if (__builtin_expect(_mm512_testn_epi32_mask(_mm512_castps_si512(a.v), exponent) != 0, 0)) return small_to_bf16(a.v);
   return __m256i(_mm512_cvtneps_pbh(a.v));
 }
 #else

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import ISAS, assert_same_bits, call
+from support import ALL_ISAS, ISAS, assert_same_bits, call
 
 from fastgen.random import Generator
 from fastgen.reference import random as reference
@@ -345,6 +345,7 @@ def test_activations(words_library, isa, width, which, exact):
 # Half types: all 2^16 of them widened; roundings around every one of them.
 
 
+@pytest.mark.parametrize("isa", ALL_ISAS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("flush", [False, True], ids=["ieee", "flush_denormal"])
 def test_conversions(words_library, isa, dtype, flush):

@@ -137,6 +137,30 @@ def test_gradients(dtype, call, seed, which):
         assert_close(ours, theirs, exact, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_over_many_rows(dtype):
+    """More than the panels of the weights' gradients hold at once, and no whole number of their blocks."""
+    steps, batch, inputs, hidden = 301, 7, 5, 6
+    g = Generator(2)
+    rows = Mode.LSTM.gates * hidden
+    operands = [
+        random.normal(steps, batch, inputs, generator=g),
+        None,
+        *(random.normal(rows, n, std=n**-0.5, generator=g) for n in (inputs, hidden)),
+        *(random.normal(rows, generator=g) for _ in range(2)),
+        None,
+        *(random.normal(batch, hidden, generator=g) for _ in range(2)),
+        None,
+    ]
+    call = rounded((Mode.LSTM, operands, False, False))
+    grads = gradients(call, 1, 3)
+    exact = backward(reference, call, grads, torch.float64)
+    theirs = backward(reference, call, grads, dtype)
+    for isa in ALL_ISAS:
+        with use_cpu_isa(isa):
+            assert_close(backward(ops, call, grads, dtype), theirs, exact, dtype)
+
+
 @given(call=calls(), seed=st.integers(0, 99), needs=st.integers(0, 255))
 def test_only_what_is_needed(call, seed, needs):
     grads = gradients(call, seed, 3)
@@ -153,11 +177,11 @@ def test_threads_and_repetition_change_no_bit(dtype, call, seed):
 
 
 @pytest.mark.parametrize("isa", ALL_ISAS)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "steps", "hidden"), [(1, 70, 400), (3, 70, 400), (17, 5, 520)])
 @pytest.mark.parametrize("projection", [None, 80])
-def test_steps_that_threads_share(threads, isa, batch, projection):
-    """Few rows and wide layers: the units of a step are split. Bits and values as on one thread."""
-    steps, hidden, mode = 70, 400, Mode.LSTM
+def test_steps_that_threads_share(threads, isa, batch, steps, hidden, projection):
+    """Few rows and wide layers, or large weights: the units of a step are split. Bits and values as on one thread."""
+    mode = Mode.LSTM
     g = Generator(3)
     state = projection or hidden
     operands = [
