@@ -320,6 +320,12 @@ def recurrent(mode: int, options: Options, *operands: Tensor | None) -> tuple[Te
     operands: input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask; with layer norm or zoneout also
     norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset. h_mask has no gradient.
     """
+    if _is_one_step(options, operands):
+        input, _, w_ih, w_hh, b_ih, b_hh, _, h_0, c_0, _ = operands
+        assert input is not None
+        time = 1 if options.batch_first else 0
+        h_n, c_n = recurrent_cell(mode, input.squeeze(time), h_0, c_0, w_ih, w_hh, b_ih, b_hh)
+        return h_n.unsqueeze(time).clone(), h_n, c_n  # output and state are not to change with each other
     if plain_only():
         return _call(_plain, mode, operands, options, False)[:3]
     if torch.is_grad_enabled():
@@ -327,6 +333,14 @@ def recurrent(mode: int, options: Options, *operands: Tensor | None) -> tuple[Te
             if value is not None and value.requires_grad:
                 return _Recurrent.apply(mode, options, *distinct(operands))
     return _call(_recurrent, mode, operands, options, False)[:3]
+
+
+def _is_one_step(options: Options, operands: Operands) -> bool:
+    """Whether a sequence is a step that `recurrent_cell` can take, which packs no weights for it."""
+    input, batch_sizes, *_, w_hr, _, _, h_mask = operands[:_FIRST]
+    assert input is not None
+    one = input.dim() == 3 and input.shape[1 if options.batch_first else 0] == 1
+    return one and batch_sizes is None and w_hr is None and h_mask is None and len(operands) == _FIRST
 
 
 def recurrent_cell(mode: int, *operands: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,8 @@ class _Sequence(torch.nn.RNNBase):
             state_dropout_mask=state_mask,
             **self._options(),
         )
-        if self.mode == "GRU":  # under autocast PyTorch gives its results, of all, the wider dtype of state and product
+        if self.mode == "GRU" and output.dtype is not state_dtype:
+            # Under autocast PyTorch gives its results, of all, the wider dtype of state and product.
             output, *states = (r.to(torch.promote_types(r.dtype, state_dtype)) for r in (output, *states))
         if unbatched:
             return output.squeeze(batch_dim), self._pack([s.squeeze(1) for s in states])

@@ -10,6 +10,7 @@ from recurrent_cases import CELLS, SEQUENCES, Case
 from support import FLOATS, assert_same_bits
 
 from fastgen import functional, random
+from fastgen._ops import recurrent as ops
 from fastgen.random import Generator
 from fastgen.reference.recurrent import Mode
 
@@ -37,6 +38,43 @@ def run(case, x, hx, weights, p=0.5, training=True, generator=None, **options):
         generator=generator,
         **options,
     )
+
+
+# ---------------------------------------------------------------------------------------------------
+# One step: a cell
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_step_is_torchs_and_takes_the_cell(mode, bidirectional, batch_first, monkeypatch):
+    case = Case(mode, 4, 5, num_layers=2, bidirectional=bidirectional, batch_first=batch_first, lengths=(1, 1, 1))
+    x, hx = case.operands(torch.float64)
+    module = case.module(torch.float64)
+    taken, real = [], ops.recurrent_cell
+    monkeypatch.setattr(ops, "recurrent_cell", lambda *given: taken.append(given) or real(*given))
+    x.requires_grad_()
+    output, *states = run(case, x, hx, list(module._flat_weights), 0.0)
+    assert len(taken) == (4 if bidirectional else 2)
+    expected, expected_states = module(x, hx if mode == Mode.LSTM else hx[0])
+    expected_states = expected_states if mode == Mode.LSTM else (expected_states,)
+    for ours, theirs in zip((output, *states), (expected, *expected_states), strict=False):
+        torch.testing.assert_close(ours, theirs)
+    wanted = (x, *module.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(output.square().sum() + states[0].sum(), wanted),
+        torch.autograd.grad(expected.square().sum() + expected_states[0].sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_output_of_one_step_does_not_change_with_its_state():
+    case, x, hx, weights = stacked(Mode.GRU, layers=1)
+    output, h_n = run(case, x[:1], hx, weights, 0.0)
+    before = h_n.clone()
+    output.zero_()
+    assert_same_bits(h_n, before)
 
 
 # ---------------------------------------------------------------------------------------------------
