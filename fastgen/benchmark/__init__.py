@@ -3,8 +3,8 @@
 The method, each point of which has its module:
 
 * the answer of every rival is checked before it is timed (`case`, `random`, `reparameterize`, `recurrent`,
-  `generate`, `attention`, `linear`, and for training steps of whole models `vae`, `gan`, `rnn`,
-  `gpt`);
+  `generate`, `attention`, `linear`, `activation`, and for training steps of whole models `vae`, `gan`,
+  `rnn`, `gpt`);
 * rivals take turns in one process with the same threads, and ratios are taken round by round (`timing`);
 * the physical bound of a case is timed beside them, not looked up (`bounds`);
 * losses are named (`report`).
@@ -22,7 +22,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastgen.benchmark import attention, gan, generate, gpt, linear, random, recurrent, reparameterize, rnn, vae
+from fastgen.benchmark import (
+    activation,
+    attention,
+    gan,
+    generate,
+    gpt,
+    linear,
+    random,
+    recurrent,
+    reparameterize,
+    rnn,
+    vae,
+)
 from fastgen.benchmark.bounds import bandwidth
 from fastgen.benchmark.case import Case
 from fastgen.benchmark.report import Report
@@ -50,7 +62,7 @@ def select(*, full: bool, filter: str = "", threads: int | None = None, device: 
     """
     every: list[Case] = []
     if device == "cpu":
-        for family in (*_ON_CUDA[:4], generate, linear, *_ON_CUDA[4:]):
+        for family in (*_ON_CUDA[:4], generate, linear, activation, *_ON_CUDA[4:]):
             every += family.cases(full=full)
     else:
         for family in _ON_CUDA:
