@@ -178,9 +178,9 @@ class GradientConsumer {
   }
   __device__ __forceinline__ void wait_for_sums() {
     if constexpr (kOwnsKeys) {
-      warpgroup_wait<0>(sums_, value_sums_);
+      warpgroup_wait<0>(sums_, value_sums_, left_gradients_, left_weights_);
     } else {
-      warpgroup_wait<0>(sums_);
+      warpgroup_wait<0>(sums_, left_gradients_);
     }
   }
 

@@ -77,12 +77,13 @@ class Consumer {
         warpgroup_wait<1>(fragment_.score);
         ring_.release(next_);
         weigh(u, rows, u.keys.begin + step * kTileKeys, fade);
-        // The wait stands in both branches: without a branch between them, ptxas puts it before the weights.
-        if (fragment_.fades(fade)) {
-          warpgroup_wait<0>(fragment_.out);
+        // The wait stands in both branches: without a branch between them, ptxas puts it before the weights. So all
+        // four warps take the same one.
+        if (named_barrier_any(3 + group_, kGroup, fade[0] != 1.0f || fade[1] != 1.0f)) {
+          warpgroup_wait<0>(fragment_.out, weights_);
           fragment_.rescale(fade);
         } else {
-          warpgroup_wait<0>(fragment_.out);
+          warpgroup_wait<0>(fragment_.out, weights_);
         }
         ring_.release(next_ + 1);
         next_ += 2;
@@ -93,7 +94,7 @@ class Consumer {
       warpgroup_fence(weights_, fragment_.out);
       multiply_values(next_ + unsigned(step < tiles));
       turns_.pass();
-      warpgroup_wait<0>(fragment_.out);
+      warpgroup_wait<0>(fragment_.out, weights_);
       release(step, tiles);
       ++step;
     }

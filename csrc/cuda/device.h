@@ -265,10 +265,13 @@ int blocks_per_multiprocessor(Kernel kernel, int threads, size_t shared) {
   return blocks;
 }
 
-// How many clusters run at once.
+// How many clusters run at once: none where the kernel was compiled for an older device, though as PTX it may run here.
 template <class Kernel>
 int clusters_at_once(Kernel kernel, int cluster, int threads, size_t shared) {
   if (compute_capability() < 90) return 0;
+  cudaFuncAttributes of{};
+  FASTGEN_CUDA_CHECK(cudaFuncGetAttributes(&of, reinterpret_cast<const void*>(kernel)));
+  if (of.ptxVersion < 90) return 0;  // __CUDA_ARCH__ / 10: what cluster_barrier was compiled to
   detail::allow_shared(kernel, shared);
   detail::ClusterLaunch launch(unsigned(cluster), cluster, unsigned(threads), shared, nullptr);
   launch.config.numAttrs = 1;  // that they are launched together is no matter of their number

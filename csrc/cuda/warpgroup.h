@@ -41,6 +41,20 @@ __device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
 }
 
+// named_barrier_wait that tells whether `value` holds for any of the threads.
+__device__ __forceinline__ bool named_barrier_any(int number, int threads, bool value) {
+  uint32_t any;
+  asm volatile(
+      "{\n.reg .pred one, all;\n"
+      "setp.ne.u32 one, %3, 0;\n"
+      "bar.red.or.pred all, %1, %2, one;\n"
+      "selp.u32 %0, 1, 0, all;\n}\n"
+      : "=r"(any)
+      : "r"(number), "r"(threads), "r"(uint32_t(value))
+      : "memory");
+  return any != 0;
+}
+
 // The thread's number in its warp, read anew: what comes of it does not fill registers from long before.
 __device__ __forceinline__ int lane_now() {
   int lane;
@@ -64,21 +78,20 @@ __device__ __forceinline__ void raise_registers() {
 //   warpgroup_fence    before products, of all their sums and left sides
 //   warpgroup_multiply_add, any number of times
 //   warpgroup_commit   makes a group of them
-//   warpgroup_wait     until all groups but the last kPending are done, with the sums that are there then
+//   warpgroup_wait     until all groups but the last kPending are done, with the sums that are there then and the left
+//                      sides that may be written to again
+// All four warps come to the same of these calls: none stands in a branch that a warp takes for itself.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 
 namespace detail {
 // To the compiler, what may read and write registers: it moves nothing across that touches them.
-__device__ __forceinline__ void touch(float& x) { asm volatile("" : "+f"(x)::"memory"); }
-__device__ __forceinline__ void touch(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
-template <class Register, int kCount>
-__device__ __forceinline__ void touch(Register (&registers)[kCount][4]) {
+__device__ __forceinline__ void touch(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
+__device__ __forceinline__ void touch(uint32_t& left) { asm volatile("" : "+r"(left)::"memory"); }
+template <class T, int kCount>
+__device__ __forceinline__ void touch(T (&registers)[kCount]) {
   FASTGEN_UNROLL
-  for (int n = 0; n < kCount; ++n) {
-    FASTGEN_UNROLL
-    for (int e = 0; e < 4; ++e) touch(registers[n][e]);
-  }
+  for (int i = 0; i < kCount; ++i) touch(registers[i]);
 }
 }  // namespace detail
 
@@ -87,10 +100,10 @@ __device__ __forceinline__ void warpgroup_fence(Registers&... registers) {
   (detail::touch(registers), ...);
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }
-template <int kPending, class... Sums>
-__device__ __forceinline__ void warpgroup_wait(Sums&... sums) {
+template <int kPending, class... Registers>
+__device__ __forceinline__ void warpgroup_wait(Registers&... registers) {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
-  (detail::touch(sums), ...);
+  (detail::touch(registers), ...);
 }
 
 // d = a b, or with `add` d += a b: a (64, 16), warp w of the group having rows 16 w to 16 w + 15 as multiply_add takes

@@ -94,6 +94,8 @@ struct Fibre {
   std::vector<Copy> copies;              // not yet committed
   std::deque<std::vector<Copy>> groups;  // not yet waited for
   int64_t fenced = 0;                    // when it last called fence_shared
+  // Registers, by where they begin, as they were at the last warpgroup_fence that named them.
+  std::map<const unsigned char*, std::vector<unsigned char>> named;
 };
 
 // Sums of a warp that products of its warpgroup add to: in `now`, while the threads' own are NaN. They are given back
@@ -120,9 +122,10 @@ struct Warp {
   void* outputs[kLanes];
   std::deque<Pending> products;  // not yet waited for
   std::vector<Sums> sums;
-  int64_t groups = 0, issued = 0;  // of products: committed; ever
-  bool fenced = false;             // since the last wait
-  int registers = 0;               // of a thread
+  int64_t groups = 0;   // of products: committed
+  size_t steps = 0;     // of its warpgroup that it has taken
+  bool fenced = false;  // since the last wait
+  int registers = 0;    // of a thread
 };
 
 // A barrier that counts arrivals, as it stands in 64 bits of shared memory.
@@ -134,6 +137,7 @@ struct Arrivals {
 
 struct Named {
   int threads = 0, arrived = 0;
+  bool any = false, any_before = false;  // of those that arrived; of the last ones that went on
   std::vector<Fibre*> waiting;
 };
 
@@ -147,6 +151,8 @@ struct Block {
   Cluster* cluster;
   std::vector<Fibre*> fibres;
   std::vector<Warp> warps;
+  std::vector<std::vector<const void*>>
+      steps;                     // of each warpgroup: places in the kernel that its warps come to together
   int waiting = 0, running = 0;  // at the barrier; not yet through
   bool begun = false;
   std::vector<Fibre*> for_arrivals, for_registers;
@@ -194,6 +200,7 @@ class Run {
       block.cluster->blocks.push_back(&block);
       block.running = threads;
       block.warps.resize(size_t(threads / kLanes));
+      block.steps.resize(block.warps.size() / 4 + 1);
       const int registers = std::min(65536 / threads / 8 * 8, 255);
       for (Warp& warp : block.warps) warp.registers = registers;
       block.free_registers = 65536 - registers * threads;
@@ -282,7 +289,7 @@ class Run {
     if (!std::all_of(block.shared_end(), block.shared->end(), untouched)) return "written behind shared memory";
     for (size_t w = 0; w < block.warps.size(); ++w) {
       if (!block.warps[w].products.empty()) return "products that nobody waits for";
-      if (block.warps[w].issued != block.warps[w / 4 * 4].issued) return "warps of a warpgroup made different products";
+      if (block.warps[w].steps != block.steps[w / 4].size()) return "a warp has left its warpgroup alone";
     }
     for (const Named& named : block.named) {
       if (named.arrived > 0) return "arrivals at a named barrier that nobody waits for";
@@ -527,14 +534,43 @@ void named_barrier(int number, int threads, bool wait) {
   if (wait) named.waiting.push_back(running->current);
   if (++named.arrived == threads) {
     named.arrived = 0;
+    named.any_before = std::exchange(named.any, false);
     wake_all(named.waiting);
   }
   if (wait) running->wait();
 }
 
+bool named_barrier_any(int number, int threads, bool value) {
+  if (number < 1 || number > 15) running->fail("no such named barrier");
+  Named& named = running->current->block->named[size_t(number)];
+  named.any |= value;
+  named_barrier(number, threads, true);
+  return named.any_before;  // all of them have to come again before it changes
+}
+
+namespace {
+
+Warp& this_warp() { return running->current->block->warps[size_t(running->current->number / kLanes)]; }
+
+// A step that all warps of a warpgroup take at the same place of the kernel, each when it gets there (PTX ISA: the
+// .aligned of wgmma and of setmaxnreg). The whole warp calls; the last of its lanes runs `compute`.
+void step(const char* kind, const void* place, const void* input,
+          const std::function<void(const void* const*)>& compute) {
+  Fibre& fibre = *running->current;
+  Warp& warp = this_warp();
+  with_warp(kind, input, nullptr, [&](const void* const* inputs, void* const*) {
+    auto& steps = fibre.block->steps[size_t(fibre.number / kLanes / 4)];
+    if (warp.steps == steps.size()) steps.push_back(place);
+    if (steps[warp.steps++] != place) running->fail(std::string("a warp alone at ") + kind + ", " + name(fibre));
+    compute(inputs);
+  });
+}
+
+}  // namespace
+
 void set_registers(int registers, bool more) {
   if (registers < 24 || registers > 256 || registers % 8 != 0) running->fail("no such number of registers");
-  with_warp(more ? "raise_registers" : "lower_registers", nullptr, nullptr, [](const void* const*, void* const*) {});
+  step(more ? "raise_registers" : "lower_registers", __builtin_return_address(0), nullptr, [](const void* const*) {});
   Fibre& fibre = *running->current;
   Block& block = *fibre.block;
   Warp& warp = block.warps[size_t(fibre.number / kLanes)];
@@ -554,12 +590,6 @@ void set_registers(int registers, bool more) {
 void fence_shared() { running->current->fenced = ++running->clock; }
 
 namespace {
-
-Warp& this_warp() { return running->current->block->warps[size_t(running->current->number / kLanes)]; }
-
-void together(const char* kind) {
-  with_warp(kind, nullptr, nullptr, [](const void* const*, void* const*) {});
-}
 
 // Element (k, n) of a matrix of 16 rows, as its descriptor says (PTX ISA, "Canonical layouts"); rows: they stand there
 // as they are, or else its columns do.
@@ -628,27 +658,63 @@ bool is_poison(const float* d, size_t count) {
   return std::all_of(bytes, bytes + count * sizeof(float), [](unsigned char byte) { return byte == kPoison; });
 }
 
-void check_at_rest(const Warp& warp, std::initializer_list<const void*> sums) {
-  for (const Sums& pending : warp.sums) {
-    if (std::find(sums.begin(), sums.end(), pending.of[size_t(lane())]) != sums.end()) {
-      running->fail("sums are taken for done that no wait was for, " + name(*running->current));
+const unsigned char* begin_of(const void* registers) { return static_cast<const unsigned char*>(registers); }
+
+bool has(const Registers& all, const void* one) {
+  return begin_of(one) >= begin_of(all.first) && begin_of(one) < begin_of(all.first) + all.bytes;
+}
+
+void check_at_rest(std::initializer_list<Registers> registers) {
+  const Warp& warp = this_warp();
+  for (const Registers& named : registers) {
+    for (const Sums& pending : warp.sums) {
+      if (has(named, pending.of[size_t(lane())])) {
+        running->fail("sums are taken for done that no wait was for, " + name(*running->current));
+      }
+    }
+    for (const Pending& pending : warp.products) {
+      if (has(named, pending.of[size_t(lane())].a)) {
+        running->fail("a left side is taken for free that no wait was for, " + name(*running->current));
+      }
     }
   }
 }
 
+// That a fence named these registers, and they have stayed as they were.
+void check_fenced(const char* what, const void* registers, size_t bytes) {
+  const auto& named = running->current->named;
+  const auto* first = begin_of(registers);
+  const auto behind = named.upper_bound(first);
+  const auto fail = [&](const char* why) { running->fail(std::string(what) + why + ", " + name(*running->current)); };
+  if (behind == named.begin()) fail(" that no fence has named");
+  const auto& [begin, then] = *std::prev(behind);
+  if (first + bytes > begin + then.size()) fail(" that no fence has named");
+  if (memcmp(first, then.data() + (first - begin), bytes) != 0) fail(" written to behind the fence");
+}
+
 }  // namespace
 
-void warpgroup_fence(std::initializer_list<const void*> registers) {
-  together("warpgroup_fence");
-  check_at_rest(this_warp(), registers);
+void warpgroup_fence(std::initializer_list<Registers> registers) {
+  step("warpgroup_fence", __builtin_return_address(0), nullptr, [](const void* const*) {});
+  check_at_rest(registers);
+  for (const Registers& all : registers) {
+    running->current->named[begin_of(all.first)].assign(begin_of(all.first), begin_of(all.first) + all.bytes);
+  }
   this_warp().fenced = true;
 }
 
 // The part of a warp is computed at once, or as late as it may be: drawn at random.
 void warpgroup_multiply_add(const Product& product) {
-  with_warp("warpgroup_multiply_add", &product, nullptr, [](const void* const* inputs, void* const*) {
+  const void* place = __builtin_return_address(0);
+  if (!this_warp().fenced) running->fail("a product without a fence, " + name(*running->current));
+  check_fenced("a left side", product.a, 4 * sizeof(uint32_t));
+  const auto& pending = this_warp().sums;
+  const auto is_same = [&](const Sums& sums) { return sums.of[size_t(lane())] == product.d; };
+  if (std::none_of(pending.begin(), pending.end(), is_same)) {
+    check_fenced("sums", product.d, size_t(product.columns / 2) * sizeof(float));
+  }
+  step("warpgroup_multiply_add", place, &product, [](const void* const* inputs) {
     Warp& warp = this_warp();
-    if (!warp.fenced) running->fail("a product without a fence, " + name(*running->current));
     Pending& pending = warp.products.emplace_back();
     for (size_t t = 0; t < kLanes; ++t) {
       pending.of[t] = *static_cast<const Product*>(inputs[t]);
@@ -668,7 +734,6 @@ void warpgroup_multiply_add(const Product& product) {
       }
     }
     sums->last = warp.groups;
-    ++warp.issued;
     ++products;
     if (running->order() % 2 == 0) {
       for (Pending& one : warp.products) complete(warp, one);
@@ -677,11 +742,11 @@ void warpgroup_multiply_add(const Product& product) {
 }
 
 void warpgroup_commit() {
-  with_warp("warpgroup_commit", nullptr, nullptr, [](const void* const*, void* const*) { ++this_warp().groups; });
+  step("warpgroup_commit", __builtin_return_address(0), nullptr, [](const void* const*) { ++this_warp().groups; });
 }
 
-void warpgroup_wait(int pending, std::initializer_list<const void*> sums) {
-  with_warp("warpgroup_wait", nullptr, nullptr, [pending](const void* const*, void* const*) {
+void warpgroup_wait(int pending, std::initializer_list<Registers> registers) {
+  step("warpgroup_wait", __builtin_return_address(0), nullptr, [pending](const void* const*) {
     Warp& warp = this_warp();
     warp.fenced = false;
     const int64_t end = warp.groups - pending;
@@ -698,7 +763,7 @@ void warpgroup_wait(int pending, std::initializer_list<const void*> sums) {
       return true;
     });
   });
-  check_at_rest(this_warp(), sums);
+  check_at_rest(registers);
 }
 
 int compute_capability() { return device_capability; }

@@ -108,7 +108,8 @@ __global__ void product(const Float16* left, const Float16* right, float* out) {
 struct Faults {
   bool no_wait = false, wait_for_other = false, touches = false, rewrites = false, no_fence = false;
   bool no_shared_fence = false, overwrites = false, askew = false, wrong_stride = false, wrong_leading = false;
-  bool other_side = false, a_warp_alone = false;
+  bool other_side = false, a_warp_alone = false, a_warp_waits_alone = false;
+  bool left_unfenced = false, left_behind_fence = false, sums_unfenced = false, sums_behind_fence = false;
   bool no_full = false, no_empty = false, wrong_parity = false, few_arrive = false, not_initialised = false;
   bool no_turn = false, many_registers = false;
 };
@@ -131,7 +132,15 @@ __global__ void warpgroup_product(const Float16* left, const Float16* right, flo
   for (int i = 0; i < 4; ++i) memcpy(&a[i], left + (g + i % 2 * 8) * 16 + c + i / 2 * 8, 4);
   float d[16][4], other[8][4] = {};
   const uint64_t b = matrix_descriptor(shared, f.wrong_stride ? 2048 : 1024, f.wrong_leading ? 1024 : 2048);
-  if (!f.no_fence) warpgroup_fence(d);
+  if (f.left_unfenced) {
+    warpgroup_fence(d, other);
+  } else if (f.sums_unfenced) {
+    warpgroup_fence(d, a);
+  } else if (!f.no_fence) {
+    warpgroup_fence(d, other, a);
+  }
+  if (f.left_behind_fence) a[1] ^= 1;
+  if (f.sums_behind_fence) other[2][1] = 1;
   warpgroup_multiply_add<Float16, true>(d, a, b, false);
   warpgroup_multiply_add<Float16, true>(d, a, b, true);
   warpgroup_commit();
@@ -146,7 +155,12 @@ __global__ void warpgroup_product(const Float16* left, const Float16* right, flo
   } else {
     warpgroup_wait<1>(d);
   }
-  warpgroup_wait<0>(other);
+  if (f.a_warp_waits_alone ? thread < 32 : !f.a_warp_alone && named_barrier_any(1, kThreads, thread == 77)) {
+    warpgroup_wait<0>(other);
+    out[g * 128 + c] = 0;
+  } else {
+    warpgroup_wait<0>(other);
+  }
   if (f.overwrites) {
     copy_async_commit();
     copy_async_wait<0>();
@@ -171,9 +185,11 @@ __global__ void warpgroup_product_of_rows(const Float16* left, const Float16* ri
   uint32_t a[4][4];
   float d[8][4];
   const uint64_t b = matrix_descriptor(shared, f.wrong_stride ? 512 : 1024, 16);
-  warpgroup_fence(d);
   for (int k = 0; k < 4; ++k) {
     for (int i = 0; i < 4; ++i) memcpy(&a[k][i], left + (g + i % 2 * 8) * 64 + k * 16 + c + i / 2 * 8, 4);
+  }
+  warpgroup_fence(d, a);
+  for (int k = 0; k < 4; ++k) {
     if (f.other_side) {
       warpgroup_multiply_add<Float16, true>(d, a[k], moved(b, 32 * k), k > 0);
     } else {
@@ -327,7 +343,12 @@ std::string outcome(const std::string& name) {
                                                           {"askew", &Faults::askew},
                                                           {"of a wrong stride", &Faults::wrong_stride},
                                                           {"of a wrong leading stride", &Faults::wrong_leading},
-                                                          {"by a warp alone", &Faults::a_warp_alone}};
+                                                          {"by a warp alone", &Faults::a_warp_alone},
+                                                          {"waited for by a warp alone", &Faults::a_warp_waits_alone},
+                                                          {"left side not fenced", &Faults::left_unfenced},
+                                                          {"left side behind the fence", &Faults::left_behind_fence},
+                                                          {"sums not fenced", &Faults::sums_unfenced},
+                                                          {"sums behind the fence", &Faults::sums_behind_fence}};
     std::vector<Float16> left(64 * 16), right_side(16 * 128);
     out.assign(64 * 128, 0);
     for (size_t i = 0; i < left.size(); ++i) narrow(float(int(i * 7 % 11) - 5), &left[i]);
