@@ -33,8 +33,9 @@ register(SCHEMAS, reference, {"mm": _fake_mm})
 _mm = torch.ops.fastgen.mm.default
 _linear_rows = torch.ops.fastgen.linear_rows.default
 
-# `mm` packs the weight, which takes many rows, long ones and whole tiles of outputs to pay.
-_MANY_ROWS = 64
+# `mm` packs the weight, which takes many rows, fewer of long ones, and whole tiles of outputs to pay.
+_MANY_ROWS = 256
+_MANY_LONG_ROWS = 64
 _LONG_ROWS = 512
 _LEAST_OUTPUTS = 16
 # Shorter sums leave the vectors of `linear_rows` empty.
@@ -85,7 +86,8 @@ def _mm_without_bias(left: Tensor, right: Tensor) -> Tensor:
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     inputs, outputs = input.shape[-1], weight.shape[0]
     rows = input if input.dim() == 2 else input.reshape(-1, inputs)
-    packs = len(rows) >= _MANY_ROWS and inputs > _LONG_ROWS and outputs >= _LEAST_OUTPUTS and input.dtype in _FULL
+    many = len(rows) >= (_MANY_LONG_ROWS if inputs > _LONG_ROWS else _MANY_ROWS)
+    packs = many and outputs >= _LEAST_OUTPUTS and input.dtype in _FULL
     out = _mm(rows, weight.t(), bias) if packs else _linear_rows(rows, weight, bias)
     if rows is input:
         return out
