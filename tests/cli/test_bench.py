@@ -29,7 +29,8 @@ def run(monkeypatch, tmp_path):
     """Runs the command on small cases, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(random_cases, "cases", lambda full: SMALL)
-    for name in ("reparameterize", "recurrent", "generate", "attention", "linear", "vae", "gan", "rnn", "gpt"):
+    ops = ("reparameterize", "recurrent", "generate", "attention", "linear", "activation")
+    for name in (*ops, "vae", "gan", "rnn", "gpt"):
         family = getattr(fastgen.benchmark, name)
         monkeypatch.setattr(family, "cases", lambda full: [])
     monkeypatch.setattr(
