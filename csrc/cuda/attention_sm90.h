@@ -26,7 +26,7 @@ inline bool has_vectors(const Tensor4& x, int64_t width) {
 inline bool takes_sm90(const AttentionParams& p) {
   const bool half = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
   const bool plain = p.softcap == 0 && p.mask.data == nullptr && p.slopes == nullptr && p.keep == uint64_t(1) << 32;
-  return compute_capability() == 90 && half && plain && p.scale > 0 && has_vectors(p.query, p.width) &&
+  return compute_capability() == 90 && half && plain && float(p.scale) > 0 && has_vectors(p.query, p.width) &&
          has_vectors(p.key, p.width) && has_vectors(p.value, p.value_width);
 }
 
