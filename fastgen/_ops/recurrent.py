@@ -339,8 +339,8 @@ def _is_one_step(options: Options, operands: Operands) -> bool:
     """Whether a sequence is a step that `recurrent_cell` can take, which packs no weights for it."""
     input, batch_sizes, *_, w_hr, _, _, h_mask = operands[:_FIRST]
     assert input is not None
-    one = input.dim() == 3 and input.shape[1 if options.batch_first else 0] == 1
-    return one and batch_sizes is None and w_hr is None and h_mask is None and len(operands) == _FIRST
+    plain = batch_sizes is None and w_hr is None and h_mask is None and len(operands) == _FIRST
+    return plain and input.shape[1 if options.batch_first else 0] == 1
 
 
 def recurrent_cell(mode: int, *operands: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import functional
-from fastgen.benchmark.case import COMPILED, EAGER, OURS, StreamCase, Traffic, compiled, require_close
+from fastgen.benchmark.case import COMPILED, EAGER, OURS, StreamCase, Traffic, compiled, passes, require_close
 
 __all__ = ["ActivationCase", "cases"]
 
@@ -71,21 +71,14 @@ class ActivationCase(StreamCase):
         ours, eager = (functools.partial(f, approximate=approximate) for f in (functional.gelu, _eager_gelu))
         return ours, eager
 
-    def _call(self, function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-        def step(*given: Tensor) -> tuple[Tensor, ...]:
-            *operands, grad = given
-            out = function(*operands)
-            return out, *torch.autograd.grad(out, operands, grad)
-
-        return step if self.direction == "training" else torch.no_grad()(lambda *given: (function(*given),))
-
     def rivals(self) -> dict[str, Callable[..., Any]]:
         ours, eager = self._functions()
-        return {OURS: self._call(ours), EAGER: self._call(eager), COMPILED: self._call(compiled(eager))}
+        forward = {OURS: ours, EAGER: eager, COMPILED: compiled(eager)}
+        return {name: passes(function, self.direction) for name, function in forward.items()}
 
     def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-        expected = self._call(self._functions()[1])(*wide)
+        expected = passes(self._functions()[1], self.direction)(*wide)
         names = ("output", "input", "bias")
         for name, result, exact in zip(names, function(*inputs), expected, strict=False):
             atol = 16 * torch.finfo(self.dtype).eps * float(exact.detach().abs().max())

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,6 +164,18 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     options: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}
     compiled_function: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     return compiled_function
+
+
+def passes(function: Callable[..., Tensor], direction: Literal["inference", "training"]) -> Callable[..., Any]:
+    """The function as a rival: its result without gradients, or the result and the gradient of each operand from that
+    of the result, which is the last argument."""
+
+    def step(*given: Tensor) -> tuple[Tensor, ...]:
+        *operands, grad = given
+        out = function(*operands)
+        return out, *torch.autograd.grad(out, operands, grad)
+
+    return step if direction == "training" else torch.no_grad()(lambda *given: (function(*given),))
 
 
 def noise(size: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.benchmark.case import EAGER, OURS, ProductCase, require_close
+from fastgen.benchmark.case import EAGER, OURS, ProductCase, passes, require_close
 from fastgen.functional import linear
 
 __all__ = ["LinearCase", "cases"]
@@ -70,19 +70,12 @@ class LinearCase(ProductCase):
             given.append(torch.randn(rows, outputs, generator=draw).to(self.dtype))
         return tuple(given)
 
-    def _call(self, function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-        def step(*given: Tensor) -> tuple[Tensor, ...]:
-            out = function(*given[:3])
-            return out, *torch.autograd.grad(out, given[:3], given[3])
-
-        return step if self.direction == "training" else torch.no_grad()(lambda *given: (function(*given),))
-
     def rivals(self) -> dict[str, Callable[..., Any]]:
-        return {OURS: self._call(linear), EAGER: self._call(F.linear)}
+        return {OURS: passes(linear, self.direction), EAGER: passes(F.linear, self.direction)}
 
     def check(self, rival: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-        expected = self._call(F.linear)(*wide)
+        expected = passes(F.linear, self.direction)(*wide)
         for name, result, exact in zip(
             ("output", "input", "weight", "bias"), function(*inputs), expected, strict=False
         ):
