@@ -362,10 +362,8 @@ def _layers(
         batch = h_0.shape[1]  # a graph cannot depend on the number in batch_sizes
     else:
         batch = int(batch_sizes[0])
-    for weight in flat_weights[:each]:
-        _check_tensor("flat_weights", weight)
-    state = flat_weights[1].shape[-1]
-    hidden = flat_weights[each - 1].shape[-1] if projected else state
+    state = _validate.tensor("flat_weights", flat_weights[1]).shape[-1]
+    hidden = _validate.tensor("flat_weights", flat_weights[each - 1]).shape[-1] if projected else state
     h: Sequence[Tensor]
     c: Sequence[Tensor | None] = [None] * total
     mask: Sequence[Tensor | None] = [None] * total
@@ -612,7 +610,9 @@ def _check_zoneout(zoneout: tuple[float, float]) -> None:
 
 
 def _autocast(input: Tensor) -> bool:
-    return input.dtype is not torch.float64 and not input.is_meta and torch.is_autocast_enabled(input.device.type)
+    if not torch._C._is_any_autocast_enabled() or input.dtype is torch.float64 or input.is_meta:
+        return False
+    return torch.is_autocast_enabled(input.device.type)
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:

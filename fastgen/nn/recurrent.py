@@ -54,6 +54,15 @@ def _unpack(hx: Any) -> list[Tensor]:
     return list(hx) if isinstance(hx, (tuple, list)) else [hx]
 
 
+def _weights(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
+    """Parameters by name; None for what is not there."""
+    parameters = module._parameters  # for `getattr` the module looks in three places first
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:  # one that is computed, as by a parametrisation
+        return [getattr(module, name, None) for name in names]
+
+
 def _mask(*size: int, p: float, like: Tensor) -> Tensor:
     """What a dropout of probability `p` multiplies by: 0, or 1 / (1 - p)."""
     return random.dropout_mask(*size, p=p, dtype=like.dtype, device=like.device) / (1 - p)
@@ -115,7 +124,7 @@ class _Sequence(torch.nn.RNNBase):
     # needed, it is never out of date, and keeps nothing alive that a parametrisation once computed.
     @property
     def _flat_weights(self) -> list[Any]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return _weights(self, self._flat_weights_names)
 
     @_flat_weights.setter
     def _flat_weights(self, value: object) -> None:
@@ -317,6 +326,9 @@ def has_kernels(module: Any) -> bool:
 # One step
 
 
+_CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+
+
 class _Cell(torch.nn.RNNCellBase):
     """The `forward` of LSTMCell, GRUCell and RNNCell, and the options that PyTorch does not have."""
 
@@ -337,7 +349,7 @@ class _Cell(torch.nn.RNNCellBase):
         return ", ".join([super().extra_repr(), *ours])
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        states, mode, weights = _unpack(hx), self._mode, self._weights()
+        states, mode, weights = _unpack(hx), self._mode, _weights(self, _CELL_WEIGHTS)
         special = bool(self.zoneout) or self.layer_norm
         # Under autocast PyTorch's cells keep a state of full precision from step to step; so let them.
         ours = _ours(input, CELL_DEVICES) and not torch._C._is_any_autocast_enabled()
@@ -362,14 +374,7 @@ class _Cell(torch.nn.RNNCellBase):
             h_1, c_1 = h_1.squeeze(0), c_1 if c is None else c_1.squeeze(0)
         return h_1 if c is None else (h_1, c_1)
 
-    def _weights(self) -> tuple[Any, ...]:
-        parameters = self._parameters  # for `getattr` the module looks in three places first
-        try:
-            return parameters["weight_ih"], parameters["weight_hh"], parameters["bias_ih"], parameters["bias_hh"]
-        except KeyError:  # one that is computed, as by a parametrisation
-            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-
-    def _special(self, mode: Mode, input: Tensor, states: list[Tensor], weights: tuple[Any, ...]) -> Any:
+    def _special(self, mode: Mode, input: Tensor, states: list[Tensor], weights: list[Any]) -> Any:
         """(h, c) with layer norm or zoneout; without c where there is none."""
         options: dict[str, Any] = {"zoneout": self.zoneout, "training": self.training}
         if self.layer_norm:
