@@ -296,7 +296,9 @@ class _RecurrentCell(torch.autograd.Function):
             from_state = from_input
         to_h = None
         if wanted[1]:
-            to_h = torch.addmm(direct, from_state, w_hh) if mode == Mode.GRU else torch.mm(from_state, w_hh)
+            to_h = torch.mm(from_state, w_hh)
+            if mode == Mode.GRU:  # not by addmm, which may round each of the product's terms to the bits that z h has
+                to_h = to_h + direct
         return (
             None,
             torch.mm(from_input, w_ih) if wanted[0] else None,

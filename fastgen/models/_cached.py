@@ -166,6 +166,8 @@ class _Step(_GenerationPass):
 class CachedRows(TokenRows):
     """Rows of a GPT. Each is fed its whole prompt at once, then all take a token a turn."""
 
+    state_class = GPTState
+
     def __init__(self, model: GPT, prompts: list[Tensor], *arguments: Any) -> None:
         context = model.config.max_position_embeddings
         longest = max(len(prompt) for prompt in prompts)
@@ -189,7 +191,7 @@ class CachedRows(TokenRows):
             )
         if len(state) != n:
             raise ValueError(f"state: expected one of {n} rows, as the prompt has, got {len(state)}")
-        if not isinstance(state, GPTState) or state.seen is None or state.seen.shape[1] != model.vocab_size:
+        if state.seen is None or state.seen.shape[1] != model.vocab_size:
             raise ValueError("state: expected that of a model with this configuration, got another's")
         self._before = [row[row != IGNORED].to(device) for row in state.context]
         self._offsets = state.position.tolist()

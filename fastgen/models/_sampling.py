@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ IGNORED = -100
 """Stands where a row has no token, in a result and in a stream: what a loss ignores."""
 
 _UINT64 = 1 << 64
+_MOST = (1 << 63) - 1  # what an int of an op holds
 STEPS_A_CALL = 64  # between two of them a Ctrl-C is noticed
 
 LogitsProcessor: TypeAlias = Callable[[list[Tensor], Tensor], Tensor]
@@ -72,7 +73,7 @@ class Sampling:
     ) -> Sampling:
         return cls(
             _validate.number("temperature", temperature, minimum=0),
-            0 if top_k is None else _validate.integer("top_k", top_k, 1),
+            0 if top_k is None else min(_validate.integer("top_k", top_k, 1), _MOST),
             1.0 if top_p is None else _share("top_p", top_p, "above 0 and at most 1"),
             0.0 if min_p is None else _share("min_p", min_p, "from 0 to 1"),
             _validate.number("repetition_penalty", repetition_penalty, above=0),
@@ -223,7 +224,7 @@ class _TokenPrompts:
         _validate.integer("n", n, 1)
         self.texts: list[str] = []
         single = isinstance(prompt, str) or (isinstance(prompt, Tensor) and prompt.dim() == 1)
-        prompts = [prompt] if single else list(prompt) if isinstance(prompt, (Tensor, list, tuple)) else []
+        prompts = [prompt] if single else _items(prompt)
         self.is_text = bool(prompts) and isinstance(prompts[0], str)
         self._stacked = isinstance(prompt, Tensor)
         self._single = single and n == 1
@@ -277,8 +278,10 @@ class _TokenPrompts:
 class TokenRows(abc.ABC):
     """Rows of tokens that grow to the right: each token is fed to the model, and behind the prompt the next drawn.
 
-    What a kind of model adds: `_begin`, `_advance` and `state`.
+    What a kind of model adds: `state_class`, `_begin`, `_advance` and `state`.
     """
+
+    state_class: ClassVar[type[RowState]]
 
     def __init__(
         self,
@@ -385,6 +388,8 @@ class TokenRows(abc.ABC):
 class RecurrentRows(TokenRows):
     """Rows of a recurrent model: the tensors of `rnn_generate`, and the weights that it works with."""
 
+    state_class = GenerationState
+
     def __init__(self, model: RNN, *arguments: Any) -> None:
         super().__init__(model, *arguments)
         self._generate: Callable[..., None] = torch.ops.fastgen.rnn_generate
@@ -466,7 +471,7 @@ def _stops(stop: Stop, model: TextModel) -> tuple[list[int], list[str]]:
     """The tokens and the strings to stop at."""
     tokens: list[int] = []
     strings: list[str] = []
-    for item in () if stop is None else (stop,) if isinstance(stop, (int, str)) else stop:
+    for item in () if stop is None else stop if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,):
         if isinstance(item, str):
             if model.tokenizer is None:
                 raise ValueError("stop: expected tokens, as the model has no tokenizer, got a string")
@@ -507,7 +512,7 @@ def generate_values(
     features = model.config.input_size
     single = isinstance(prompt, Tensor) and prompt.dim() == 2
     stacked = isinstance(prompt, Tensor)
-    prompts = [prompt] if single else list(prompt) if isinstance(prompt, (Tensor, list, tuple)) else []
+    prompts = [prompt] if single else _items(prompt)
     if not prompts or not all(isinstance(item, Tensor) for item in prompts):
         raise TypeError(
             f"prompt: expected values (T, {features}) or (B, T, {features}), or a list of tensors (T, {features}), "
@@ -578,7 +583,10 @@ class _ValueRows:
             rows, hidden = rows[drawing], hidden[drawing]
             parameters = torch.ops.fastgen.linear_rows(hidden, head_weight, head_bias)
             if not bool(torch.isfinite(parameters).all()):
-                raise ValueError(f"model: its prediction of step {index + 1} is NaN or infinite")
+                raise ValueError(
+                    f"model: its prediction of step {index + 1} is NaN or infinite; the weights are damaged, or the "
+                    "temperature is too large"
+                )
             elements = torch.stack((self._seeds[rows, 0], self._seeds[rows, 1] + index + 1), dim=-1)
             drawn = model.density(parameters).draw(elements, self._temperature).to(self._values.dtype)
             self._values[rows, index + 1] = drawn
@@ -636,7 +644,7 @@ def _row_seeds(seed: Seed, n: int, state: RowState | None) -> Tensor:
         return state.seeds
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64) + torch.arange(n)
-    if isinstance(seed, Iterable):
+    if isinstance(seed, Iterable) and not (isinstance(seed, Tensor) and seed.dim() == 0):
         seeds = [_seed(item) for item in seed]
         if len(seeds) != n:
             raise ValueError(f"seed: expected one, or one for each of the {n} rows, got {len(seeds)}")
@@ -651,6 +659,12 @@ def _seed(value: Any) -> int:
     if seed >= _UINT64:
         raise ValueError(f"seed: expected an int under 2**64, got {value!r}")
     return seed
+
+
+def _items(prompt: Any) -> list[Any]:
+    """The rows of a prompt, none of what has no rows."""
+    rows = isinstance(prompt, (list, tuple)) or (isinstance(prompt, Tensor) and prompt.dim() > 0)
+    return list(prompt) if rows else []
 
 
 def _kind(value: Any) -> str:

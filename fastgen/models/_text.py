@@ -106,6 +106,9 @@ class TextModel(PretrainedModel):
         """
         if return_state and stream:
             raise ValueError("return_state: expected False where stream is True, a Generation has its state")
+        state_class = self.rows_class.state_class
+        if state is not None and not isinstance(state, state_class):
+            raise TypeError(f"state: expected a {state_class.__name__}, got {type(state).__name__}")
         sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
         generation = self._generation(prompt, max_new_tokens, sampling, stop, seed, n, state, logits_processor, stream)
         if stream:

@@ -300,7 +300,8 @@ class RNN(TextModel):
         if self.is_text:
             raise ValueError("mean: expected a model of numbers, this one has tokens")
         for name, value in (("mean", mean), ("scale", scale)):
-            if value.shape != (self.config.input_size,) or not bool(torch.isfinite(value).all()):
+            shape = _validate.tensor(name, value).shape
+            if shape != (self.config.input_size,) or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name}: expected {self.config.input_size} finite numbers, got {value}")
         if not bool((scale > 0).all()):
             raise ValueError(f"scale: expected numbers above 0, got {scale}")

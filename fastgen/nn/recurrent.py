@@ -30,28 +30,28 @@ SEQUENCE_DEVICES, CELL_DEVICES = kernel_devices("recurrent"), kernel_devices("re
 
 def _ours(x: Tensor, devices: frozenset[str]) -> bool:
     """Whether fastgen is to compute with `x`: where it has kernels, and under what PyTorch's modules cannot be."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False  # a trace is to hold PyTorch's op, which ONNX and TorchScript know
     return x.device.type in devices or transforming() or forward_ad._current_level >= 0
 
 
-def _alike(x: Tensor, others: Iterable[Tensor | None]) -> bool:
-    """Whether `x` has a dtype that we take, and the others its device and, but under autocast, its dtype.
+def _alike(x: Tensor, others: Iterable[Any]) -> bool:
+    """Whether `x` has a dtype and a layout that we take, and the others its device and, but under autocast, its dtype.
 
     Of the weights, as in PyTorch, the first stands for all; functions check the rest.
     """
     dtype, device, mixed = x.dtype, x.device, torch._C._is_any_autocast_enabled()
     for other in others:
-        if other is None or other.device != device or (other.dtype != dtype and not mixed):
+        if not isinstance(other, Tensor) or other.device != device or (other.dtype != dtype and not mixed):
             return False
-    return dtype in _DTYPES
+    return dtype in _DTYPES and x.layout is torch.strided
 
 
-def _unpack(hx: Any) -> list[Tensor]:
-    """The states in a list: of (h, c) both, of h one, of None none."""
+def _unpack(hx: Any, states: int) -> list[Any]:
+    """What was given for the states, in a list: of an LSTM's (h, c) both, else one, of None none."""
     if hx is None:
         return []
-    return list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    return list(hx) if states == 2 and isinstance(hx, (tuple, list)) else [hx]
 
 
 def _weights(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
@@ -137,10 +137,10 @@ class _Sequence(torch.nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         x, batch_sizes, order, inverse = input if isinstance(input, PackedSequence) else (input, None, None, None)
-        states, weights = _unpack(hx), self._flat_weights
+        states, weights = _unpack(hx, self._states), self._flat_weights
         drops = self.training and (self.input_dropout or self.state_dropout or self.weight_dropout)
         special = bool(self.zoneout) or self.layer_norm  # PyTorch cannot
-        if not self._fits(x, batch_sizes, states, weights, special):
+        if not self._fits(x, batch_sizes, hx, states, weights, special):
             result = super().forward(input, hx)
             if special:
                 raise RuntimeError(f"input: expected a tensor that fits {self}, got {tuple(x.shape)} of {x.dtype}")
@@ -192,19 +192,21 @@ class _Sequence(torch.nn.RNNBase):
         return tuple(states) if self.mode == "LSTM" else states[0]
 
     def _fits(
-        self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], weights: list[Any], empty: bool
+        self, x: Tensor, batch_sizes: Tensor | None, hx: Any, states: list[Any], weights: list[Any], empty: bool
     ) -> bool:
-        """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not.
+        """Whether all types, shapes and dtypes are as they should be; PyTorch has the words for what is not.
 
         empty: whether the input may be without rows or features.
         """
-        if x.dim() not in ((2, 3) if batch_sizes is None else (2,)) or x.size(-1) != self.input_size:
+        if x.dim() not in ((2, 3) if batch_sizes is None else (2,)) or x.is_nested:
+            return False
+        if x.size(-1) != self.input_size:
             return False
         if x.numel() == 0 and not empty:
             return False
         if not _alike(x, [*states, weights[0]]):
             return False
-        if not states:
+        if hx is None:
             return True
         layers = self.num_layers * (2 if self.bidirectional else 1)
         if batch_sizes is None:
@@ -349,11 +351,11 @@ class _Cell(torch.nn.RNNCellBase):
         return ", ".join([super().extra_repr(), *ours])
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        states, mode, weights = _unpack(hx), self._mode, _weights(self, _CELL_WEIGHTS)
+        states, mode, weights = _unpack(hx, self._states), self._mode, _weights(self, _CELL_WEIGHTS)
         special = bool(self.zoneout) or self.layer_norm
         # Under autocast PyTorch's cells keep a state of full precision from step to step; so let them.
         ours = _ours(input, CELL_DEVICES) and not torch._C._is_any_autocast_enabled()
-        if mode is None or not (ours or special) or not self._fits(input, states, weights[0]):
+        if mode is None or not (ours or special) or not self._fits(input, hx, states, weights):
             result = super().forward(input, hx)
             if special:
                 raise RuntimeError(f"input: expected a tensor that fits {self}, got {tuple(input.shape)}")
@@ -383,18 +385,20 @@ class _Cell(torch.nn.RNNCellBase):
         result = _CELLS[mode](input, tuple(states) if mode is Mode.LSTM else states[0], *weights, **options)
         return result if mode is Mode.LSTM else (result, None)
 
-    def _fits(self, x: Tensor, states: list[Tensor], weight: Tensor) -> bool:
-        """Whether all shapes and dtypes are as they should be; PyTorch has the words for what is not."""
+    def _fits(self, x: Tensor, hx: Any, states: list[Any], weights: list[Any]) -> bool:
+        """Whether all types, shapes and dtypes are as they should be; PyTorch has the words for what is not."""
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size or x.numel() == 0:
             return False
-        if states:
+        if (weights[2] is None) != (weights[3] is None) or not _alike(x, (*states, weights[0])):
+            return False
+        if hx is not None:
             if len(states) != self._states:
                 return False
             shape = (*x.shape[:-1], self.hidden_size)
             for state in states:
                 if state.shape != shape:
                     return False
-        return _alike(x, (*states, weight))
+        return True
 
 
 _CELLS: dict[Mode, Callable[..., Any]] = {

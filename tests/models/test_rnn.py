@@ -391,3 +391,5 @@ def test_bad_values() -> None:
             model.set_scale(mean, scale)
     with pytest.raises(ValueError, match="expected a model of numbers"):
         RNN(**TEXT).set_scale(torch.zeros(1), torch.ones(1))
+    with pytest.raises(TypeError, match=r"^mean: expected a tensor, got list"):
+        model.set_scale([0.0, 0.0], [1.0, 1.0])

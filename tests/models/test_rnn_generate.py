@@ -433,6 +433,8 @@ def test_a_series_in_parts_and_in_a_stream() -> None:
         ("a", {"seed": -1}, "seed: expected an int of at least 0, got -1"),
         ("a", {"seed": [2**64]}, "seed: expected an int under 2[*][*]64, got 18446744073709551616"),
         ("a", {"seed": 1.5}, "seed: expected an int of at least 0, got 1.5"),
+        ("a", {"seed": torch.tensor(3)}, r"seed: expected an int of at least 0, got tensor\(3\)"),
+        ("a", {"stop": 1.5}, "stop: expected an int of at least 0, got 1.5"),
         ("a", {"n": 0}, "n: expected an int of at least 1, got 0"),
         ("a", {"stream": True, "return_state": True}, "return_state: expected False where stream is True"),
     ],
@@ -442,15 +444,27 @@ def test_bad_arguments(prompt: object, options: dict[str, object], message: str)
         LSTM.generate(prompt, **options)
 
 
-@pytest.mark.parametrize("prompt", [None, 3, [], [1, 2], ["a", torch.tensor([1])], torch.ones(1, 1, 1).long()])
+@pytest.mark.parametrize(
+    "prompt", [None, 3, [], [1, 2], ["a", torch.tensor([1])], torch.tensor(1), torch.ones(1, 1, 1).long()]
+)
 def test_bad_forms_of_prompt(prompt: object) -> None:
     with pytest.raises(TypeError, match="prompt: expected"):
         LSTM.generate(prompt)
 
 
+def test_any_top_k_above_the_vocabulary_leaves_all() -> None:
+    whole = LSTM.generate("ab", 20, seed=1)
+    for top_k in (10, 11, 2**31, 2**63, 2**70):
+        assert LSTM.generate("ab", 20, seed=1, top_k=top_k) == whole
+
+
 def test_bad_prompts_of_a_series() -> None:
     with pytest.raises(TypeError, match=r"prompt: expected values \(T, 2\) or \(B, T, 2\)"):
         SERIES.generate("abc")
+    with pytest.raises(TypeError, match=r"prompt: expected values \(T, 2\) or \(B, T, 2\)"):
+        SERIES.generate(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"NaN or infinite; the weights are damaged, or the temperature is too large"):
+        SERIES.generate(torch.ones(3, 2), 5, temperature=1e300, seed=0)
     with pytest.raises(ValueError, match=r"prompt: expected floats \(T, 2\) a row, got float32 \(3, 1\)"):
         SERIES.generate(torch.ones(3, 1))
     with pytest.raises(ValueError, match="prompt: expected finite values"):
@@ -468,6 +482,9 @@ def test_a_state_of_another_kind_is_refused(tmp_path: Path) -> None:
         model("gru").generate("", state=state)
     with pytest.raises(ValueError, match="state: expected that of a model with this configuration"):
         model(hidden_size=8).generate("", state=state)
+    for other in (3, (state.h, state.c), vars(state)):
+        with pytest.raises(TypeError, match="state: expected a GenerationState, got "):
+            LSTM.generate("", state=other)
     with pytest.raises(ValueError, match="seed: expected None where a state is continued"):
         LSTM.generate("", state=state, seed=1)
     with pytest.raises(FileNotFoundError, match="no such file"):

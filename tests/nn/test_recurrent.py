@@ -350,6 +350,78 @@ def test_errors_of_a_cell_are_those_of_torch(name, input, hx):
     assert errors[0] == errors[1]
 
 
+def raised(module, *args):
+    """The class and the words of the error that a call ends with; None where it ends well."""
+    try:
+        module(*args)
+    except Exception as error:  # what is compared
+        return type(error), str(error)
+    return None
+
+
+def wrong_states(size):
+    """What is no (h, c), or no h, for a module whose states have this size."""
+    h = zeros(*size)
+    return {
+        "one in a tuple": (h,),
+        "one in a list": [h],
+        "two": (h, h),
+        "three": (h, h, h),
+        "two in a tensor": zeros(2, *size),
+        "an empty tuple": (),
+        "an empty list": [],
+        "None twice": (None, None),
+        "h and None": (h, None),
+        "a string": "h",
+        "a number": 0,
+        "a dict": {"h": h},
+    }
+
+
+@pytest.mark.parametrize("name", SEQUENCES + CELLS)
+@pytest.mark.parametrize("kind", wrong_states((1, 2, 4)))
+def test_states_of_another_kind_are_refused_as_torch_refuses_them(name, kind):
+    """Taken as torch.nn takes them where it does: two states of an LSTM, one in a tensor of the others."""
+    x, hx = (
+        (zeros(2, 3), wrong_states((2, 4))[kind]) if name in CELLS else (zeros(5, 2, 3), wrong_states((1, 2, 4))[kind])
+    )
+    theirs, ours = pair(name, 3, 4)
+    assert raised(ours, x, hx) == raised(theirs, x, hx)
+
+
+@pytest.mark.parametrize("name", SEQUENCES + CELLS)
+@pytest.mark.parametrize(
+    "input", ["text", None, [[1.0, 2.0, 3.0]], 3, zeros(2, 3).numpy()], ids=lambda x: type(x).__name__
+)
+def test_what_is_no_tensor_is_refused_as_torch_refuses_it(name, input):
+    theirs, ours = pair(name, 3, 4)
+    expected = raised(theirs, input)
+    assert expected is not None
+    assert raised(ours, input) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("name", SEQUENCES + CELLS)
+def test_other_layouts_are_left_to_torch(name):
+    """Whatever PyTorch does with them, it does: an LSTMCell takes a sparse input, nothing a nested one."""
+    theirs, ours = pair(name, 3, 4)
+    for x in (torch.eye(3).to_sparse(), torch.nested.nested_tensor([zeros(2, 3), zeros(1, 3)])):
+        expected = raised(theirs, x)
+        assert raised(ours, x) == expected
+        if expected is None:
+            torch.testing.assert_close(tensors(ours(x)), tensors(theirs(x)))
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("absent", ["bias_ih", "bias_hh"])
+def test_a_cell_with_one_bias_is_torchs(name, absent):
+    theirs, ours = pair(name, 3, 4)
+    for module in (theirs, ours):
+        setattr(module, absent, None)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(tensors(ours(x)), tensors(theirs(x)))
+
+
 def test_an_unknown_nonlinearity_of_a_cell():
     for module in pair("RNNCell", 3, 4, nonlinearity="sin"):
         with pytest.raises(RuntimeError, match="Unknown nonlinearity: sin"):
