@@ -224,7 +224,8 @@ class SubwordTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library: its merges and normalisation, without its special tokens.
 
     Args:
-        backend: a `tokenizers.Tokenizer`. Padding and truncation that it is set up for are switched off.
+        backend: a `tokenizers.Tokenizer`, to which no tokens are added any more. Padding and truncation that it is set
+            up for are switched off.
     """
 
     kind = "subwords"
@@ -233,11 +234,13 @@ class SubwordTokenizer(Tokenizer):
         self.backend = backend
         backend.no_padding()
         backend.no_truncation()
+        # Numbers need not be contiguous, as where special tokens were added far behind the others. The library copies
+        # its whole vocabulary for an answer, which is too long for every token.
+        self._vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def vocab_size(self) -> int:
-        # Numbers need not be contiguous, as where special tokens were added far behind the others.
-        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+        return self._vocab_size
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)

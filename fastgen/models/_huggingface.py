@@ -10,6 +10,7 @@ weights transposed, as (in, out).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen import _validate
 from fastgen._dtypes import dtype_name
-from fastgen.models._pretrained import WEIGHTS_FILE, existing, parse_json, read_tensors
+from fastgen.models._pretrained import WEIGHTS_FILE, existing, read_json, read_tensors
 
 if TYPE_CHECKING:
     from fastgen.models.gpt import GPTConfig
@@ -89,6 +91,9 @@ def config_from(fields: Mapping[str, Any]) -> GPTConfig:
     Raises:
         ValueError: for a variant that GPT does not have, or a field out of range.
     """
+    fields = {name: value for name, value in fields.items() if value is not None}  # null: their way to leave one out
+    if "quantization_config" in fields:
+        raise ValueError("quantization_config: expected none, quantised weights are not supported")
     return _from_gpt2(fields) if fields["model_type"] == "gpt2" else _from_llama(fields)
 
 
@@ -101,9 +106,7 @@ def _from_gpt2(fields: Mapping[str, Any]) -> GPTConfig:
         ("add_cross_attention", False),
     ):
         _expect(fields, name, usual)
-    activation = fields.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation_function: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    activation = _validate.choice("activation_function", fields.get("activation_function", "gelu_new"), _ACTIVATIONS)
     return GPTConfig(
         **_translated({**_GPT2_DEFAULTS, **fields}, _GPT2_FIELDS),
         hidden_act=_ACTIVATIONS[activation],
@@ -111,12 +114,16 @@ def _from_gpt2(fields: Mapping[str, Any]) -> GPTConfig:
 
 
 def _from_llama(fields: Mapping[str, Any]) -> GPTConfig:
-    from fastgen.models.gpt import GPTConfig
+    from fastgen.models.gpt import GPTConfig, RopeScaling
 
     _expect(fields, "hidden_act", "silu")
     # Since version 5 rope_parameters holds what rope_theta and rope_scaling did.
-    rope = {"rope_theta": fields.get("rope_theta", 10_000.0), **(fields.get("rope_scaling") or {})}
-    rope |= fields.get("rope_parameters") or {}
+    rope: dict[str, Any] = {"rope_theta": fields.get("rope_theta", 10_000.0)}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = fields.get(name, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}: expected an object, got {value!r}")
+        rope |= value
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     theta = rope.pop("rope_theta")
@@ -124,6 +131,10 @@ def _from_llama(fields: Mapping[str, Any]) -> GPTConfig:
         raise ValueError(f"rope_scaling: expected the type default or llama3, got {kind!r}")
     _expect(rope, "partial_rotary_factor", 1.0)
     rope.pop("partial_rotary_factor", None)
+    if kind == "llama3":  # of these RopeScaling has defaults, a checkpoint has its own
+        for field in dataclasses.fields(RopeScaling):
+            if field.name not in rope:
+                raise ValueError(f"rope_scaling: expected a {field.name} with the type llama3, got none")
     return GPTConfig.llama(
         **{"tie_word_embeddings": False, **_translated({**_LLAMA_DEFAULTS, **fields}, _LLAMA_FIELDS)},
         rope_theta=theta,
@@ -137,8 +148,8 @@ def _expect(fields: Mapping[str, Any], name: str, usual: object) -> None:
 
 
 def _translated(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Theirs under our names; null is their way to leave a field out."""
-    return {ours: value for theirs, ours in names.items() if (value := fields.get(theirs)) is not None}
+    """Theirs under our names."""
+    return {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}
 
 
 def to_huggingface(config: GPTConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -296,9 +307,14 @@ def read_state(
     # Constants that older versions wrote: causal masks, rotary frequencies.
     constants = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
     theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith(constants)}
-    if config.tie_word_embeddings:
-        theirs.pop("lm_head.weight", None)
     table = _table(config, model_type)
+    if config.tie_word_embeddings and (output := theirs.pop("lm_head.weight", None)) is not None:
+        (name,) = table["embed_tokens.weight"].names
+        if name in theirs and not torch.equal(output, theirs[name].to(output.dtype)):
+            raise ValueError(
+                f"{path}: the weights do not fit the configuration: lm_head.weight is not {name}, though "
+                "tie_word_embeddings is true"
+            )
     expected = {name for sources in table.values() for name in sources.names}
     missing, unexpected = sorted(expected - theirs.keys()), sorted(theirs.keys() - expected)
     if missing or unexpected:
@@ -309,12 +325,13 @@ def read_state(
     for ours, sources in table.items():
         parts = [theirs.pop(name) for name in sources.names]
         if sources.transposed:
-            parts = [part.t() for part in parts]
+            parts = [part.transpose(0, -1) for part in parts]
         for name, part, size in zip(sources.names, parts, sources.sizes, strict=False):
-            if part.shape[0] != size:
+            shape = (size,) if name.endswith(".bias") else (size, config.hidden_size)
+            if part.shape != shape:
                 raise ValueError(
-                    f"{path}: the weights do not fit the configuration: {name} expected {size} rows, "
-                    f"got {part.shape[0]}"
+                    f"{path}: the weights do not fit the configuration: {name} expected shape {shape}, "
+                    f"got {tuple(part.shape)}"
                 )
         state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
     return path, state
@@ -324,9 +341,14 @@ def _read_all(folder: Path, device: torch.device) -> tuple[Path, dict[str, Tenso
     """The file to name in errors, and all tensors."""
     index = folder / _INDEX_FILE
     if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
+        if not (folder / WEIGHTS_FILE).exists() and any(folder.glob("pytorch_model*.bin")):
+            raise FileNotFoundError(
+                f"{folder / WEIGHTS_FILE}: no such file; pytorch_model.bin is a pickle, which may run code and is not "
+                "read: transformers' save_pretrained writes safetensors"
+            )
         path = existing(folder, WEIGHTS_FILE)
         return path, read_tensors(path, device)
-    places = parse_json(index.read_text(encoding="utf-8"), index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index}: expected a weight_map from tensors to files")
     tensors: dict[str, Tensor] = {}

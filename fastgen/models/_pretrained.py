@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastgen import _files
+from fastgen._dtypes import dtype_name
 from fastgen._extras import extra
 from fastgen._version import __version__
 from fastgen.random import Device
@@ -30,8 +31,8 @@ __all__ = [
     "check_state",
     "existing",
     "from_pretrained",
-    "parse_json",
     "read_config",
+    "read_json",
     "read_tensors",
     "write_tensors",
 ]
@@ -40,6 +41,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 Folder = str | os.PathLike[str]
+
+_FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}  # what weights may be of
 
 _model_classes: dict[str, type[PretrainedModel]] = {}
 
@@ -72,6 +75,10 @@ class PretrainedConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
                 origin = "" if version == __version__ else f" (written by fastgen {version}, this is {__version__})"
                 raise ValueError(f"{cls.__name__}: no field {key!r}; {hint}{origin}")
+        for field in dataclasses.fields(cls):
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and field.name not in fields:
+                raise ValueError(f"{field.name}: expected a value in {cls.__name__}, got none")
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -167,6 +174,10 @@ class PretrainedModel(nn.Module):
     def _from_folder(cls, folder: Path, device: Device, dtype: torch.dtype | None, **modules: nn.Module) -> Self:
         """`from_pretrained`, with the modules that the constructor wants beside a configuration."""
         fields = read_config(folder)
+        names = (cls.config_class.model_type, *cls.other_model_types)
+        if (found := fields.get("model_type", names[0])) not in names:
+            expected = f"{' or '.join(names)} for {cls.__name__}"
+            raise ValueError(f"{folder / CONFIG_FILE}: model_type: expected {expected}, got {found!r}")
         try:
             config = cls.config_class.from_dict(fields)
         except ValueError as error:
@@ -265,7 +276,11 @@ def existing(folder: Path, name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    path = existing(folder, CONFIG_FILE)
+    return read_json(existing(folder, CONFIG_FILE))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file, with errors that name it."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -285,3 +300,7 @@ def check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, 
                 f"{path}: the weights do not fit the configuration: {name} expected shape "
                 f"{tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
             )
+        dtype = expected[name].dtype
+        if tensor.dtype != dtype and not {dtype, tensor.dtype} <= _FLOATS:
+            what = "float32, float64, bfloat16 or float16" if dtype in _FLOATS else dtype_name(dtype)
+            raise ValueError(f"{path}: {name} expected {what}, got {dtype_name(tensor.dtype)}")

@@ -329,6 +329,8 @@ class GPT(TextModel):
             raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
         path, state = read_state(folder, config, model_type, torch.device("cpu" if device is None else device))
         model = cls._loaded(config, path, state, dtype)
+        if dtype is None:  # some keep norms in float32 beside half types; a GPT computes in one dtype
+            model.to(functools.reduce(torch.promote_types, (p.dtype for p in model.parameters())))
         model._load_tokenizer(folder)
         return model
 

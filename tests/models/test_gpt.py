@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,7 +56,7 @@ def theirs(name: str, **fields: Any) -> Any:
     ends = {"bos_token_id": None, "eos_token_id": None}
     if name == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=24, **{**ends, **fields}
+            **{"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, **ends, **fields}
         )
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -173,7 +176,15 @@ def test_damaged_folders(tmp_path: Path) -> None:
     assert fewer.startswith(weights + "unexpected model.layers.1.")
     wide = error({"vocab_size": 62})
     assert wide == weights + "embed_tokens.weight expected shape (62, 32), got (61, 32)"
-    assert "self_attn.q_proj.weight expected 64 rows, got 32" in error({"head_dim": 16})
+    assert "self_attn.q_proj.weight expected shape (64, 32), got (32, 32)" in error({"head_dim": 16})
+    assert error({"quantization_config": {"bits": 4}}).startswith(config + "quantization_config: expected none")
+    assert error({"rope_parameters": "llama3"}) == config + "rope_parameters: expected an object, got 'llama3'"
+    cut = {"rope_type": "llama3", **{name: value for name, value in SCALING.items() if name != "factor"}}
+    assert error({"rope_parameters": cut}) == config + "rope_scaling: expected a factor with the type llama3, got none"
+    assert (
+        error({"model_type": "mistral"}) == config + "model_type: expected gpt or gpt2 or llama for GPT, got 'mistral'"
+    )
+    assert error({"model_type": "gpt2", "activation_function": ["relu"]}).startswith(config + "activation_function: ")
 
     index.write_text(json.dumps({"weight_map": {**places["weight_map"], "x": "../x.safetensors"}}))
     assert "expected names of files beside it" in error({})
@@ -181,10 +192,75 @@ def test_damaged_folders(tmp_path: Path) -> None:
     assert "absent.safetensors: no such file" in error({})
     index.write_text("[]")
     assert error({}) == f"{index}: expected a JSON object, got list"
+    index.write_bytes(b"\xff")
+    assert error({}) == f"{index}: not valid JSON (not UTF-8 text)"
     index.write_text(json.dumps(places))
     shard = tmp_path / sorted(places["weight_map"].values())[0]
     shard.write_bytes(shard.read_bytes()[:-9])
     assert error({}).startswith(f"{shard}: damaged or not a safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "model.layers.0.self_attn.q_proj.weight",
+            lambda x: x.sum(),
+            r"q_proj.weight expected shape \(32, 32\), got \(\)",
+        ),
+        (
+            "model.layers.0.mlp.up_proj.weight",
+            lambda x: x[:, :5],
+            r"up_proj.weight expected shape \(.*, 32\), got .*, 5\)",
+        ),
+        ("model.norm.weight", lambda x: x.to(torch.int8), "norm.weight expected float32, .* got int8"),
+        ("model.norm.weight", lambda x: x.to(torch.float8_e5m2), "norm.weight expected float32, .* got float8_e5m2"),
+        (
+            "lm_head.weight",
+            lambda x: x + 1,
+            "lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings",
+        ),
+    ],
+)
+def test_damaged_tensors(name: str, change: Callable[[Tensor], Tensor], message: str, tmp_path: Path) -> None:
+    theirs("llama", tie_word_embeddings=name == "lm_head.weight").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    source = "model.embed_tokens.weight" if name == "lm_head.weight" else name
+    save_file({**state, name: change(state[source]).contiguous()}, path)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{message}"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_configuration_without_its_vocabulary(tmp_path: Path) -> None:
+    """null is a field that is left out: theirs has a default, ours has none."""
+    theirs("gpt2", vocab_size=50257).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "vocab_size": None}))
+    gpt = GPT.from_pretrained(tmp_path)
+    assert gpt.vocab_size == 50257
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt"}))
+    with pytest.raises(ValueError, match=r"config.json: vocab_size: expected a value in GPTConfig, got none"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_norms_in_float32_beside_half_types(tmp_path: Path) -> None:
+    theirs("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({n: x.float() if "norm" in n else x for n, x in load_file(path).items()}, path)
+    gpt = GPT.from_pretrained(tmp_path)
+    assert {p.dtype for p in gpt.parameters()} == {torch.float32}
+    want = pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(gpt(tokens()).logits, want(tokens()).logits, rtol=1e-4, atol=1e-4)
+    assert GPT.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    theirs("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors: no such file; pytorch_model.bin is a pickle"):
+        GPT.from_pretrained(tmp_path)
 
 
 def test_a_configuration_that_is_neither_is_saved_as_our_own_alone(tmp_path: Path) -> None:
