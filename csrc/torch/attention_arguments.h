@@ -160,16 +160,21 @@ class Arguments {
     return {queries, keys};
   }
 
-  // Multiply-adds of the two products, as if everything were seen.
+  // Multiply-adds of the two products, as if everything were seen. To read a key and its value takes as long as two
+  // more queries that look at them, which is most of it where a single query does.
   double products() const {
-    double scores = double(p.batch) * double(p.queries) * double(p.keys);
-    if (p.query_starts != nullptr) {
-      scores = 0;
+    const auto of = [&](int64_t queries, int64_t keys) {
+      return (double(p.heads) * double(queries) + 2 * double(p.kv_heads)) * double(keys);
+    };
+    double pairs = 0;
+    if (p.query_starts == nullptr) {
+      pairs = double(p.batch) * of(p.queries, p.keys);
+    } else {
       for (int64_t n = 0; n < p.batch; ++n) {
-        scores += double(p.query_starts[n + 1] - p.query_starts[n]) * double(p.key_starts[n + 1] - p.key_starts[n]);
+        pairs += of(p.query_starts[n + 1] - p.query_starts[n], p.key_starts[n + 1] - p.key_starts[n]);
       }
     }
-    return scores * double(p.heads) * double(p.width + p.value_width);
+    return pairs * double(p.width + p.value_width);
   }
 
  private:

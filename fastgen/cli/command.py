@@ -29,6 +29,7 @@ FIELDS = {
 _NAMES = {field: name for name, field in FIELDS.items()} | {
     "num_attention_heads": "num_heads",
     "num_hidden_layers": "num_layers",
+    "max_position_embeddings": "seq_len",
     "tie_word_embeddings": "tie_weights",
 }
 

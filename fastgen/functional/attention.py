@@ -19,6 +19,7 @@ from fastgen.reference._work import work_dtype
 __all__ = ["scaled_dot_product_attention"]
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_HALVES = frozenset((torch.bfloat16, torch.float16))
 _ALIGNMENTS = ("upper_left", "lower_right")
 
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -189,6 +190,8 @@ def _fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
         )
     except (AttributeError, TypeError, ValueError, ZeroDivisionError):
         return False
+    except RuntimeError:  # a nested tensor of PyTorch's default layout has no shape
+        return False
 
 
 def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -253,7 +256,9 @@ def _four_dimensional(
 
 def _mask(mask: Tensor, query: Tensor, leading: tuple[int, ...], keys: int) -> Tensor:
     """The mask in four dimensions, of sizes 1 or those of the scores."""
-    if tensor("attn_mask", mask).dtype not in (torch.bool, query.dtype, torch.float32):
+    if tensor("attn_mask", mask).dtype in _HALVES and _any_autocast():
+        mask = mask.to(query.dtype)
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         allowed = " or ".join(dict.fromkeys(("bool", dtype_name(query.dtype), "float32")))
         raise TypeError(f"attn_mask: expected {allowed}, got {dtype_name(mask.dtype)}")
     if mask.device != query.device:

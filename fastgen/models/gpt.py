@@ -184,6 +184,10 @@ class GPTConfig(PretrainedConfig):
             width = 4 * hidden
             checked["intermediate_size"] = -(-width * 2 // 3 // 64) * 64 if self.hidden_act == "swiglu" else width
         rotary = self.position_embedding == "rotary"
+        if rotary and self.head_dim == 0 and checked["head_dim"] % 2:
+            raise ValueError(
+                f"hidden_size: expected an even multiple of the {heads} heads with rotary positions, got {hidden}"
+            )
         if rotary and checked["head_dim"] % 2:
             raise ValueError(f"head_dim: expected an even int with rotary positions, got {checked['head_dim']}")
         scaling: Any = self.rope_scaling

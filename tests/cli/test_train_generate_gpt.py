@@ -142,6 +142,7 @@ def test_train_errors(
     assert error(play, "--architecture", "bert") == "--architecture: expected one of gpt2, llama, got 'bert'"
     assert error(play, "--hidden-size", "16", "--num-heads", "3").startswith("--hidden-size: expected a multiple of")
     assert error(play, "--num-layers", "0") == "--num-layers: expected an int of at least 1, got 0"
+    assert error(play, "--seq-len", "0") == "--seq-len: expected an int of at least 1, got 0"
     assert error(play, "--dropout", "1").startswith("--dropout: expected a finite number")
     assert error(play, "--lora-rank", "4").startswith("--lora-rank: expected a checkpoint to adapt (--init-from)")
     start = ("--init-from", str(run))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
+
 import pytest
 import torch
 from attention_cases import EXAMPLES, Case, taking
 from support import FLOATS
 from torch.autograd import forward_ad
 
+from fastgen._load import kernel_devices
 from fastgen._ops import attention as ops
 from fastgen.functional import scaled_dot_product_attention
 from fastgen.random import Generator
@@ -121,6 +126,21 @@ def test_vmap(case):
     torch.testing.assert_close(got, want)
 
 
+def test_vmap_over_each_operand():
+    """One after the other of query, key, value, mask and slopes, and by pairs, with the others shared."""
+    case = Case(heads=4, causal=True, mask="float-01", slopes="heads", window=(4, 2), softcap=3.0)
+    stacked = [
+        torch.stack(x) for x in zip(*(Case(**{**vars(case), "seed": s}).operands() for s in range(3)), strict=True)
+    ]
+    for mapped in itertools.chain.from_iterable(itertools.combinations(range(5), n) for n in (1, 2)):
+        in_dims = tuple(0 if i in mapped else None for i in range(5))
+        given = [x if i in mapped else x[0] for i, x in enumerate(stacked)]
+        got = torch.vmap(case.ours, in_dims=in_dims)(*given)
+        want = [case.ours(*(x[s] if i in mapped else x for i, x in enumerate(given))) for s in range(3)]
+        for a, b in zip(got, zip(*want, strict=True), strict=True):
+            torch.testing.assert_close(a, torch.stack(b))
+
+
 def test_vmap_over_leading_dimensions_that_are_missing():
     q, k, v = (torch.randn(3, 4, 5) for _ in range(3))
     got = torch.vmap(scaled_dot_product_attention)(q, k, v)
@@ -186,6 +206,32 @@ def test_a_training_step_keeps_nothing_of_quadratic_size(dtype):
     assert max(sizes) == q.numel()
     out.sum().backward()
     assert q.grad.dtype == dtype
+
+
+PEAK = """
+import resource, torch
+from fastgen.functional import scaled_dot_product_attention
+
+def step(length):
+    q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))
+    scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1).sum().backward()
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
+
+step(256)
+before = peak()
+step(8192)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KB on Linux")
+@pytest.mark.skipif(not kernel_devices("attention"), reason="the reference holds all scores")
+def test_a_long_training_step_needs_nothing_of_quadratic_size():
+    """Scores of 8192 queries and keys are 256 MB in float32; what PyTorch does with dropout holds several of them."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 * 1024
 
 
 def test_without_gradient_nothing_is_kept():

@@ -241,6 +241,9 @@ def test_autocast_computes_in_its_dtype(path, dtype):
             assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == dtype
             double = [x.double() for x in (q, k, v)]
             assert scaled_dot_product_attention(*double).dtype == torch.float64
+            for half in HALVES:
+                rounded = scaled_dot_product_attention(q, k, v, mask.to(half))
+                assert torch.equal(rounded, scaled_dot_product_attention(q, k, v, mask.to(half).to(dtype)))
         want = scaled_dot_product_attention(*(x.to(dtype) for x in (q, k, v)), mask)
     assert torch.equal(out, want)
     assert lse.dtype == torch.float32
@@ -450,6 +453,9 @@ def test_errors_of_nested_tensors():
     for args in ((x, x, Q), (Q, x, x), (ragged, ragged, ragged)):
         with pytest.raises(ValueError, match=r"^(query|key|value): expected a nested tensor \(B, H, L, D\)"):
             scaled_dot_product_attention(*args)
+    strided = torch.nested.nested_tensor([torch.zeros(2, n, 4) for n in (3, 5)])  # PyTorch's default layout
+    with pytest.raises(ValueError, match=r"^query: expected a nested tensor \(B, H, L, D\) of layout torch.jagged"):
+        scaled_dot_product_attention(strided, strided, strided)
     with pytest.raises(ValueError, match=r"^attn_mask, cu_seqlens_q, cu_seqlens_k: expected None with nested tensors"):
         scaled_dot_product_attention(x, x, x, torch.zeros(5, 5))
     other = torch.nested.nested_tensor([torch.zeros(n, 2, 4) for n in (4, 4)], layout=torch.jagged).transpose(1, 2)

@@ -499,6 +499,10 @@ def test_bad_documents(rows: int, cu_seqlens: Any, kind: type[Exception], messag
         ({"dropout": 1.0}, "dropout: expected a finite number of at least 0 and below 1, got 1.0"),
         ({"attention_bias": 1}, "attention_bias: expected True or False, got 1"),
         ({"position_embedding": "rotary", "head_dim": 5}, "head_dim: expected an even int with rotary"),
+        (
+            {"position_embedding": "rotary", "hidden_size": 36, "head_dim": 0},
+            "hidden_size: expected an even multiple of the 4 heads with rotary positions, got 36",
+        ),
         ({"rope_scaling": SCALING}, "rope_scaling: expected None without rotary positions"),
         ({"position_embedding": "rotary", "rope_scaling": {"faktor": 2}}, "rope_scaling: no field 'faktor'"),
         ({"position_embedding": "rotary", "rope_scaling": {"factor": 0.5}}, "rope_scaling.factor: expected"),
