@@ -185,11 +185,14 @@ def build_info() -> dict[str, Any]:
     Returns a dict: version; native (the CPU library is loaded); native_error (why not, else None);
     isa_compiled, isa_active; cuda (the CUDA library is loaded); cuda_error; cuda_archs (built, such as
     "9.0"); torch_built and compiler (what the libraries were built with); ops, which maps each op to the
-    path it takes on "cpu" and "cuda": an instruction set, "cuda", or "reference (reason)".
+    path it takes on "cpu" and "cuda": an instruction set, "cuda", or "reference (reason)"; of an op for CUDA alone
+    that of the op in its place.
     """
     facts = _facts()
 
     def path(name: str, key: str) -> str:
+        if key == "CPU":
+            name = _ops.INSTEAD_ON_CPU.get(name, name)
         library, kernels = (_cpu, cpu_isa()) if key == "CPU" else (_cuda, "cuda")
         if not library:
             return f"reference ({library.error})"

@@ -167,7 +167,12 @@ class Case:
         return (numbers * 7 % 10 < 7).to(dtype) / 0.7
 
     def ours(
-        self, x: Tensor, hx: tuple[Tensor, ...] | None, weights: list[Tensor], **options: object
+        self,
+        x: Tensor,
+        hx: tuple[Tensor, ...] | None,
+        weights: list[Tensor],
+        dropout: float = 0.0,
+        **options: object,
     ) -> tuple[Tensor, ...]:
         """(output, h_n[, c_n]) by fastgen.functional; the draws of zoneout are the same each time."""
         if self.layer_norm:
@@ -181,7 +186,7 @@ class Case:
             weights,
             self.bias,
             self.num_layers,
-            0.0,
+            dropout,
             True,
             self.bidirectional,
             self.batch_first,

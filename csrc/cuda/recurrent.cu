@@ -13,8 +13,14 @@
 // The operand of the backward product is as wide as all gates: where blocks come in clusters, they share reading it.
 // Between barriers each thread takes "its" units and rows, always the same ones: what it keeps for itself from step to
 // step (c, h, dh, dc) needs no barrier.
+//
+// Layers of a stack run at once where their matrices fit on the chip together (Appleyard, Kocisky & Blunsom,
+// "Optimizing performance of recurrent neural networks on GPUs", 2016): between two barriers each makes a step, the one
+// behind the step that the layer below has just made. An upper layer multiplies the h of both with [W_hh | W_ih], for
+// it cannot wait for one product of all steps.
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <tuple>
 #include <vector>
 
@@ -86,6 +92,7 @@ class Sequencer {
   // What the kernels of both directions need beyond their arguments.
   template <class Params>
   void prepare(Sequence<Params>& p, const Optional& seed_offset) {
+    p.stages = 1;
     if (p.batch_sizes != nullptr) {
       std::vector<int64_t> steps(p.batch_sizes, p.batch_sizes + p.steps);
       steps.insert(steps.end(), p.step_rows, p.step_rows + p.steps);
@@ -103,45 +110,66 @@ class Sequencer {
       STD_TORCH_CHECK(same_device(*seed_offset, like_), "seed_offset: expected a tensor on the device of input");
       p.seed_offset = static_cast<const int64_t*>(arguments_.contiguous(seed_offset));
     }
+    give_states(p);
+  }
+  template <class Params>
+  void give_states(Sequence<Params>& p) {
     p.h = scratch(p.batch, p.output_size);
     if (p.mode == CellMode::kLstm) p.c = scratch(p.batch, p.hidden_size);
   }
 
-  // A product whose operand has `halves` halves; its matrix comes from `source`, whose strides these are.
-  Product product(int64_t units, int64_t width, int groups, int halves, const void* source, int64_t group_stride,
-                  int64_t unit_stride, int64_t stride) {
+  // The size of a product.
+  Product product_of(int64_t units, int64_t width, int groups, int sides) const {
     Product out{};
     out.units = units;
     out.width = width;
     out.batch = arguments_.p.batch;
+    out.sides = sides;
     out.groups = groups;
     out.chunks = int(ceil_div(width * element_size(), kChunk));
     out.tiles = int(ceil_div(units, kUnits));
-    const int64_t operand = halves * out.batch * out.operand_pitch(), matrix = out.tiles * out.tile_bytes();
+    return out;
+  }
+  // Its operand, each side of which has `halves` halves, and its matrix from `source`, whose strides these are, and for
+  // the second side from `below` likewise.
+  void fill(Product& out, int halves, const void* source, const void* below, int64_t group_stride, int64_t unit_stride,
+            int64_t stride) {
+    const int64_t side = halves * out.batch * out.operand_pitch(), operand = out.sides * side,
+                  matrix = out.tiles * out.tile_bytes();
     out.operand = static_cast<unsigned char*>(keep(torch::stable::new_zeros(like_, {&operand, 1}, ScalarType::Byte)));
+    out.below = out.sides > 1 ? out.operand + side : nullptr;
     out.matrix = static_cast<unsigned char*>(keep(empty({matrix}, ScalarType::Byte)));
     by_element(arguments_.p.dtype, [&](auto element) {
       using Element = decltype(element);
-      const PackParams<Element> p{static_cast<const Element*>(source), group_stride, unit_stride, stride, out};
+      const PackParams<Element> p{static_cast<const Element*>(source),
+                                  static_cast<const Element*>(below),
+                                  group_stride,
+                                  unit_stride,
+                                  stride,
+                                  out};
       launch(pack_kernel<Element>, unsigned(out.tiles * out.groups), kThreads, 0, stream_, p);
     });
+  }
+  Product product(int64_t units, int64_t width, int groups, int halves, const void* source, int64_t group_stride,
+                  int64_t unit_stride, int64_t stride) {
+    Product out = product_of(units, width, groups, 1);
+    fill(out, halves, source, nullptr, group_stride, unit_stride, stride);
     return out;
   }
 
   // clusters: where there are any, blocks share what the product with the recurrent matrix reads.
   template <class Params>
   void launch_sequence(void (*kernel)(Params), Params& p, bool clusters) {
-    deal(p, multiprocessors(), 1);
+    deal(&p, 1, multiprocessors(), 1);
     const bool many = p.recurrent.tiles >= kCluster && p.recurrent.part_chunks() <= kWarps * kStages;
     const int room = clusters && many ? clusters_at_once(kernel, kCluster, kThreads, shared_limit()) * kCluster : 0;
     if (room > 0) {
       Params other = p;
       other.recurrent.clusters = true;
-      deal(other, room, kCluster);
-      if (other.recurrent.shared >= 0 && cycles(other) <= cycles(p)) p = other;
+      deal(&other, 1, room, kCluster);
+      if (other.recurrent.shared >= 0 && cycles(&other, 1) <= cycles(&p, 1)) p = other;
     }
-    const int64_t counters = int64_t(p.groups) * kLine;
-    p.arrived = static_cast<uint32_t*>(keep(torch::stable::new_zeros(like_, {&counters, 1}, ScalarType::Int)));
+    p.arrived = counters(p.groups);
     const auto blocks = unsigned(p.unit_blocks * p.groups);
     const auto shared = size_t(p.shared.bytes);
     if (p.recurrent.clusters) {
@@ -151,61 +179,146 @@ class Sequencer {
     }
   }
 
+  // Layers that run at once, in stages as `beside` chose them.
+  template <int kLayers>
+  void launch_layers(void (*kernel)(Layers<kLayers>), Layers<kLayers>& p) {
+    deal(p.layer, p.count, multiprocessors(), 1);
+    const ForwardParams& any = p.layer[0];
+    uint32_t* arrived = counters(any.groups);
+    for (int l = 0; l < p.count; ++l) p.layer[l].arrived = arrived;
+    launch_cooperative(kernel, unsigned(any.blocks_of_group() * any.groups), kThreads, size_t(any.shared.bytes),
+                       stream_, p);
+  }
+
+  struct Beside {
+    int count, stages;
+  };
+  // Of at most so many layers the number that takes the least time a layer and step when they run at once.
+  Beside beside(int64_t most) const {
+    const RecurrentParams& r = arguments_.p;
+    const int room = multiprocessors();
+    Beside best{1, 1};
+    int64_t least = 0;
+    for (int count = 1; count <= std::min<int64_t>(most, kLayersMost); ++count) {
+      for (int stages = 1; stages <= std::min(count, room); ++stages) {
+        if (ceil_div(count, ceil_div(count, stages)) < stages) continue;  // the last stage would have none
+        ForwardParams layers[kLayersMost]{};
+        for (int l = 0; l < count; ++l) {
+          layers[l].batch = r.batch;
+          layers[l].stages = stages;
+          layers[l].recurrent = product_of(r.hidden_size, r.hidden_size, gate_count(r.mode), l > 0 ? 2 : 1);
+        }
+        if (!deal(layers, count, room, 1) && count > 1) continue;
+        const int64_t wave = kBarrier + ceil_div(count, stages) * kCells + cycles(layers, count);
+        if (count == 1 || wave * best.count < least * count) {
+          best = {count, stages};
+          least = wave;
+        }
+      }
+    }
+    return best;
+  }
+
   unsigned row_blocks(int64_t warps) const {
     return unsigned(std::min<int64_t>(ceil_div(warps, kRowThreads / 32), 16 * multiprocessors()));
   }
 
  private:
-  // Units over `room` multiprocessors in multiples of `unit` blocks, and rows of the batch over what remains. Of a
-  // large batch a block reads less for all its steps where it has more units and fewer rows.
+  // What a step costs a block beside its products, in cycles: the barrier, and for each of its layers the first of the
+  // operand on its way, the sums of the warps, and the cells.
+  static constexpr int64_t kBarrier = 1800, kCells = 1200;
+
+  uint32_t* counters(int groups) {
+    const int64_t count = int64_t(groups) * kLine;
+    return static_cast<uint32_t*>(keep(torch::stable::new_zeros(like_, {&count, 1}, ScalarType::Int)));
+  }
+
+  // Units over the multiprocessors that each stage has of `room`, in multiples of `unit` blocks, and rows of the batch
+  // over what remains. Of a large batch a block reads less for all its steps where it has more units and fewer rows.
+  // Returns whether all matrices stay on the chip.
   template <class Params>
-  void deal(Params& p, int room, int unit) const {
-    const int most = std::max(p.recurrent.tiles, p.projection.tiles), least = int(ceil_div(most, room));
-    Params best = p;
-    for (int tiles = least; tiles <= most; ++tiles) {
-      p.unit_blocks = int(ceil_div(ceil_div(most, tiles), unit)) * unit;
-      p.groups = int(std::max<int64_t>(1, std::min<int64_t>(room / p.unit_blocks, ceil_div(p.batch, kRows))));
-      p.recurrent.tiles_of_block = int(ceil_div(p.recurrent.tiles, p.unit_blocks));
-      p.projection.tiles_of_block = int(ceil_div(p.projection.tiles, p.unit_blocks));
-      arrange(p);
-      const bool resident = p.recurrent.shared >= 0 && (p.projection.tiles == 0 || p.projection.shared >= 0);
-      if (tiles == least || (resident && cycles(p) < cycles(best))) best = p;
-      if (!resident) break;
+  bool deal(Params* layers, int count, int room, int unit) const {
+    const Params& any = *layers;
+    const int blocks = room / any.stages, most = std::max(any.recurrent.tiles, any.projection.tiles);
+    const auto take = [&](int tiles) {
+      const int unit_blocks = int(ceil_div(ceil_div(most, tiles), unit)) * unit;
+      for (Params* p = layers; p < layers + count; ++p) {
+        p->unit_blocks = unit_blocks;
+        p->groups = int(std::max<int64_t>(1, std::min<int64_t>(blocks / unit_blocks, ceil_div(p->batch, kRows))));
+        p->recurrent.tiles_of_block = int(ceil_div(p->recurrent.tiles, unit_blocks));
+        p->projection.tiles_of_block = int(ceil_div(p->projection.tiles, unit_blocks));
+      }
+      return arrange(layers, count);
+    };
+    int best = int(ceil_div(most, blocks));
+    bool resident = take(best);
+    int64_t least = cycles(layers, count);
+    for (int tiles = best + 1; resident && tiles <= most; ++tiles) {
+      resident = take(tiles);
+      if (!resident || cycles(layers, count) >= least) continue;
+      best = tiles;
+      least = cycles(layers, count);
     }
-    p = best;
+    return take(best);
   }
 
-  // What the recurrent product of a step costs a block, about: its matrix from shared memory at 128 bytes a cycle, and
-  // the operand from L2, of which a multiprocessor has some 24 bytes a cycle where all read.
+  // What the recurrent products of a step cost a block, about, in the stage where that is most: the matrix from shared
+  // memory at 128 bytes a cycle, and the operand from L2, of which a multiprocessor has some 24 bytes a cycle where all
+  // read.
   template <class Params>
-  int64_t cycles(const Sequence<Params>& p) const {
-    const Product& of = p.recurrent;
-    const int64_t row_tiles = ceil_div(ceil_div(p.batch, kRows), p.groups);
-    const int64_t operand = kRows * of.operand_pitch() / (of.clusters ? kCluster : 1);
-    return row_tiles * (of.resident_bytes() / 128 + (of.stays(p.shared) ? 1 : of.tiles_of_block) * operand / 24);
+  int64_t cycles(const Params* layers, int count) const {
+    const int64_t of_stage = ceil_div(count, layers->stages);
+    int64_t most = 0, stage = 0;
+    for (int l = 0; l < count; ++l) {
+      const Product& of = layers[l].recurrent;
+      const int64_t row_tiles = ceil_div(ceil_div(layers[l].batch, kRows), layers[l].groups);
+      const int64_t operand = of.sides * kRows * of.operand_pitch() / (of.clusters ? kCluster : 1);
+      const int64_t reads = of.stays(layers[l].shared) ? 1 : of.tiles_of_block;
+      stage = (l % of_stage == 0 ? 0 : stage) + row_tiles * (of.resident_bytes() / 128 + reads * operand / 24);
+      most = std::max(most, stage);
+    }
+    return most;
   }
 
-  // Which matrices stay on the chip, and where everything stands there.
+  // Which matrices stay on the chip, and where everything stands there. Returns whether all do; of one layer one of
+  // them may.
   template <class Params>
-  void arrange(Sequence<Params>& p) const {
-    const int64_t limit = int64_t(shared_limit());
+  bool arrange(Params* layers, int count) const {
+    const int64_t limit = int64_t(shared_limit()), of_stage = ceil_div(count, layers->stages);
     const int64_t sums = int64_t(sizeof(float)) * kWarps * kGroupsMost * kUnits * kSumPitch;
-    int64_t first = p.recurrent.resident_bytes(), second = p.projection.resident_bytes();
-    p.shared.warps = kWarps;
-    p.shared.stage = kStageOperand;
-    const auto rings = [&] { return int64_t(p.shared.warps) * kStages * p.shared.stage; };
-    if (first + second + rings() + sums > limit) {
-      p.shared.warps = kWarpsStreamed;
-      p.shared.stage = kStageStreamed;
-      const bool one = first + rings() + sums <= limit, other = second + rings() + sums <= limit;
-      second = other && !one ? second : 0;
-      first = one ? first : 0;
+    SharedPlan plan{kWarps, 0, kStageOperand, 0, 0};
+    const auto fits = [&](int64_t matrices) {
+      plan.rings = int(matrices);
+      plan.sums = plan.rings + plan.warps * kStages * plan.stage;
+      plan.bytes = plan.sums + int(sums);
+      return plan.bytes <= limit;
+    };
+    int64_t matrices = 0, stage = 0;
+    for (int l = 0; l < count; ++l) {
+      if (l % of_stage == 0) stage = 0;
+      for (Product* of : {&layers[l].recurrent, &layers[l].projection}) {
+        of->shared = of->tiles > 0 ? int(stage) : -1;
+        stage += of->resident_bytes();
+      }
+      matrices = std::max(matrices, stage);
     }
-    p.recurrent.shared = first > 0 ? 0 : -1;
-    p.projection.shared = second > 0 ? int(first) : -1;
-    p.shared.rings = int(first + second);
-    p.shared.sums = p.shared.rings + int(rings());
-    p.shared.bytes = p.shared.sums + int(sums);
+    const bool all = fits(matrices);
+    if (!all) {
+      plan.warps = kWarpsStreamed;
+      plan.stage = kStageStreamed;
+      Product* kept = nullptr;
+      for (Product* of : {&layers->recurrent, &layers->projection}) {
+        of->shared = -1;
+        if (kept == nullptr && of->tiles > 0 && fits(of->resident_bytes())) kept = of;
+      }
+      if (kept != nullptr) {
+        kept->shared = 0;
+      } else {
+        fits(0);
+      }
+    }
+    for (int l = 0; l < count; ++l) layers[l].shared = plan;
+    return all;
   }
 
   RecurrentArguments& arguments_;
@@ -272,10 +385,118 @@ Results recurrent(int64_t mode, const Tensor& input, const Optional& batch_sizes
       launch(standardise_kernel<Element>, call.row_blocks(p.rows), kRowThreads, 0, call.stream(), p,
              static_cast<Element*>(data_of(from_input)));
     }
-    by_gates(p.mode,
-             [&](auto gates) { call.launch_sequence(forward_kernel<Element, decltype(gates)::value>, p, false); });
+    by_gates(p.mode, [&](auto gates) {
+      Layers<1> alone{{p}, 1};
+      call.launch_layers(forward_kernel<Element, decltype(gates)::value, 1>, alone);
+    });
   });
   return {output, h_n, c_n, gates, cells};
+}
+
+using LayersResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+LayersResults recurrent_layers(int64_t mode, const Tensor& input, const Optional& batch_sizes,
+                               const std::vector<Tensor>& weights, const Tensor& h_0, const Optional& c_0,
+                               const Optional& h_mask, bool batch_first, bool save, const Optional& seed_offset,
+                               double dropout) {
+  if (!takes(input)) {
+    return plain<LayersResults>("fastgen::recurrent_layers", mode, input, batch_sizes, weights, h_0, c_0, h_mask,
+                                batch_first, save, seed_offset, dropout);
+  }
+  const int64_t layers = h_0.dim() == 3 ? h_0.size(0) : 0;
+  STD_TORCH_CHECK(layers > 0, "h_0: expected 3 dimensions, the first of at least one layer");
+  const int64_t each = int64_t(weights.size()) / layers;
+  STD_TORCH_CHECK(int64_t(weights.size()) == layers * each && (each == 2 || each == 4),
+                  "weights: expected 2 or 4 tensors for each of ", layers, " layers, got ", weights.size());
+  STD_TORCH_CHECK(dropout >= 0 && dropout <= 1 && (dropout > 0) == seed_offset.has_value(),
+                  "dropout: expected a probability, above 0 with a seed_offset and 0 without, got ", dropout);
+  const auto at = [](const Tensor& of, int64_t layer) { return torch::stable::select(of, 0, layer); };
+  const auto given = [&](const Optional& of, int64_t layer) {
+    STD_TORCH_CHECK(!of || (of->dim() == 3 && of->size(0) == layers), "c_0, h_mask: expected ", layers, " layers");
+    return of ? Optional(at(*of, layer)) : Optional();
+  };
+  std::deque<RecurrentArguments> arguments;
+  const auto check = [&](int64_t layer, const Tensor& x) {
+    const Tensor* of = &weights[size_t(layer * each)];
+    const Optional b_ih = each == 4 ? Optional(of[2]) : Optional(), b_hh = each == 4 ? Optional(of[3]) : Optional();
+    arguments.emplace_back(mode, x, batch_sizes, of[0], of[1], b_ih, b_hh, Optional(), at(h_0, layer),
+                           given(c_0, layer), given(h_mask, layer), batch_first, false);
+  };
+  check(0, input);
+  const RecurrentParams& r = arguments[0].p;
+  const bool lstm = r.mode == CellMode::kLstm, gated = saved_gates(r) > 0;
+  const int64_t units = r.hidden_size;
+  const ScalarType dtype = input.scalar_type();
+  const auto empty = [&](const std::vector<int64_t>& sizes, ScalarType type) {
+    return torch::stable::new_empty(input, {sizes.data(), sizes.size()}, type);
+  };
+  const auto stacked = [&](bool wanted, int64_t count, int64_t width, ScalarType type) {
+    if (!wanted) return empty({0}, dtype);
+    std::vector<int64_t> sizes = arguments[0].rows_of(width);
+    sizes.insert(sizes.begin(), count);
+    return empty(sizes, type);
+  };
+  const Tensor output = empty(arguments[0].rows_of(units), dtype), h_n = empty({layers, r.batch, units}, dtype),
+               c_n = lstm ? empty({layers, r.batch, units}, dtype) : empty({0}, dtype),
+               below = stacked(true, layers - 1, units, dtype), passed = stacked(dropout > 0, layers - 1, units, dtype),
+               gates = stacked(save && gated, layers, saved_gates(r) * units, dtype),
+               cells = stacked(save && lstm, layers, units, ScalarType::Float);
+  const auto input_of = [&](int64_t layer) { return layer == 0 ? input : at(dropout > 0 ? passed : below, layer - 1); };
+  for (int64_t layer = 1; layer < layers; ++layer) check(layer, input_of(layer));
+  const LayersResults results{output, h_n,  c_n, save ? below : empty({0}, dtype), save ? passed : empty({0}, dtype),
+                              gates,  cells};
+  if (r.batch == 0) return results;
+
+  const int64_t* seeds = nullptr;
+  if (dropout > 0) {
+    check_seed_offset(*seed_offset, 2);
+    STD_TORCH_CHECK(seed_offset->dim() == 2 && seed_offset->size(0) == layers - 1 && same_device(*seed_offset, input),
+                    "seed_offset: expected a row for each layer but the last, on the device of input");
+    seeds = static_cast<const int64_t*>(arguments[0].contiguous(seed_offset));
+  }
+  for (int64_t first = 0; first < layers;) {
+    Sequencer call(arguments[size_t(first)], input);
+    const auto [count, stages] = call.beside(layers - first);
+    Layers<kLayersMost> p{};
+    p.count = count;
+    for (int i = count - 1; i >= 0; --i) {  // from above, where each finds what it writes to
+      const int64_t layer = first + i;
+      const bool last = layer + 1 == layers;
+      ForwardParams& of = p.layer[i];
+      static_cast<RecurrentParams&>(of) = arguments[size_t(layer)].p;
+      of.output = data_of(last ? output : at(below, layer));
+      of.h_n = data_of(at(h_n, layer));
+      of.c_n = lstm ? data_of(at(c_n, layer)) : nullptr;
+      of.gates = save && gated ? data_of(at(gates, layer)) : nullptr;
+      of.cells = save && lstm ? data_of(at(cells, layer)) : nullptr;
+      of.recurrent = call.product_of(units, units, gate_count(of.mode), i > 0 ? 2 : 1);
+      call.fill(of.recurrent, 2, of.w_hh, of.w_ih, units * units, units, 1);
+      if (i + 1 < count) of.above = p.layer[i + 1].recurrent.below;
+      if (dropout == 0 || last) continue;
+      of.passed = data_of(at(passed, layer));
+      of.kept = Zone{true, 0.0f, uint64_t(std::nearbyint((1 - dropout) * 0x1p32)), 0};
+      of.drop_seed = seeds + 2 * layer;
+      of.kept_scale = dropout < 1 ? float(1 / (1 - dropout)) : 0.0f;
+    }
+    const Tensor from_input = call.empty({r.rows, weights[0].size(0)});
+    multiply_into(from_input, call.matrix(input_of(first)), transposed(detached(weights[size_t(first * each)])));
+    p.layer[0].from_input = data_of(from_input);
+    call.prepare(p.layer[0], Optional());
+    for (int i = 0; i < count; ++i) {
+      p.layer[i].stages = stages;
+      p.layer[i].batch_sizes = p.layer[0].batch_sizes;
+      p.layer[i].step_rows = p.layer[0].step_rows;
+      if (i > 0) call.give_states(p.layer[i]);
+    }
+    by_element(r.dtype, [&](auto element) {
+      using Element = decltype(element);
+      by_gates(r.mode, [&](auto gates) {
+        call.launch_layers(forward_kernel<Element, decltype(gates)::value, kLayersMost>, p);
+      });
+    });
+    first += count;
+  }
+  return results;
 }
 
 using Gradients =
@@ -424,5 +645,6 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
 
 FASTGEN_CUDA_OPS(m) {
   m.impl("recurrent", TORCH_BOX(&fastgen::recurrent));
+  m.impl("recurrent_layers", TORCH_BOX(&fastgen::recurrent_layers));
   m.impl("recurrent_backward", TORCH_BOX(&fastgen::recurrent_backward));
 }

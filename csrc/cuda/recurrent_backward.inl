@@ -305,7 +305,8 @@ struct Backward : Worker<BackwardParams> {
 
 template <class Element, int kGates>
 __global__ void __launch_bounds__(kThreads, 1) backward_kernel(BackwardParams p) {
-  Backward<Element, kGates>(p).run();
+  GridBarrier barrier = barrier_of(p);
+  Backward<Element, kGates>(p, barrier).run();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The forward pass of a recurrent sequence (see recurrent.cu).
+// The forward pass of a recurrent sequence, or of several of which each is fed by the one before (see recurrent.cu).
 #pragma once
 
 #include "recurrent_sequence.h"
@@ -12,18 +12,39 @@ struct ForwardParams : Sequence<RecurrentParams> {
   float* sums;                          // [batch][4 H]: W_hh h, and at the place of o the gate itself
   float* proposed;                      // [batch][H]: c' before zoneout
   float2 *gate_moments, *cell_moments;  // [batch][tiles]
+  // With a layer above:
+  unsigned char* above;      // the side of its operand that this layer writes, as `below` of its product
+  void* passed;              // [rows][H]: h after dropout, or null
+  Zone kept;                 // what dropout keeps, drawn by
+  const int64_t* drop_seed;  // these numbers
+  float kept_scale;
 };
 
-template <class Element, int kGates>
+// Layers that run at once: layer l makes step s while layer l + 1 makes step s - 1. A block has as many neighbouring
+// ones as there are for a stage. Layers beside others have no layer norm and no projection; all but the first have a
+// product of two sides and no from_input.
+template <int kLayers>
+struct Layers {
+  ForwardParams layer[kLayers];
+  int count;
+
+  FASTGEN_MEMBER int of_stage() const { return (count + layer[0].stages - 1) / layer[0].stages; }
+};
+constexpr int kLayersMost = 4;  // whose parameters fit in the 4 KB of a launch
+static_assert(sizeof(Layers<kLayersMost>) <= 4096);
+
+// kBeside: whether other layers may run beside this one.
+template <class Element, int kGates, bool kBeside>
 struct Forward : Worker<ForwardParams> {
   static constexpr bool kLstm = kGates == 4;
+  static constexpr int kSides = kBeside ? 2 : 1;
   using Worker<ForwardParams>::Worker;
 
-  __device__ bool norm() const { return kLstm && p.norm_ih != nullptr; }
-  __device__ bool projected() const { return kLstm && p.w_hr != nullptr; }
+  __device__ bool norm() const { return kLstm && !kBeside && p.norm_ih != nullptr; }
+  __device__ bool projected() const { return kLstm && !kBeside && p.w_hr != nullptr; }
   __device__ const Product& last() const { return projected() ? p.projection : p.recurrent; }
 
-  __device__ void run() {
+  __device__ void begin() const {
     load_resident(p.recurrent, block);
     if (projected()) load_resident(p.projection, block);
     if (kLstm) {
@@ -36,11 +57,9 @@ struct Forward : Worker<ForwardParams> {
       p.h[b * p.output_size + u] = h;
       for (int half = 0; half < 2; ++half) feed(half, b, u, h);
     });
-    for (int64_t s = 0; s < p.steps; ++s) {
-      const Step now = step_of(p, s);
-      barrier.wait();
-      step(now, s & 1);
-    }
+  }
+
+  __device__ void end() const {
     elements(last(), p.batch, [&](int64_t b, int64_t u) {
       const int64_t at = b * p.output_size + u;
       narrow(p.h[at], static_cast<Element*>(p.h_n) + at);
@@ -58,12 +77,13 @@ struct Forward : Worker<ForwardParams> {
     narrow(h * mask, p.recurrent.operand_row<Element>(half, b) + u);
   }
 
-  __device__ void step(const Step& now, int64_t half) {
-    const int64_t units = p.hidden_size;
-    multiply<Element, kGates>(
+  __device__ void step(int64_t s) {
+    const Step now = step_of(p, s);
+    const int64_t units = p.hidden_size, half = s & 1;
+    multiply<Element, kGates, kSides>(
         p.recurrent, half, now.rows, now.rows,
         [&](int64_t b, int64_t u, bool valid) { return valid && !norm() ? fetch(now, b, u) : Ahead{}; },
-        [&](int64_t b, int64_t u, bool valid, int tile, const float (&sums)[kGates], const Ahead& ahead) {
+        [&](int64_t b, int64_t u, bool valid, int tile, const float (&sums)[kSides* kGates], const Ahead& ahead) {
           if (norm()) {
             for (int g = 0; valid && g < kGates; ++g) p.sums[b * kGates * units + g * units + u] = sums[g];
             const float2 moments = moments_of_tile(sums, units_of(p.recurrent, tile), valid);
@@ -90,7 +110,7 @@ struct Forward : Worker<ForwardParams> {
     }
   }
 
-  // What the cell of one unit and row needs beside the product with h.
+  // What the cell of one unit and row needs beside its sums.
   struct Ahead {
     Element x[kGates], b_ih[kGates], b_hh[kGates];
     float before;  // c; or, of a GRU, h
@@ -110,13 +130,14 @@ struct Forward : Worker<ForwardParams> {
   }
 
   // The cell of one unit and row.
-  __device__ void cell(const Step& now, int64_t half, int64_t b, int64_t u, const float (&sums)[kGates],
+  __device__ void cell(const Step& now, int64_t half, int64_t b, int64_t u, const float (&sums)[kSides * kGates],
                        const Ahead& ahead) const {
     const int64_t units = p.hidden_size, row = row_of(p, now, b);
     float x[kGates], s[kGates];
     FASTGEN_UNROLL
     for (int g = 0; g < kGates; ++g) {
       x[g] = widen(ahead.x[g]) + widen(ahead.b_ih[g]);
+      if constexpr (kBeside) x[g] = x[g] + sums[kGates + g];
       s[g] = sums[g] + widen(ahead.b_hh[g]);
     }
     const Cell cell = cell_of<kGates>(p.mode, x, s, ahead.before);
@@ -170,6 +191,22 @@ struct Forward : Worker<ForwardParams> {
     p.h[at] = h;
     narrow(h, static_cast<Element*>(p.output) + row * p.output_size + u);
     feed(1 - half, b, u, h);
+    if constexpr (kBeside) pass(half, row, b, u, h);
+  }
+
+  // What the layer above reads, beside the next step of this one. Rounded as PyTorch's ops would: h, its product with
+  // the mask, and that with its scale.
+  __device__ void pass(int64_t half, int64_t row, int64_t b, int64_t u, float h) const {
+    const int64_t at = row * p.output_size + u;
+    Element value;
+    narrow(h, &value);
+    if (p.kept.used) narrow(widen(value) * zone_at(p.kept, p.drop_seed, uint64_t(at)) * p.kept_scale, &value);
+    if (p.passed != nullptr) static_cast<Element*>(p.passed)[at] = value;
+    if (p.above != nullptr) {
+      // As wide as this layer's own.
+      const int64_t pitch = p.recurrent.operand_pitch();
+      reinterpret_cast<Element*>(p.above + ((1 - half) * p.batch + b) * pitch)[u] = value;
+    }
   }
 
   // Layer norm of W_hh h, and the gates and c'.
@@ -222,9 +259,23 @@ struct Forward : Worker<ForwardParams> {
   }
 };
 
-template <class Element, int kGates>
-__global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
-  Forward<Element, kGates>(p).run();
+template <class Element, int kGates, int kLayers>
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(Layers<kLayers> p) {
+  using Layer = Forward<Element, kGates, (kLayers > 1)>;
+  GridBarrier barrier = barrier_of(p.layer[0]);
+  const int count = kLayers > 1 ? p.count : 1, of_stage = kLayers > 1 ? p.of_stage() : 1;
+  const int first = kLayers > 1 ? int(blockIdx.x) / p.layer[0].unit_blocks % p.layer[0].stages * of_stage : 0;
+  const int end = first + of_stage < count ? first + of_stage : count;
+  for (int l = first; l < end; ++l) Layer(p.layer[l], barrier).begin();
+  const int64_t steps = p.layer[0].steps;
+  for (int64_t wave = 0; wave < steps + count - 1; ++wave) {
+    barrier.wait();
+    for (int l = first; l < end; ++l) {
+      const int64_t s = wave - l;
+      if (s >= 0 && s < steps) Layer(p.layer[l], barrier).step(s);
+    }
+  }
+  for (int l = first; l < end; ++l) Layer(p.layer[l], barrier).end();
 }
 
 }  // namespace

@@ -13,6 +13,9 @@
 //
 // A unit has kGroups rows of the matrix (the gates of W_hh), which are multiplied with the same operand. Halves go
 // through the tensor cores, the matrix as the left side (16 rows: two groups) and the rows of the batch as columns.
+//
+// Of a layer that runs beside the one below the operand has two sides, its own h and the h of that layer, and so the
+// matrix has [W_hh | W_ih]. Each side has one half of the warps and sums of its own.
 #pragma once
 
 #include "device.h"
@@ -36,19 +39,20 @@ struct SharedPlan {
 };
 
 // The matrix in tiles, [tiles][groups][kUnits][pitch], padded with zeros to whole tiles and chunks, and the operand,
-// [2][batch][chunks * kChunk bytes], padded likewise: a step reads one half of it while the next one is written.
+// [2][batch][chunks * kChunk bytes], padded likewise: a step reads one half of it while the next one is written. Of two
+// sides the other one's operand is the same again; the layer below writes its half one step ahead.
 struct Product {
   const unsigned char* matrix;
-  unsigned char* operand;
-  int64_t units, width, batch;  // of the result, of the sum, of the operand
-  int groups, chunks, tiles;
-  int tiles_of_block;  // each block has as many, but for the last ones
-  int shared;          // where the tiles of a block stand in its shared memory; -1: they are read from L2 at each step
-  bool clusters;       // a block has a part of the chunks of all tiles of its cluster; of one group
+  unsigned char *operand, *below;
+  int64_t units, width, batch;       // of the result, of the sum of a side, of the operand
+  int sides, groups, chunks, tiles;  // chunks: of a side
+  int tiles_of_block;                // each block has as many, but for the last ones
+  int shared;     // where the tiles of a block stand in its shared memory; -1: they are read from L2 at each step
+  bool clusters;  // a block has a part of the chunks of all tiles of its cluster; of one group
 
   FASTGEN_MEMBER int64_t operand_pitch() const { return int64_t(chunks) * kChunk; }
   // Eight rows at this distance begin in different banks, as in a chunk.
-  FASTGEN_MEMBER int64_t pitch() const { return operand_pitch() + 16; }
+  FASTGEN_MEMBER int64_t pitch() const { return sides * operand_pitch() + 16; }
   FASTGEN_MEMBER int64_t tile_bytes() const { return groups * kUnits * pitch(); }
   // Of a row, tile and block that has a part of the chunks.
   FASTGEN_MEMBER int part_chunks() const { return (chunks + kCluster - 1) / kCluster; }
@@ -59,7 +63,7 @@ struct Product {
   }
   // Whether the rings hold all chunks of a tile of rows, for all tiles of the matrix that a block has.
   FASTGEN_MEMBER bool stays(const SharedPlan& plan) const {
-    return shared >= 0 && (clusters || chunks <= kStages * plan.warps);
+    return shared >= 0 && (clusters || chunks * sides <= kStages * plan.warps);
   }
   FASTGEN_MEMBER int first_tile(int block) const { return block * tiles_of_block; }
   FASTGEN_MEMBER int end_tile(int block) const {
@@ -70,6 +74,11 @@ struct Product {
   FASTGEN_MEMBER Element* operand_row(int64_t half, int64_t row) const {
     return reinterpret_cast<Element*>(operand + (half * batch + row) * operand_pitch());
   }
+  // A row as a step reads it that has `half` of its own side.
+  FASTGEN_MEMBER const unsigned char* side_row(int side, int64_t half, int64_t row) const {
+    return side == 0 ? operand + (half * batch + row) * operand_pitch()
+                     : below + ((1 - half) * batch + row) * operand_pitch();
+  }
 };
 
 constexpr int kStageOperand = kRows * kChunkPitch;
@@ -78,8 +87,8 @@ constexpr int kWarpsStreamed = 4;  // with rings of three times the size: as man
 
 template <class Element>
 struct PackParams {
-  const Element* source;
-  int64_t group_stride, unit_stride, stride;  // of the source, in elements
+  const Element *source, *below;              // of the two sides
+  int64_t group_stride, unit_stride, stride;  // of a source, in elements
   Product product;
 };
 
@@ -92,11 +101,16 @@ __global__ void pack_kernel(PackParams<Element> p) {
   const int tile = int(blockIdx.x) / product.groups, group = int(blockIdx.x) % product.groups;
   const int row = int(threadIdx.x) / 32;
   const int64_t unit = int64_t(tile) * kUnits + row, pitch = product.pitch() / int64_t(sizeof(Element));
-  const Element* from = p.source + group * p.group_stride + unit * p.unit_stride;
+  const int64_t side_pitch = product.operand_pitch() / int64_t(sizeof(Element));
   auto* to = reinterpret_cast<Element*>(const_cast<unsigned char*>(product.matrix)) +
              (int64_t(blockIdx.x) * kUnits + row) * pitch;
-  for (int64_t k = threadIdx.x % 32; k < pitch; k += 32) {
-    to[k] = k < product.width && unit < product.units ? from[k * p.stride] : Element{};
+  for (int side = 0; side < product.sides; ++side, to += side_pitch) {
+    const Element* from = (side == 0 ? p.source : p.below) + group * p.group_stride + unit * p.unit_stride;
+    // Zeros behind the last side, too.
+    const int64_t end = side + 1 < product.sides ? side_pitch : pitch - side * side_pitch;
+    for (int64_t k = threadIdx.x % 32; k < end; k += 32) {
+      to[k] = k < product.width && unit < product.units ? from[k * p.stride] : Element{};
+    }
   }
 }
 
@@ -230,18 +244,23 @@ __device__ void through_ring(int first, int step, int chunks, const Fetch& fetch
   }
 }
 
-// The sums of one tile, to be read by `sum_of` behind a block_barrier. operand: the first of `rows` rows, 1 to kRows.
-// The tiles of a block come in their order for each of the row tiles.
-template <class Element, int kGroups>
-__device__ void multiply_tile(const Product& product, int tile, int block, const unsigned char* operand, int rows,
+// The sums of one tile, to be read by `sum_of` behind a block_barrier, of `rows` rows, 1 to kRows, of which `b` is the
+// first. The tiles of a block come in their order for each of the row tiles. kSides: the most that the product may
+// have.
+template <class Element, int kGroups, int kSides>
+__device__ void multiply_tile(const Product& product, int tile, int block, int64_t half, int64_t b, int rows,
                               const SharedPlan& plan) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp >= plan.warps || warp >= product.chunks) return;
+  const int warps = kSides == 1 ? plan.warps : plan.warps / product.sides;  // of a side
+  const int side = kSides == 1 ? 0 : warp / warps, first = kSides == 1 ? warp : warp % warps;
+  if (warp >= plan.warps || first >= product.chunks) return;
   const bool streamed = product.shared < 0, many = rows > 8;
   const unsigned char* matrix =
       streamed ? product.matrix + tile * product.tile_bytes()
                : dynamic_shared() + product.shared + (tile - product.first_tile(block)) * product.tile_bytes();
   const int64_t pitch = product.pitch(), operand_pitch = product.operand_pitch();
+  const unsigned char* operand = product.side_row(side, half, b);
+  matrix += side * operand_pitch;
   unsigned char* ring = dynamic_shared() + plan.rings + warp * kStages * plan.stage;
 
   const auto fetch = [&](int chunk, int stage) {
@@ -267,9 +286,9 @@ __device__ void multiply_tile(const Product& product, int tile, int block, const
     }
   };
   if (tile > product.first_tile(block) && product.stays(plan)) {
-    for (int i = 0; warp + i * plan.warps < product.chunks; ++i) use(warp + i * plan.warps, i);
+    for (int i = 0; first + i * warps < product.chunks; ++i) use(first + i * warps, i);
   } else {
-    through_ring(warp, plan.warps, product.chunks, fetch, use);
+    through_ring(first, warps, product.chunks, fetch, use);
   }
   sums.store(reinterpret_cast<float*>(dynamic_shared() + plan.sums) + warp * kGroups * kUnits * kSumPitch, many);
 }
@@ -314,10 +333,11 @@ __device__ float sum_of_parts(const float* sums, int parts, int group, int unit,
   return total;
 }
 
-template <int kGroups>
-__device__ float sum_of(const Product& product, const SharedPlan& plan, int group, int unit, int row) {
+template <int kGroups, int kSides>
+__device__ float sum_of(const Product& product, const SharedPlan& plan, int side, int group, int unit, int row) {
   const auto* sums = reinterpret_cast<const float*>(dynamic_shared() + plan.sums);
-  const int most = product.clusters ? kCluster : plan.warps;
+  const int most = product.clusters ? kCluster : kSides == 1 ? plan.warps : plan.warps / product.sides;
+  if (kSides > 1) sums += side * most * kGroups * kUnits * kSumPitch;
   return sum_of_parts<kGroups>(sums, product.chunks < most ? product.chunks : most, group, unit, row);
 }
 

@@ -13,13 +13,22 @@ struct Sequence : Params {
   Product recurrent;   // forward: W_hh, of h; backward: its transpose, of the gradients of the gates
   Product projection;  // forward: W_hr, of o tanh(c'); backward: its transpose, of dh
   SharedPlan shared;
-  int unit_blocks, groups;  // blocks that share the units, for one of so many groups of rows
+  // Blocks that share the units of a layer, for one of so many groups of rows. Of layers that run at once there are as
+  // many for each of `stages`, which have one or several of these layers.
+  int unit_blocks, stages, groups;
   Zone zone_c, zone_h;
   const int64_t* seed_offset;  // null: nothing is drawn
   float *h, *c;                // [batch][P], [batch][H]: states from step to step, backward the gradients of them
   uint32_t* arrived;           // [groups][kLine]: each group has a barrier of its own
+
+  FASTGEN_MEMBER int blocks_of_group() const { return unit_blocks * stages; }
 };
 constexpr int kLine = 32;  // counters of different groups stand in different cache lines
+
+template <class Params>
+__device__ GridBarrier barrier_of(const Sequence<Params>& p) {
+  return {p.arrived + int(blockIdx.x) / p.blocks_of_group() * kLine, p.blocks_of_group()};
+}
 
 // The place of a step in the sequence: its rows of the batch, and the number of the first of them.
 struct Step {
@@ -39,16 +48,16 @@ FASTGEN_FN int64_t row_of(const RecurrentParams& p, const Step& step, int64_t b)
 template <class Params>
 struct Worker {
   const Params& p;
-  GridBarrier barrier;
+  GridBarrier& barrier;
   const int block, group;  // of units, of rows
   const int unit, row;     // of a tile
   const bool owner;        // of an element of it
 
-  __device__ explicit Worker(const Params& p)
+  __device__ Worker(const Params& p, GridBarrier& barrier)
       : p(p),
-        barrier(p.arrived + int(blockIdx.x) / p.unit_blocks * kLine, p.unit_blocks),
+        barrier(barrier),
         block(int(blockIdx.x) % p.unit_blocks),
-        group(int(blockIdx.x) / p.unit_blocks),
+        group(int(blockIdx.x) / p.blocks_of_group()),
         unit(int(threadIdx.x) % kUnits),
         row(int(threadIdx.x) / kUnits),
         owner(int(threadIdx.x) < kUnits * kRows) {}
@@ -78,8 +87,8 @@ struct Worker {
   }
   // The same with the sums of the product with the first `fed` rows of `half` of the operand, zero for rows behind
   // them: body(b, u, valid, tile, sums, ahead), where ahead = fetch(b, u, valid) is read from memory while the product
-  // runs.
-  template <class Element, int kGroups, class Fetch, class Body>
+  // runs. kSides: as of multiply_tile; the sums of one side stand behind those of the other, zero where there is none.
+  template <class Element, int kGroups, int kSides = 1, class Fetch, class Body>
   __device__ void multiply(const Product& product, int64_t half, int64_t fed, int64_t rows, const Fetch& fetch,
                            const Body& body) const {
     // The element of this thread in a tile, whose sums are there behind `multiply(operand, rows)` and `meet()`.
@@ -88,23 +97,25 @@ struct Worker {
       const bool valid = owner && b + row < rows && u < product.units;
       const auto ahead = fetch(b + row, u, valid);
       if (left > 0) {
-        multiply(product.template operand_row<unsigned char>(half, b), int(left < kRows ? left : kRows));
+        multiply(b, int(left < kRows ? left : kRows));
         meet();
       }
       if (!owner) return;
-      float sums[kGroups];
+      float sums[kSides * kGroups];
       FASTGEN_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
-        sums[g] = row < left ? sum_of<kGroups>(product, p.shared, g, unit, row) : 0.0f;
+      for (int i = 0; i < kSides * kGroups; ++i) {
+        const int side = i / kGroups;
+        const bool there = row < left && (side == 0 || product.sides > 1);
+        sums[i] = there ? sum_of<kGroups, kSides>(product, p.shared, side, i % kGroups, unit, row) : 0.0f;
       }
       body(b + row, u, valid, tile, sums, ahead);
     };
-    if constexpr (kGroups == 1) {
-      if (product.clusters) return in_clusters<Element>(product, rows, one);
+    if constexpr (kGroups == 1 && kSides == 1) {
+      if (product.clusters) return in_clusters<Element>(product, half, rows, one);
     }
     tiles(product, rows, [&](int tile, int64_t b) {
-      const auto multiply = [&](const unsigned char* operand, int count) {
-        multiply_tile<Element, kGroups>(product, tile, block, operand, count, p.shared);
+      const auto multiply = [&](int64_t b, int count) {
+        multiply_tile<Element, kGroups, kSides>(product, tile, block, half, b, count, p.shared);
       };
       one(tile, b, multiply, [] { block_barrier(); });
       block_barrier();
@@ -113,13 +124,13 @@ struct Worker {
   // As many tiles as the other blocks of the cluster, whether they are there or not. The sums of one are read before
   // another block writes those of the next, or, of the last, before it comes past the barrier of the grid.
   template <class Element, class One>
-  __device__ void in_clusters(const Product& product, int64_t rows, const One& one) const {
+  __device__ void in_clusters(const Product& product, int64_t half, int64_t rows, const One& one) const {
     bool first = true;
     for (int64_t b = int64_t(group) * kRows; b < rows; b += int64_t(p.groups) * kRows) {
       for (int i = 0; i < product.tiles_of_block; ++i) {
-        const auto multiply = [&](const unsigned char* operand, int count) {
+        const auto multiply = [&](int64_t b, int count) {
           if (!first) cluster_barrier();
-          multiply_part<Element>(product, i, block, operand, count, p.shared);
+          multiply_part<Element>(product, i, block, product.side_row(0, half, b), count, p.shared);
           first = false;
         };
         one(product.first_tile(block) + i, b, multiply, [] { cluster_barrier(); });

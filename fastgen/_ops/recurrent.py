@@ -5,7 +5,7 @@ What the arguments and results are, shape by shape, stands in `fastgen/reference
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,9 +14,20 @@ from torch import Tensor
 from fastgen import reference
 from fastgen._ops.library import distinct, higher_order, plain_only, register, through
 from fastgen.reference._work import work_dtype
-from fastgen.reference.recurrent import Mode
+from fastgen.reference.recurrent import Mode, dropped
 
-__all__ = ["SCHEMAS", "Mode", "Options", "plain_only", "recurrent", "recurrent_cell", "recurrent_step"]
+__all__ = [
+    "SCHEMAS",
+    "Mode",
+    "Options",
+    "at_once",
+    "dropout",
+    "plain_only",
+    "recurrent",
+    "recurrent_cell",
+    "recurrent_layers",
+    "recurrent_step",
+]
 
 Operands: TypeAlias = "tuple[Tensor | None, ...]"
 
@@ -33,6 +44,9 @@ SCHEMAS = {
     "(Tensor grad_input, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh, Tensor grad_w_hr, "
     "Tensor grad_h_0, Tensor grad_c_0, Tensor grad_norm_ih, Tensor grad_norm_hh, Tensor grad_norm_c, "
     "Tensor grad_norm_c_bias)",
+    "recurrent_layers": "(int mode, Tensor input, Tensor? batch_sizes, Tensor[] weights, Tensor h_0, Tensor? c_0, "
+    "Tensor? h_mask, bool batch_first, bool save, Tensor? seed_offset=None, float dropout=0.) -> "
+    "(Tensor output, Tensor h_n, Tensor c_n, Tensor below, Tensor passed, Tensor gates, Tensor cells)",
     "recurrent_cell": f"(int mode, Tensor input, Tensor h, Tensor? c, {_WEIGHTS}) -> "
     "(Tensor h_1, Tensor c_1, Tensor gates)",
     "recurrent_step": f"(int mode, Tensor input, Tensor h, Tensor? c, {_WEIGHTS}, "
@@ -114,6 +128,35 @@ def _fake_recurrent_backward(
     return tuple(input.new_empty(x.shape if x is not None and needs >> i & 1 else 0) for i, x in enumerate(of))
 
 
+def _fake_recurrent_layers(
+    mode: int,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    h_mask: Tensor | None,
+    batch_first: bool,
+    save: bool,
+    seed_offset: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, ...]:
+    layers, hidden, leading = h_0.shape[0], h_0.shape[-1], input.shape[:-1]
+
+    def stacked(exist: bool, count: int, width: int, dtype: torch.dtype = input.dtype) -> Tensor:
+        return input.new_empty((count, *leading, width), dtype=dtype) if exist else input.new_empty(0)
+
+    return (
+        input.new_empty((*leading, hidden)),
+        input.new_empty(h_0.shape),
+        input.new_empty(0 if c_0 is None else c_0.shape),
+        stacked(save, layers - 1, hidden),
+        stacked(save and seed_offset is not None, layers - 1, hidden),
+        stacked(save and mode in (Mode.LSTM, Mode.GRU), layers, 4 * hidden),
+        stacked(save and mode == Mode.LSTM, layers, hidden, work_dtype(input.dtype)),
+    )
+
+
 def _fake_recurrent_cell(
     mode: int,
     input: Tensor,
@@ -159,6 +202,7 @@ register(
     {
         "recurrent": _fake_recurrent,
         "recurrent_backward": _fake_recurrent_backward,
+        "recurrent_layers": _fake_recurrent_layers,
         "recurrent_cell": _fake_recurrent_cell,
         "recurrent_step": _fake_recurrent_step,
         "recurrent_cell_backward": _fake_recurrent_cell_backward,
@@ -242,6 +286,85 @@ class _Recurrent(torch.autograd.Function):
         for i, grad in zip(places, found, strict=False):
             results[i] = grad if wanted[i] else None
         return None, None, *results
+
+
+class _RecurrentLayers(torch.autograd.Function):
+    """Of layers at once. The backward pass takes them one by one, from the last to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: int, batch_first: bool, dropout: float, *operands: Any) -> Any:
+        input, batch_sizes, h_0, c_0, h_mask, seed_offset, *weights = operands
+        output, h_n, c_n, *saved = _recurrent_layers(
+            mode, input, batch_sizes, weights, h_0, c_0, h_mask, batch_first, True, seed_offset, dropout
+        )
+        ctx.save_for_backward(*operands, output, *saved)
+        ctx.mode, ctx.batch_first, ctx.dropout = mode, batch_first, dropout
+        ctx.set_materialize_grads(False)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        mode, batch_first, p = ctx.mode, ctx.batch_first, ctx.dropout
+        grad, grad_h_n, grad_c_n = grads
+        if mode != Mode.LSTM:
+            grad_c_n = None  # as above
+        *operands, output, below, passed, gates, cells = ctx.saved_tensors
+        _, _, _, *wanted = ctx.needs_input_grad
+        if grad is None and grad_h_n is None and grad_c_n is None:
+            return (None,) * (3 + len(wanted))
+        if higher_order():
+
+            def forward(*operands: Any) -> tuple[Tensor, ...]:
+                input, batch_sizes, h_0, c_0, h_mask, seed_offset, *weights = operands
+                return _plain_layers(
+                    mode, input, batch_sizes, weights, h_0, c_0, h_mask, batch_first, False, seed_offset, p
+                )[:3]
+
+            return None, None, None, *through(forward, operands, tuple(wanted), (grad, grad_h_n, grad_c_n))
+        input, batch_sizes, h_0, c_0, h_mask, seed_offset, *weights = operands
+        layers = h_0.shape[0]
+        each = len(weights) // layers
+        of_weights: list[Tensor | None] = [None] * len(weights)
+        of_h_0, of_c_0 = [], []
+        for layer in reversed(range(layers)):
+            x = input if layer == 0 else (below if seed_offset is None else passed)[layer - 1]
+            places = range(layer * each, (layer + 1) * each)
+            own = [weights[i] for i in places] + [None] * (4 - each)
+            states = (None if state is None else state[layer] for state in (h_0, c_0, h_mask))
+            # Bits: the input, the weights, and behind that of w_hr the states.
+            needs = [layer > 0 or wanted[0], *(wanted[6 + i] for i in places), *[False] * (5 - each), *wanted[2:4]]
+            found = _recurrent_backward(
+                mode,
+                grad,
+                *(None if of is None else of[layer] for of in (grad_h_n, grad_c_n)),
+                x,
+                batch_sizes,
+                *own,
+                None,
+                *states,
+                output if layer == layers - 1 else below[layer],
+                gates[layer] if gates.dim() > 1 else gates,
+                cells[layer] if cells.dim() > 1 else cells,
+                batch_first,
+                False,
+                sum(1 << bit for bit, want in enumerate(needs) if want),
+            )
+            grad = found[0]
+            if layer > 0 and seed_offset is not None:
+                grad = dropout(grad, seed_offset[layer - 1], p)
+            for i, value in zip(places, found[1 : 1 + each], strict=True):
+                of_weights[i] = value if wanted[6 + i] else None
+            of_h_0.append(found[6])
+            of_c_0.append(found[7])
+        return (
+            *(None, None, None),
+            grad if wanted[0] else None,
+            None,
+            torch.stack(of_h_0[::-1]) if wanted[2] else None,
+            torch.stack(of_c_0[::-1]) if wanted[3] else None,
+            *(None, None),
+            *of_weights,
+        )
 
 
 # On the CPU, measured: from here on the sequence's backward is as fast as PyTorch's products, then up to twice. Other
@@ -337,6 +460,38 @@ def recurrent(mode: int, options: Options, *operands: Tensor | None) -> tuple[Te
     return _call(_recurrent, mode, operands, options, False)[:3]
 
 
+def at_once(input: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> bool:
+    """Whether `recurrent_layers` is the way of a stack in one direction, without layer norm, zoneout and projection."""
+    return input.is_cuda and (batch_sizes is not None or input.shape[1 if batch_first else 0] > 1)
+
+
+def recurrent_layers(
+    mode: int,
+    batch_first: bool,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    h_mask: Tensor | None,
+    seed_offset: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, h_n, c_n) of the op `recurrent_layers`, differentiable; h_mask has no gradient."""
+    operands = (input, batch_sizes, weights, h_0, c_0, h_mask, batch_first, False, seed_offset, dropout)
+    if plain_only():
+        return _plain_layers(mode, *operands)[:3]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, h_0, c_0, *weights)):
+        tensors = distinct((input, batch_sizes, h_0, c_0, h_mask, seed_offset, *weights))
+        return _RecurrentLayers.apply(mode, batch_first, dropout, *tensors)
+    return _recurrent_layers(mode, *operands)[:3]
+
+
+def dropout(x: Tensor, seed_offset: Tensor, p: float) -> Tensor:
+    """x after a dropout with probability p, by the stream's elements in row-major order."""
+    return dropped(x, torch.ops.fastgen.bernoulli(seed_offset, x.shape, torch.bool, 1.0 - p), p)
+
+
 def _is_one_step(options: Options, operands: Operands) -> bool:
     """Whether a sequence is a step that `recurrent_cell` can take, which packs no weights for it."""
     input, batch_sizes, *_, w_hr, _, _, h_mask = operands[:_FIRST]
@@ -382,9 +537,11 @@ def recurrent_step(
 
 
 _plain: Callable[..., Any] = reference.recurrent
+_plain_layers: Callable[..., Any] = reference.recurrent_layers
 _plain_cell: Callable[..., Any] = reference.recurrent_cell
 _recurrent = torch.ops.fastgen.recurrent.default
 _recurrent_backward = torch.ops.fastgen.recurrent_backward.default
+_recurrent_layers = torch.ops.fastgen.recurrent_layers.default
 _recurrent_cell = torch.ops.fastgen.recurrent_cell.default
 _recurrent_step = torch.ops.fastgen.recurrent_step.default
 _recurrent_cell_backward = torch.ops.fastgen.recurrent_cell_backward.default

@@ -217,7 +217,10 @@ _REPARAMETERIZE_TENSORS: dict[str, tuple[str, ...]] = {
 }
 _ACTIVATION_OPS = ("gelu", "gelu_backward", "swiglu", "swiglu_backward")
 _ATTENTION_OPS = ("attention", "attention_backward")
-_RECURRENT_OPS = ("recurrent", "recurrent_backward", "recurrent_cell", "recurrent_step", "recurrent_cell_backward")
+_RECURRENT_OPS = (
+    *("recurrent", "recurrent_backward", "recurrent_layers"),
+    *("recurrent_cell", "recurrent_step", "recurrent_cell_backward"),
+)
 
 
 def self_test(device: str) -> Iterator[Check]:
@@ -437,6 +440,9 @@ def _recurrent_errors(op: str, device: str) -> Iterator[str]:
                     arguments = (*arguments, *norm, 1e-5, 0.3 if mode == Mode.LSTM else 0.0, 0.2)
                 if op == "recurrent_cell_backward":
                     arguments = (mode, grad[0], None, h, cell, *reference.recurrent_cell(*arguments))
+            elif op == "recurrent_layers":
+                states = (torch.stack((h, h)), None if cell is None else torch.stack((c, c)))
+                arguments = (mode, x, None, [*weights, weights[1], *weights[1:]], *states, None, False, True)
             else:
                 operands: tuple[Any, ...] = (x, None, *weights, None, h, cell, None)
                 flags = (False, False)
@@ -446,10 +452,14 @@ def _recurrent_errors(op: str, device: str) -> Iterator[str]:
                     # The cells stay in the dtype of the algebra.
                     arguments = (mode, grad, None, None, *operands, output, gates, cells, *flags, 0b11011111)
             cells_at = 16 if op == "recurrent_backward" else -1
+
+            def put(value: Any, to: torch.dtype) -> Any:
+                if isinstance(value, list):
+                    return [put(x, to) for x in value]
+                return value.to(device, to) if isinstance(value, torch.Tensor) else value
+
             given = [
-                value.to(device, work_dtype(dtype) if i == cells_at and value.numel() else dtype)
-                if isinstance(value, torch.Tensor)
-                else value
+                put(value, work_dtype(dtype) if i == cells_at and value.numel() else dtype)
                 for i, value in enumerate(arguments)
             ]
             got, want = getattr(torch.ops.fastgen, op)(*given), getattr(reference, op)(*arguments)

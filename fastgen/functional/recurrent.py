@@ -364,6 +364,33 @@ def _layers(
         batch = int(batch_sizes[0])
     state = _validate.tensor("flat_weights", flat_weights[1]).shape[-1]
     hidden = _validate.tensor("flat_weights", flat_weights[each - 1]).shape[-1] if projected else state
+    if h_0 is not None:
+        _check("h_0", h_0, (total, batch, state), input)
+    if c_0 is not None:
+        _check("c_0", c_0, (total, batch, hidden), input)
+    if state_dropout_mask is not None:
+        _check("state_dropout_mask", state_dropout_mask, (total, batch, state), input)
+        if state_dropout_mask.requires_grad:
+            raise RuntimeError("state_dropout_mask: expected a tensor without gradient, got one that requires it")
+    zoned = zoneout != (0.0, 0.0)
+    at_once = num_layers > 1 and ops.at_once(input, batch_sizes, batch_first)
+    if at_once and not (bidirectional or projected or zoned or norm_weights is not None):
+        return _layers_at_once(
+            mode,
+            input,
+            h_0,
+            c_0,
+            flat_weights,
+            num_layers,
+            dropout,
+            batch_first,
+            batch_sizes,
+            generator,
+            state_dropout_mask,
+            batch,
+            state,
+        )
+
     h: Sequence[Tensor]
     c: Sequence[Tensor | None] = [None] * total
     mask: Sequence[Tensor | None] = [None] * total
@@ -372,20 +399,14 @@ def _layers(
         if mode is Mode.LSTM:
             c = [input.new_zeros(batch, hidden)] * total if projected else h
     else:
-        _check("h_0", h_0, (total, batch, state), input)
         h = h_0.unbind(0)
         if c_0 is not None:
-            _check("c_0", c_0, (total, batch, hidden), input)
             c = c_0.unbind(0)
     if state_dropout_mask is not None:
-        _check("state_dropout_mask", state_dropout_mask, (total, batch, state), input)
-        if state_dropout_mask.requires_grad:
-            raise RuntimeError("state_dropout_mask: expected a tensor without gradient, got one that requires it")
         mask = state_dropout_mask.unbind(0)
 
     if norm_weights is not None:
         _check_norms(norm_weights, total, hidden, input)
-    zoned = zoneout != (0.0, 0.0)
     h_n, c_n = [], []
     for layer in range(num_layers):
         if layer > 0 and dropout > 0:
@@ -395,7 +416,7 @@ def _layers(
             w_ih, w_hh, *more = flat_weights[k * each : (k + 1) * each]
             b_ih, b_hh = (more[0], more[1]) if bias else (None, None)
             w_hr = more[-1] if projected else None
-            _check_weights(mode, input, hidden, state, w_ih, w_hh, b_ih, b_hh, w_hr)
+            _check_weights(mode, input, input.shape[-1], hidden, state, w_ih, w_hh, b_ih, b_hh, w_hr)
             options = ops.Options(batch_first, k % directions == 1)
             more_operands: list[Tensor | None] = []
             if zoned or norm_weights is not None:
@@ -430,6 +451,42 @@ def _layers(
     return input, torch.stack(h_n), torch.stack(c_n)
 
 
+def _layers_at_once(
+    mode: Mode,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    num_layers: int,
+    dropout: float,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    generator: AnyGenerator,
+    state_dropout_mask: Tensor | None,
+    batch: int,
+    hidden: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_layers` by one op for all layers, which draws the same noise."""
+    each = len(flat_weights) // num_layers
+    for layer in range(num_layers):
+        w_ih, w_hh, *bias = flat_weights[layer * each : (layer + 1) * each]
+        b_ih, b_hh = bias or (None, None)
+        width = input.shape[-1] if layer == 0 else hidden
+        _check_weights(mode, input, width, hidden, hidden, w_ih, w_hh, b_ih, b_hh, None)
+    if h_0 is None:
+        h_0 = input.new_zeros(num_layers, batch, hidden)
+        if mode is Mode.LSTM:
+            c_0 = h_0
+    seed_offset = None
+    if dropout > 0:
+        count = input.shape[:-1].numel() * hidden
+        draws = [seed_offset_for(generator, count, input.device) for _ in range(num_layers - 1)]
+        seed_offset = torch.stack(draws)
+    return ops.recurrent_layers(
+        mode, batch_first, input, batch_sizes, flat_weights, h_0, c_0, state_dropout_mask, seed_offset, dropout
+    )
+
+
 def _cell(
     mode: Mode,
     input: Tensor,
@@ -462,7 +519,7 @@ def _checked_cell(
         dtype = torch.get_autocast_dtype(input.device.type)
         input, h, c, w_ih, w_hh, b_ih, b_hh = _cast(dtype, input, h, c, w_ih, w_hh, b_ih, b_hh)
     hidden = w_hh.shape[-1]
-    _check_weights(mode, input, hidden, hidden, w_ih, w_hh, b_ih, b_hh, None)
+    _check_weights(mode, input, input.shape[-1], hidden, hidden, w_ih, w_hh, b_ih, b_hh, None)
     _check("h", h, (input.shape[0], hidden), input)
     if c is not None:
         _check("c", c, (input.shape[0], hidden), input)
@@ -500,7 +557,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seed_offset: Tensor, p: float) -> Tensor:
         ctx.save_for_backward(seed_offset)
         ctx.p = p
-        return _masked(x, seed_offset, p)
+        return ops.dropout(x, seed_offset, p)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -508,15 +565,10 @@ class _Dropout(torch.autograd.Function):
         return _Dropout.apply(grad, seed_offset, ctx.p), None, None
 
 
-def _masked(x: Tensor, seed_offset: Tensor, p: float) -> Tensor:
-    mask = torch.ops.fastgen.bernoulli(seed_offset, x.shape, torch.bool, 1.0 - p)
-    return x * mask * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
-
-
 def _dropout(x: Tensor, p: float, generator: AnyGenerator) -> Tensor:
     seed_offset = seed_offset_for(generator, x.numel(), x.device)
     if ops.plain_only():
-        return _masked(x, seed_offset, p)
+        return ops.dropout(x, seed_offset, p)
     return _Dropout.apply(x, seed_offset, p)
 
 
@@ -570,6 +622,7 @@ def _check_input(input: Tensor, batch_sizes: Tensor | None, batch_first: bool) -
 def _check_weights(
     mode: Mode,
     input: Tensor,
+    width: int,
     hidden: int,
     state: int,
     w_ih: Tensor,
@@ -579,7 +632,7 @@ def _check_weights(
     w_hr: Tensor | None,
 ) -> None:
     rows = mode.gates * hidden
-    _check("w_ih", w_ih, (rows, input.shape[-1]), input)
+    _check("w_ih", w_ih, (rows, width), input)
     _check("w_hh", w_hh, (rows, state), input)
     if (b_ih is None) != (b_hh is None):
         raise RuntimeError("b_ih, b_hh: expected both or neither, got one")

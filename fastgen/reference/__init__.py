@@ -23,6 +23,7 @@ from fastgen.reference.recurrent import (
     recurrent_backward,
     recurrent_cell,
     recurrent_cell_backward,
+    recurrent_layers,
     recurrent_step,
 )
 from fastgen.reference.reparameterize import (
@@ -54,6 +55,7 @@ __all__ = [
     "recurrent_backward",
     "recurrent_cell",
     "recurrent_cell_backward",
+    "recurrent_layers",
     "recurrent_step",
     "reparameterize",
     "reparameterize_backward",

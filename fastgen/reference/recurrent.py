@@ -335,6 +335,75 @@ def recurrent(
     )
 
 
+def recurrent_layers(
+    mode: int,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    h_mask: Tensor | None,
+    batch_first: bool,
+    save: bool,
+    seed_offset: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """(output, h_n, c_n, below, passed, gates, cells) of L layers of `recurrent`, each fed by the one before.
+
+    Args:
+        weights: w_ih, w_hh, and with biases b_ih and b_hh, of each layer.
+        h_0, c_0, h_mask: (L, B, H) each.
+        save: whether to give below, passed, gates and cells.
+        seed_offset: (L - 1, 2) int64, the draws of the dropout behind each layer but the last, an element each in
+            row-major order; None without dropout.
+        dropout: the probability.
+
+    The others as of `recurrent`, of which there is neither projection nor layer norm nor zoneout.
+
+    Returns:
+        output of the last layer; h_n and c_n (L, B, H); below (L - 1, ...), the outputs of the others, and passed
+        (L - 1, ...), where there is dropout, these after it; gates and cells (L, ...) of all.
+    """
+    layers = h_0.shape[0]
+    each = len(weights) // layers
+    results: list[tuple[Tensor, ...]] = []
+    passed: list[Tensor] = []
+    x = input
+    for layer in range(layers):
+        w_ih, w_hh, *bias = weights[layer * each : (layer + 1) * each]
+        b_ih, b_hh = bias or (None, None)
+        c, mask = (None if state is None else state[layer] for state in (c_0, h_mask))
+        results.append(
+            recurrent(mode, x, batch_sizes, w_ih, w_hh, b_ih, b_hh, None, h_0[layer], c, mask, batch_first, False, save)
+        )
+        x = results[-1][0]
+        if seed_offset is not None and layer < layers - 1:
+            x = dropped(x, bernoulli(seed_offset[layer], list(x.shape), torch.bool, 1.0 - dropout), dropout)
+            passed.append(x)
+    outputs, h_n, c_n, gates, cells = zip(*results, strict=True)
+    none = input.new_empty(0)
+
+    def stacked(tensors: Sequence[Tensor], exist: bool) -> Tensor:
+        if not exist:
+            return none.clone()
+        return torch.stack(tuple(tensors)) if tensors else outputs[0].new_empty(0, *outputs[0].shape)
+
+    return (
+        outputs[-1],
+        torch.stack(h_n),
+        stacked(c_n, mode == Mode.LSTM),
+        stacked(outputs[:-1], save),
+        stacked(passed, save and seed_offset is not None),
+        stacked(gates, gates[0].dim() > 1),
+        stacked(cells, cells[0].dim() > 1),
+    )
+
+
+def dropped(x: Tensor, kept: Tensor, p: float) -> Tensor:
+    """x after a dropout with probability p that has left what is `kept` (bool)."""
+    return x * kept * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
 @without_autocast
 def recurrent_backward(
     mode: int,

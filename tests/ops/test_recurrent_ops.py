@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrent_cases import CELLS, EXAMPLES, SEQUENCES, Case
+from recurrent_cases import CELLS, EXAMPLES, SEQUENCES, Case, taking
 from support import FLOATS, call, needs_inductor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -66,6 +66,16 @@ def norm_and_zoneout(mode: Mode, norm: bool, drawn: bool) -> tuple:
     return (*weights, torch.tensor([7, 2]) if drawn else None, 1e-5, *zoneout)
 
 
+def layers_arguments(mode: Mode, dtype: torch.dtype, save: bool = True, dropout: float = 0.0, **kind: bool) -> tuple:
+    """Arguments of `recurrent_layers`, for three layers with the states and the mask of `sequence_arguments`."""
+    _, x, sizes, *weights, _, h, c, mask, batch_first, _, _ = sequence_arguments(mode, dtype, **kind)
+    weights = [w for w in weights if w is not None]
+    upper = [weights[1] / 2, *weights[1:]]
+    states = [None if state is None else torch.stack((state, -state, state / 2)) for state in (h, c, mask)]
+    draws = torch.tensor([[7, 2], [7, 900]]) if dropout else None
+    return int(mode), x, sizes, [*weights, *upper, *upper], *states, batch_first, save, draws, dropout
+
+
 def backward_arguments(arguments: tuple, needs: int = ALL, absent: tuple[int, ...] = ()) -> tuple:
     """Arguments of `recurrent_backward` after `arguments` of `recurrent`, with ones for all gradients but `absent`."""
     mode, *operands, batch_first, reverse, _ = arguments[:14]
@@ -99,7 +109,10 @@ def samples() -> list[tuple[str, tuple]]:
             for reverse in (False, True):
                 arguments = sequence_arguments(mode, torch.float32, reverse, **kind)
                 out += [("recurrent", arguments), ("recurrent_backward", backward_arguments(arguments))]
+            out += [("recurrent_layers", layers_arguments(mode, torch.float32, dropout=0.4, **kind))]
         out += [
+            ("recurrent_layers", layers_arguments(mode, torch.float16, save=False)),
+            ("recurrent_layers", layers_arguments(mode, torch.float32)),
             ("recurrent_backward", backward_arguments(arguments, needs=0b01000110)),
             ("recurrent_backward", backward_arguments(arguments, absent=(0,))),
             ("recurrent_cell", cell_arguments(mode, torch.float32, bias=False)),
@@ -161,6 +174,62 @@ def test_the_backward_formulas_are_the_derivative(mode, kind, reverse):
                 assert found.shape == (0,)
             else:
                 torch.testing.assert_close(found, next(want))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_at_once_are_layers_one_by_one(mode, packed, dropout, monkeypatch):
+    """The function and its derivatives by the op for all layers, against those by an op a layer: same noise, too."""
+    case = Case(mode, num_layers=3, packed=packed, lengths=(4, 2, 1) if packed else (4, 4), masked=True, seed=5)
+
+    def run():
+        (x, hx), weights = case.operands(), case.weights()
+        results = case.ours(x, hx, weights, dropout=dropout, generator=Generator(3))
+        assert torch.autograd.gradcheck(lambda *w: case.ours(x, hx, list(w)), weights, fast_mode=True)
+        loss = sum((y * torch.linspace(-1, 1, y.numel()).to(y).view_as(y)).sum() for y in results)
+        first = torch.autograd.grad(loss, [x, *hx, *weights], retain_graph=True)
+        again = torch.autograd.grad(loss, [x, *hx, *weights], create_graph=True)
+        return *results, *first, *again, *torch.autograd.grad(sum((g * g).sum() for g in again), x)
+
+    with taking("reference"):
+        want = run()
+        monkeypatch.setattr(recurrent_ops, "at_once", lambda *_: True)
+        got = run()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_only_the_gradients_that_are_wanted(monkeypatch):
+    monkeypatch.setattr(recurrent_ops, "at_once", lambda *_: True)
+    case = Case(num_layers=2)
+    (x, hx), weights = case.operands(), case.weights()
+    every = torch.autograd.grad(case.ours(x, hx, weights)[1].sum(), [x, *hx, *weights])
+    for i in range(len(every)):
+        leaves = [leaf.detach() for leaf in (x, *hx, *weights)]
+        leaves[i].requires_grad_()
+        out = case.ours(leaves[0], tuple(leaves[1:3]), leaves[3:])
+        torch.testing.assert_close(torch.autograd.grad(out[1].sum(), leaves[i])[0], every[i])
+
+
+@needs_inductor
+def test_layers_at_once_compile(monkeypatch):
+    monkeypatch.setattr(recurrent_ops, "at_once", lambda *_: True)
+    case = Case(num_layers=2, states=False)
+    (x, hx), weights = case.operands(torch.float32), case.weights(torch.float32)
+
+    def step(x, *weights):
+        return case.ours(x, hx, list(weights), dropout=0.5, generator=Generator(1))[0]
+
+    counter = CompileCounterWithBackend("inductor")
+    found = []
+    for f in (step, torch.compile(step, fullgraph=True, backend=counter)):
+        y = f(x, *weights)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *weights])))
+    assert counter.frame_count == 1
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("mode", MODES)
