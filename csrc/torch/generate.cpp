@@ -1,4 +1,4 @@
-// fastgen::linear_rows and rnn_generate on the CPU: fastgen/reference/generate.py says what they are.
+// fastgen::linear_rows, pick_tokens and rnn_generate on the CPU: fastgen/reference/generate.py says what they are.
 #include <cstring>
 #include <vector>
 
@@ -36,6 +36,63 @@ void check_rows(const char* name, const Tensor& tensor, int64_t rows, int64_t co
 }
 
 int64_t* integers(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
+
+void check_vocabulary(const char* name, int64_t vocabulary) {
+  STD_TORCH_CHECK(vocabulary > 0 && vocabulary <= int64_t(1) << 22, name, ": expected 1 to 2^22 tokens, got ",
+                  vocabulary);
+}
+
+// How tokens are drawn. What belongs to the rows is the caller's.
+DrawParams draw_params(ScalarType dtype, int64_t vocabulary, const Optional& seen, double temperature, int64_t top_k,
+                       double top_p, double min_p, double repetition_penalty) {
+  DrawParams p{};
+  p.dtype = dtype_of(dtype);
+  p.vocabulary = vocabulary;
+  p.seen = seen ? static_cast<const bool*>(seen->const_data_ptr()) : nullptr;
+  p.temperature = temperature;
+  p.top_k = top_k;
+  p.top_p = top_p;
+  p.min_p = min_p;
+  p.repetition_penalty = repetition_penalty;
+  return p;
+}
+void run(const DrawParams& p, int64_t rows) {
+  const auto draw = kernels().draw_tokens;
+  for_units(rows, 16 * p.vocabulary, [&](int64_t begin, int64_t end) { draw(p, begin, end); });
+}
+
+Tensor pick_tokens(const Tensor& logits, const Optional& seen, const Tensor& seed_offset, double temperature,
+                   int64_t top_k, double top_p, double min_p, double repetition_penalty) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_cpu(), "logits: expected (rows, vocabulary) on the CPU, got ",
+                  logits.dim(), " dimensions");
+  check_floating(logits.scalar_type());
+  const int64_t n = logits.size(0), vocabulary = logits.size(1);
+  check_vocabulary("logits", vocabulary);
+  check_rows("seed_offset", seed_offset, n, 2, ScalarType::Long);
+  if (seen) check_rows("seen", *seen, n, vocabulary, ScalarType::Bool);
+  DrawParams p =
+      draw_params(logits.scalar_type(), vocabulary, seen, temperature, top_k, top_p, min_p, repetition_penalty);
+  const Tensor scores = logits.is_contiguous() ? logits : torch::stable::contiguous(logits);
+  const int64_t sizes[] = {n, vocabulary};
+  Tensor tokens = empty_cpu(sizes, 1, ScalarType::Long);
+  const Tensor units = empty_cpu(sizes, 2, ScalarType::Long);
+  const int64_t* words = integers(seed_offset);
+  std::vector<int64_t> rows;
+  std::vector<uint64_t> seeds, elements;
+  for (int64_t r = 0; r < n; ++r) {
+    rows.push_back(r);
+    seeds.push_back(uint64_t(words[2 * r]));
+    elements.push_back(uint64_t(words[2 * r + 1]));
+  }
+  p.logits = scores.const_data_ptr();
+  p.seen_rows = rows.data();
+  p.seeds = seeds.data();
+  p.elements = elements.data();
+  p.weights = integers(units);
+  p.tokens = integers(tokens);
+  run(p, n);
+  return tokens;
+}
 
 // One layer's weights, w_ih, w_hh, the two biases if `count` has them and then the four of layer norm, and the copies
 // that their strides asked for.
@@ -140,8 +197,7 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
   const int64_t each = count / layers;
   STD_TORCH_CHECK(count == each * layers && (each == 2 || each == 4 || (lstm && (each == 6 || each == 8))),
                   "weights: expected 2 or 4, or 6 or 8 with layer norm, for each of ", layers, " layers, got ", count);
-  STD_TORCH_CHECK(vocabulary > 0 && vocabulary <= int64_t(1) << 22, "embedding: expected 1 to 2^22 tokens, got ",
-                  vocabulary);
+  check_vocabulary("embedding", vocabulary);
   check_matrix("embedding", embedding, vocabulary, embedding.size(1), kind);
 
   int64_t *const token = integers(tokens), *const at = integers(position), *const state_of = integers(status);
@@ -185,15 +241,7 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
                                                                      static_cast<char*>(fresh.mutable_data_ptr());
   char* const cells = lstm ? static_cast<char*>(c->mutable_data_ptr()) : nullptr;
 
-  DrawParams draw{};
-  draw.dtype = dtype_of(dtype);
-  draw.vocabulary = vocabulary;
-  draw.seen = seen ? static_cast<const bool*>(seen->const_data_ptr()) : nullptr;
-  draw.temperature = temperature;
-  draw.top_k = top_k;
-  draw.top_p = top_p;
-  draw.min_p = min_p;
-  draw.repetition_penalty = repetition_penalty;
+  DrawParams draw = draw_params(dtype, vocabulary, seen, temperature, top_k, top_p, min_p, repetition_penalty);
   draw.weights = integers(units);
   draw.tokens = drawn.data();
   const KernelTable& table = kernels();
@@ -245,7 +293,7 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
     draw.seen_rows = drawing_rows.data();
     draw.seeds = row_seeds.data();
     draw.elements = elements.data();
-    for_units(last, 16 * vocabulary, [&](int64_t first, int64_t past) { table.draw_tokens(draw, first, past); });
+    run(draw, last);
     for (int64_t i = 0; i < last; ++i) {
       const int64_t r = drawing_rows[size_t(i)], y = drawn[size_t(i)];
       if (y < 0) {
@@ -268,5 +316,6 @@ void rnn_generate(int64_t mode_number, const Tensor& tokens, const Tensor& posit
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   m.impl("linear_rows", TORCH_BOX(&fastgen::linear_rows));
+  m.impl("pick_tokens", TORCH_BOX(&fastgen::pick_tokens));
   m.impl("rnn_generate", TORCH_BOX(&fastgen::rnn_generate));
 }

@@ -1,12 +1,13 @@
-"""Generation: a product whose rows do not depend on each other, and many tokens a call.
+"""Generation: a product whose rows do not depend on each other, a draw from logits, and many tokens a call.
 
-What the arguments are stands in `fastgen/reference/generate.py`. Both are for inference: they have no gradient.
+What the arguments are stands in `fastgen/reference/generate.py`. All are for inference: they have no gradient.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastgen import reference
@@ -16,6 +17,8 @@ __all__ = ["SCHEMAS"]
 
 SCHEMAS = {
     "linear_rows": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
+    "pick_tokens": "(Tensor logits, Tensor? seen, Tensor seed_offset, float temperature, int top_k, float top_p, "
+    "float min_p, float repetition_penalty) -> Tensor",
     "rnn_generate": "(int mode, Tensor(a!) tokens, Tensor(b!) position, Tensor given, Tensor end, Tensor(c!) status, "
     "Tensor(d!) h, Tensor(e!)? c, Tensor(f!)? seen, Tensor embedding, Tensor[] weights, Tensor? projection, "
     "Tensor output_weight, Tensor? output_bias, Tensor seed_offset, float temperature, int top_k, float top_p, "
@@ -28,8 +31,16 @@ def _fake_linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return input.new_empty((input.shape[0], weight.shape[0]))
 
 
+def _fake_pick_tokens(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
 def _fake_rnn_generate(*_: Any) -> None:
     return None
 
 
-register(SCHEMAS, reference, {"linear_rows": _fake_linear_rows, "rnn_generate": _fake_rnn_generate})
+register(
+    SCHEMAS,
+    reference,
+    {"linear_rows": _fake_linear_rows, "pick_tokens": _fake_pick_tokens, "rnn_generate": _fake_rnn_generate},
+)

@@ -239,6 +239,7 @@ def self_test(device: str) -> Iterator[Check]:
         yield _verdict(f"{device}: {op}", _activation_errors(op, device), "fits the formula in fp64")
     yield _verdict(f"{device}: mm", _mm_errors(device), "fits the formula in fp64, by rows and by columns")
     yield _verdict(f"{device}: linear_rows", _linear_rows_errors(device), "fits the formula in fp64, row by row")
+    yield _verdict(f"{device}: pick_tokens", _pick_tokens_errors(device), "draws what the formula in Python draws")
     yield _verdict(f"{device}: rnn_generate", _rnn_generate_errors(device), "draws the tokens of the loop in Python")
 
 
@@ -482,6 +483,23 @@ def _linear_rows_errors(device: str) -> Iterator[str]:
         allowed = 8 * torch.finfo(dtype).eps * (x.double().abs() @ weight.double().abs().T + 1)
         if not bool(((got.double() - want).abs() <= allowed).all()):
             yield f"off by up to {float((got.double() - want).abs().max()):.3g} in {dtype}"
+
+
+def _pick_tokens_errors(device: str) -> Iterator[str]:
+    import torch
+
+    from fastgen import reference
+
+    rows, vocabulary = 5, 83
+    draw = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(rows, vocabulary, generator=draw).to(device)
+    seen = (torch.rand(rows, vocabulary, generator=draw) < 0.3).to(device)
+    seeds = torch.tensor([[_STATE[0], row] for row in range(rows)], device=device)
+    # temperature, top_k, top_p, min_p, repetition_penalty
+    for options in ((1.0, 0, 1.0, 0.0, 1.0), (0.0, 0, 1.0, 0.0, 1.2), (0.7, 20, 0.9, 0.01, 1.2)):
+        got = torch.ops.fastgen.pick_tokens(logits, seen, seeds, *options)
+        if not torch.equal(got, reference.pick_tokens(logits, seen, seeds, *options)):
+            yield f"other tokens with temperature, top_k, top_p, min_p, repetition_penalty of {options}"
 
 
 def _rnn_generate_errors(device: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgen.functional import gelu, scaled_dot_product_attention
 from fastgen.models._sampling import IGNORED, STEPS_A_CALL, RowState, TokenRows
 from fastgen.nn.lora import LoRALinear
-from fastgen.reference.generate import Status, pick_tokens
+from fastgen.reference.generate import Status
 
 if TYPE_CHECKING:
     from fastgen.models.gpt import GPT, GPTConfig
@@ -144,9 +144,9 @@ class _Step(_GenerationPass):
         self._all = rows == list(range(len(cache.lengths)))
         device = cache.keys.device
         self._rows, self.positions = (torch.tensor(x, device=device) for x in (rows, lengths))
-        # Rows of one length, which is usual, need no mask.
-        self._mask = None
-        if min(lengths) + 1 < self._longest:
+        # Rows of one length, which is usual, need no mask, and store what is new at one place.
+        self._mask, self._equal = None, min(lengths) + 1 == self._longest
+        if not self._equal:
             seen = torch.arange(self._longest, device=device) <= self.positions.unsqueeze(1)
             self._mask = seen.view(len(rows), 1, 1, self._longest)
         for row in rows:
@@ -159,6 +159,10 @@ class _Step(_GenerationPass):
     def _appended(self, cache: Tensor, new: Tensor) -> Tensor:
         """Store new (k, Hkv, 1, head_dim); gives all that the rows have (k, Hkv, T, head_dim)."""
         layer = cache[self.index]
+        if self._all and self._equal:
+            held = layer[:, :, : self._longest]
+            held[:, :, -1:] = new
+            return held
         layer[self._rows, :, self.positions] = new.squeeze(2)
         return (layer if self._all else layer[self._rows])[:, :, : self._longest]
 
@@ -199,16 +203,15 @@ class CachedRows(TokenRows):
 
     def _advance(self, running: list[int], one_by_one: bool) -> None:
         known = torch.maximum(self._position + 1, self._given).tolist()
-        for _ in range(1 if one_by_one else STEPS_A_CALL):
-            with self._model.inference(), torch.autocast(self._tokens.device.type, enabled=False):
-                logits = self._logits(running, known)
-            self._draw(running, known, logits)
-            status = self._status.tolist()
-            for row in running:
-                known[row] += 1
-            running = [row for row in running if status[row] == Status.RUNNING]
-            if not running:
-                return
+        with self._model.inference(), torch.autocast(self._tokens.device.type, enabled=False):
+            for _ in range(1 if one_by_one else STEPS_A_CALL):
+                self._draw(running, known, self._logits(running, known))
+                status = self._status.tolist()
+                for row in running:
+                    known[row] += 1
+                running = [row for row in running if status[row] == Status.RUNNING]
+                if not running:
+                    return
 
     def _window(self, row: int, known: int) -> int:
         """The place from where the row is read to draw the token behind `known` of its buffer."""
@@ -263,7 +266,7 @@ class CachedRows(TokenRows):
         if self._processor is not None:
             logits = self._processed(rows, logits)
         sampling = self._sampling
-        drawn = pick_tokens(
+        drawn = torch.ops.fastgen.pick_tokens(
             logits,
             self._seen[rows] if self._penalised else None,
             torch.stack((self._seeds[rows, 0], self._seeds[rows, 1] + index), dim=-1),

@@ -128,7 +128,8 @@ class PretrainedModel(nn.Module):
     def inference(self) -> Iterator[None]:
         """Evaluation mode and no gradients for a block; every submodule's mode is put back afterwards."""
         training = [module for module in self.modules() if module.training]
-        self.eval()
+        if training:
+            self.eval()
         try:
             with torch.no_grad():
                 yield

@@ -6,7 +6,7 @@ precision, the oracle of the tests.
 
 from fastgen.reference.activation import gelu, gelu_backward, swiglu, swiglu_backward
 from fastgen.reference.attention import attention, attention_backward
-from fastgen.reference.generate import linear_rows, rnn_generate
+from fastgen.reference.generate import linear_rows, pick_tokens, rnn_generate
 from fastgen.reference.linear import mm
 from fastgen.reference.random import (
     below,
@@ -50,6 +50,7 @@ __all__ = [
     "noise_for",
     "normal",
     "philox4x32",
+    "pick_tokens",
     "random_bits",
     "recurrent",
     "recurrent_backward",

@@ -82,6 +82,70 @@ def test_a_product_that_does_not_fit_raises(isa, wrong):
 
 
 # ---------------------------------------------------------------------------------------------------
+# pick_tokens
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(
+    rows=st.integers(0, 6),
+    vocabulary=st.sampled_from([1, 2, 15, 16, 17, 83, 300]),
+    spread=st.sampled_from([0.0, 0.3, 3.0, 40.0]),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    top_k=st.sampled_from([0, 1, 5, 1000]),
+    top_p=st.sampled_from([1.0, 0.9, 0.1, 0.0]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0]),
+    penalty=st.sampled_from([None, 1.0, 1.3, 0.5]),
+    seed=st.integers(0, 99),
+)
+def test_pick_tokens(dtype, rows, vocabulary, spread, temperature, top_k, top_p, min_p, penalty, seed):
+    """Every instruction set picks the token of the formula in Python, equal scores and masked ones included."""
+    g = Generator(seed)
+    logits = normal(g, rows, vocabulary, std=max(spread, 1e-30)).mul(4).round().div(4).to(dtype)
+    logits[:, 1::5] = -torch.inf
+    seen = None if penalty is None else normal(g, rows, vocabulary) > 0
+    place = torch.stack((torch.arange(rows) - seed, torch.arange(rows) * 2**40), dim=1)
+    sampling = temperature, top_k, top_p, min_p, penalty or 1.0
+    expected = reference.pick_tokens(logits, seen, place, *sampling)
+    for isa in ISAS:
+        with use_cpu_isa(isa):
+            assert torch.equal(ops.pick_tokens(logits, seen, place, *sampling), expected)
+            assert torch.equal(ops.pick_tokens(logits.t().contiguous().t(), seen, place, *sampling), expected)
+
+
+def test_nothing_is_picked_where_scores_are_not_finite(isa):
+    logits = torch.zeros(4, 9)
+    logits[0, 3], logits[1, 8], logits[2] = torch.nan, torch.inf, -torch.inf
+    with use_cpu_isa(isa):
+        for temperature in (0.0, 1.0):
+            picked = ops.pick_tokens(logits, None, torch.zeros(4, 2, dtype=torch.int64), temperature, 0, 1.0, 0.0, 1.0)
+            assert picked[:3].tolist() == [-1, -1, -1]
+            assert picked[3] >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("logits", {"logits": torch.zeros(5)}),
+        ("logits", {"logits": torch.zeros(2, 0)}),
+        ("dtype", {"logits": torch.zeros(2, 5, dtype=torch.int64)}),
+        ("seen", {"seen": torch.zeros(2, 4, dtype=torch.bool)}),
+        ("seen", {"seen": torch.zeros(2, 5)}),
+        ("seed_offset", {"seed_offset": torch.zeros(3, 2, dtype=torch.int64)}),
+        ("seed_offset", {"seed_offset": torch.zeros(2, 2)}),
+    ],
+)
+def test_a_draw_that_does_not_fit_raises(name, change):
+    operands = {"logits": torch.zeros(2, 5), "seen": None, "seed_offset": torch.zeros(2, 2, dtype=torch.int64)}
+    with pytest.raises(RuntimeError, match=name):
+        ops.pick_tokens(*(operands | change).values(), 1.0, 0, 1.0, 0.0, 1.0)
+
+
+def test_pick_tokens_is_a_proper_op():
+    place = torch.zeros(3, 2, dtype=torch.int64)
+    torch.library.opcheck(ops.pick_tokens.default, (torch.randn(3, 7), None, place, 1.0, 3, 0.9, 0.0, 1.0))
+
+
+# ---------------------------------------------------------------------------------------------------
 # rnn_generate
 
 
