@@ -40,7 +40,12 @@ using Optional = std::optional<Tensor>;
 class Sequencer {
  public:
   Sequencer(RecurrentArguments& arguments, const Tensor& like)
-      : arguments_(arguments), like_(like), device_(like), stream_(current_stream(like)) {}
+      : arguments_(arguments),
+        like_(like),
+        device_(like),
+        stream_(current_stream(like)),
+        multiprocessors_(multiprocessors()),
+        shared_limit_(int64_t(shared_limit())) {}
 
   cudaStream_t stream() const { return stream_; }
   int64_t element_size() const { return int64_t(like_.element_size()); }
@@ -160,9 +165,10 @@ class Sequencer {
   // clusters: where there are any, blocks share what the product with the recurrent matrix reads.
   template <class Params>
   void launch_sequence(void (*kernel)(Params), Params& p, bool clusters) {
-    deal(&p, 1, multiprocessors(), 1);
+    deal(&p, 1, multiprocessors_, 1);
     const bool many = p.recurrent.tiles >= kCluster && p.recurrent.part_chunks() <= kWarps * kStages;
-    const int room = clusters && many ? clusters_at_once(kernel, kCluster, kThreads, shared_limit()) * kCluster : 0;
+    const int room =
+        clusters && many ? clusters_at_once(kernel, kCluster, kThreads, size_t(shared_limit_)) * kCluster : 0;
     if (room > 0) {
       Params other = p;
       other.recurrent.clusters = true;
@@ -182,7 +188,7 @@ class Sequencer {
   // Layers that run at once, in stages as `beside` chose them.
   template <int kLayers>
   void launch_layers(void (*kernel)(Layers<kLayers>), Layers<kLayers>& p) {
-    deal(p.layer, p.count, multiprocessors(), 1);
+    deal(p.layer, p.count, multiprocessors_, 1);
     const ForwardParams& any = p.layer[0];
     uint32_t* arrived = counters(any.groups);
     for (int l = 0; l < p.count; ++l) p.layer[l].arrived = arrived;
@@ -196,11 +202,10 @@ class Sequencer {
   // Of at most so many layers the number that takes the least time a layer and step when they run at once.
   Beside beside(int64_t most) const {
     const RecurrentParams& r = arguments_.p;
-    const int room = multiprocessors();
     Beside best{1, 1};
     int64_t least = 0;
     for (int count = 1; count <= std::min<int64_t>(most, kLayersMost); ++count) {
-      for (int stages = 1; stages <= std::min(count, room); ++stages) {
+      for (int stages = 1; stages <= std::min(count, multiprocessors_); ++stages) {
         if (ceil_div(count, ceil_div(count, stages)) < stages) continue;  // the last stage would have none
         ForwardParams layers[kLayersMost]{};
         for (int l = 0; l < count; ++l) {
@@ -208,7 +213,7 @@ class Sequencer {
           layers[l].stages = stages;
           layers[l].recurrent = product_of(r.hidden_size, r.hidden_size, gate_count(r.mode), l > 0 ? 2 : 1);
         }
-        if (!deal(layers, count, room, 1) && count > 1) continue;
+        if (!deal(layers, count, multiprocessors_, 1) && count > 1) continue;
         const int64_t wave = kBarrier + ceil_div(count, stages) * kCells + cycles(layers, count);
         if (count == 1 || wave * best.count < least * count) {
           best = {count, stages};
@@ -220,7 +225,7 @@ class Sequencer {
   }
 
   unsigned row_blocks(int64_t warps) const {
-    return unsigned(std::min<int64_t>(ceil_div(warps, kRowThreads / 32), 16 * multiprocessors()));
+    return unsigned(std::min<int64_t>(ceil_div(warps, kRowThreads / 32), 16 * multiprocessors_));
   }
 
  private:
@@ -255,9 +260,10 @@ class Sequencer {
     int64_t least = cycles(layers, count);
     for (int tiles = best + 1; resident && tiles <= most; ++tiles) {
       resident = take(tiles);
-      if (!resident || cycles(layers, count) >= least) continue;
+      const int64_t found = cycles(layers, count);
+      if (!resident || found >= least) continue;
       best = tiles;
-      least = cycles(layers, count);
+      least = found;
     }
     return take(best);
   }
@@ -284,14 +290,14 @@ class Sequencer {
   // them may.
   template <class Params>
   bool arrange(Params* layers, int count) const {
-    const int64_t limit = int64_t(shared_limit()), of_stage = ceil_div(count, layers->stages);
+    const int64_t of_stage = ceil_div(count, layers->stages);
     const int64_t sums = int64_t(sizeof(float)) * kWarps * kGroupsMost * kUnits * kSumPitch;
     SharedPlan plan{kWarps, 0, kStageOperand, 0, 0};
     const auto fits = [&](int64_t matrices) {
       plan.rings = int(matrices);
       plan.sums = plan.rings + plan.warps * kStages * plan.stage;
       plan.bytes = plan.sums + int(sums);
-      return plan.bytes <= limit;
+      return plan.bytes <= shared_limit_;
     };
     int64_t matrices = 0, stage = 0;
     for (int l = 0; l < count; ++l) {
@@ -325,6 +331,8 @@ class Sequencer {
   const Tensor& like_;
   OnDevice device_;
   cudaStream_t stream_;
+  int multiprocessors_;
+  int64_t shared_limit_;  // of a block, in bytes
   std::vector<Tensor> kept_;
 };
 

@@ -16,6 +16,7 @@ from recurrent_cases import Case, on
 from support import assert_same_bits
 from torch import Tensor
 
+import fastgen
 from fastgen import random, reference
 from fastgen._ops import recurrent as recurrent_ops
 from fastgen.random import Generator
@@ -269,6 +270,24 @@ def test_errors(gpu, change, message):
         arguments[i] = put if isinstance(value, list) else put[0]
     with pytest.raises(RuntimeError, match=message):
         gpu.ops.recurrent_layers(*arguments)
+
+
+@pytest.mark.cuda
+def test_a_graph_can_be_captured_and_replayed():
+    if not (fastgen.build_info()["cuda"] and torch.cuda.is_available()):
+        pytest.skip(f"no CUDA kernels: {fastgen.build_info()['cuda_error'] or 'no device'}")
+    gpu = Gpu(torch.device("cuda", torch.cuda.current_device()), torch.ops.fastgen)
+    arguments = Stack(layers=3, hidden=70, lengths=(4, 2, 2, 1), dropout=0.3).arguments(torch.float32, gpu)
+    gpu.ops.recurrent_layers(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = gpu.ops.recurrent_layers(*arguments)
+    arguments[1].copy_(torch.randn_like(arguments[1]))
+    arguments[9][:, 1] += 99
+    graph.replay()
+    for got, want in zip(results, gpu.ops.recurrent_layers(*arguments), strict=True):
+        assert_same_bits(got.cpu(), want.cpu())
 
 
 CASES = [
