@@ -162,10 +162,10 @@ class Arguments {
 
   // Multiply-adds of the two products, as if everything were seen, or what takes as long. To read a key and its value
   // counts as two more queries that look at them, which is most of it where a single query does; and what comes before
-  // the first key of a head as 24 more keys, which is most of it where there are few.
+  // the first key of a head as 16 more keys, which is most of it where there are few.
   double products() const {
     const auto of = [&](int64_t queries, int64_t keys) {
-      return (double(p.heads) * double(queries) + 2 * double(p.kv_heads)) * (double(keys) + 24);
+      return (double(p.heads) * double(queries) + 2 * double(p.kv_heads)) * (double(keys) + 16);
     };
     double pairs = 0;
     if (p.query_starts == nullptr) {

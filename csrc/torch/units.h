@@ -24,9 +24,13 @@ inline void run_units(int64_t units, int64_t bytes_of_unit, double products, con
   if (units == 0) return;
   const int64_t useful = int64_t(std::min(products / kGrainProducts, 1e6));
   const int64_t threads = std::max<int64_t>(1, std::min({int64_t(torch::stable::get_num_threads()), units, useful}));
+  // Short units are taken several at a time: their results share cache lines, and so do all threads the counter.
+  const int64_t step = std::max<int64_t>(1, int64_t(kGrainProducts / 2 * double(units) / std::max(products, 1.0)));
   std::atomic<int64_t> next{0};
   const auto work = [&](void* own) {
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(unit, own);
+    for (int64_t first; (first = next.fetch_add(step, std::memory_order_relaxed)) < units;) {
+      for (int64_t unit = first; unit < std::min(first + step, units); ++unit) body(unit, own);
+    }
   };
   constexpr int64_t kSmall = 16384;  // in a short call an allocation is a good part
   if (threads == 1 && bytes_of_unit <= kSmall) {
