@@ -225,6 +225,12 @@ class Options(NamedTuple):
     norm_eps: float = 0  # integers, as Dynamo makes symbols of the defaults that are floats
     zoneout_c: float = 0
     zoneout_h: float = 0
+    changeable: bool = False  # whether the caller may change the output in place: the gradient then keeps a copy
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Those of layer norm and zoneout, as the ops take them."""
+        return self.norm_eps, self.zoneout_c, self.zoneout_h
 
 
 # The tensors of a layer as its op takes them are `_FIRST`, the two flags, what is saved or needed, and the rest.
@@ -238,7 +244,7 @@ def _call(op: Callable[..., Any], mode: int, operands: Operands, options: Option
     if len(operands) == _FIRST:
         return op(mode, *operands, options.batch_first, options.reverse, save)
     first, rest = operands[:_FIRST], operands[_FIRST:]
-    return op(mode, *first, options.batch_first, options.reverse, save, *rest, *options[2:])
+    return op(mode, *first, options.batch_first, options.reverse, save, *rest, *options.numbers)
 
 
 class _Recurrent(torch.autograd.Function):
@@ -247,7 +253,7 @@ class _Recurrent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mode: int, options: Options, *operands: Tensor | None) -> Any:
         output, h_n, c_n, gates, cells = _call(_recurrent, mode, operands, options, True)
-        ctx.save_for_backward(*operands, output, gates, cells)
+        ctx.save_for_backward(*operands, output.clone() if options.changeable else output, gates, cells)
         ctx.mode, ctx.options = mode, options
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
@@ -280,7 +286,7 @@ class _Recurrent(torch.autograd.Function):
             options.reverse,
             needs,
             *operands[_FIRST:],
-            *(options[2:] if len(operands) > _FIRST else ()),
+            *(options.numbers if len(operands) > _FIRST else ()),
         )
         results: list[Tensor | None] = [None] * len(operands)
         for i, grad in zip(places, found, strict=False):
@@ -381,7 +387,12 @@ class _RecurrentCell(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mode: int, *operands: Tensor | None) -> Any:
         h_1, c_1, gates = _recurrent_cell(mode, *operands)
-        ctx.save_for_backward(*operands, h_1, c_1, gates)
+        # Copies of what the gradient reads, as PyTorch's results may be changed in place too; for h_1, which the gated
+        # cells do not read, h stands.
+        gated = mode in (Mode.LSTM, Mode.GRU)
+        ctx.save_for_backward(
+            *operands, operands[1] if gated else h_1.clone(), c_1.clone() if mode == Mode.LSTM else c_1, gates
+        )
         ctx.mode = mode
         ctx.set_materialize_grads(False)
         return h_1, c_1

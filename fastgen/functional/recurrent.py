@@ -18,6 +18,7 @@ from fastgen._ops.recurrent import Mode
 from fastgen.random import AnyGenerator, seed_offset_for
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ONEDNN = (torch.float32, torch.bfloat16)  # what PyTorch's LSTM has oneDNN compute, padded and without a projection
 
 
 def lstm(
@@ -339,6 +340,7 @@ def _layers(
         dropout = 0.0
     _check_probability("dropout", dropout)
     _check_zoneout(zoneout)
+    compiling = torch.compiler.is_compiling()
     directions = 2 if bidirectional else 1
     total = num_layers * directions
     unprojected = 4 if bias else 2
@@ -358,8 +360,9 @@ def _layers(
 
     if batch_sizes is None:
         batch = input.shape[0 if batch_first else 1]
-    elif h_0 is not None and torch.compiler.is_compiling():
-        batch = h_0.shape[1]  # a graph cannot depend on the number in batch_sizes
+    elif compiling and (h_0 is not None or state_dropout_mask is not None):
+        # A graph cannot compare the number in batch_sizes.
+        batch = (state_dropout_mask if h_0 is None else h_0).shape[1]  # type: ignore[union-attr]
     else:
         batch = int(batch_sizes[0])
     state = _validate.tensor("flat_weights", flat_weights[1]).shape[-1]
@@ -373,6 +376,8 @@ def _layers(
         if state_dropout_mask.requires_grad:
             raise RuntimeError("state_dropout_mask: expected a tensor without gradient, got one that requires it")
     zoned = zoneout != (0.0, 0.0)
+    if compiling and (zoned or norm_weights is not None):
+        zoneout, layer_norm_eps = (_constant(zoneout[0]), _constant(zoneout[1])), _constant(layer_norm_eps)
     at_once = num_layers > 1 and ops.at_once(input, batch_sizes, batch_first)
     if at_once and not (bidirectional or projected or zoned or norm_weights is not None):
         return _layers_at_once(
@@ -407,6 +412,9 @@ def _layers(
 
     if norm_weights is not None:
         _check_norms(norm_weights, total, hidden, input)
+    # As that of PyTorch may be, but for what oneDNN computes. Two directions end in a tensor of their own.
+    onednn = mode is Mode.LSTM and batch_sizes is None and not projected and input.dtype in _ONEDNN
+    changeable = directions == 1 and not onednn
     h_n, c_n = [], []
     for layer in range(num_layers):
         if layer > 0 and dropout > 0:
@@ -417,7 +425,7 @@ def _layers(
             b_ih, b_hh = (more[0], more[1]) if bias else (None, None)
             w_hr = more[-1] if projected else None
             _check_weights(mode, input, input.shape[-1], hidden, state, w_ih, w_hh, b_ih, b_hh, w_hr)
-            options = ops.Options(batch_first, k % directions == 1)
+            options = ops.Options(batch_first, k % directions == 1, changeable=changeable and layer == num_layers - 1)
             more_operands: list[Tensor | None] = []
             if zoned or norm_weights is not None:
                 norm = (None,) * 4 if norm_weights is None else norm_weights[4 * k : 4 * k + 4]
@@ -498,6 +506,13 @@ def _cell(
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return ops.recurrent_cell(mode, *_checked_cell(mode, input, h, c, w_ih, w_hh, b_ih, b_hh))
+
+
+def _constant(value: float) -> float:
+    """The number for a graph: Dynamo fails where several layers take a symbol, as `dynamic=True` makes of a float."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return float(guard_scalar(value))
 
 
 def _checked_cell(

@@ -157,7 +157,7 @@ class _Sequence(torch.nn.RNNBase):
         state_dtype = states[0].dtype if states else x.dtype
         state_mask = None
         if drops:
-            x, weights, state_mask = self._drop(x, weights, batch_sizes, order)
+            x, weights, state_mask = self._drop(x, weights, states, batch_sizes, order)
 
         output, *states = _SEQUENCES[self.mode](
             x,
@@ -173,9 +173,8 @@ class _Sequence(torch.nn.RNNBase):
             state_dropout_mask=state_mask,
             **self._options(),
         )
-        if self.mode == "GRU" and output.dtype is not state_dtype:
-            # Under autocast PyTorch gives its results, of all, the wider dtype of state and product.
-            output, *states = (r.to(torch.promote_types(r.dtype, state_dtype)) for r in (output, *states))
+        if output.dtype is not state_dtype:
+            output, states = self._widened(output, states, state_dtype, batch_sizes is not None)
         if unbatched:
             return output.squeeze(batch_dim), self._pack([s.squeeze(1) for s in states])
         if inverse is not None:
@@ -183,6 +182,21 @@ class _Sequence(torch.nn.RNNBase):
         if batch_sizes is not None:
             return PackedSequence(output, batch_sizes, order, inverse), self._pack(states)
         return output, self._pack(states)
+
+    def _widened(
+        self, output: Tensor, states: list[Tensor], dtype: torch.dtype, packed: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What autocast made narrower than the states of `dtype` that came in, in the dtypes that PyTorch gives it.
+
+        A GRU, and an LSTM that oneDNN does not compute (packed or with a projection), widen what products and states
+        add up to; what a projection gives is a product.
+        """
+        if self.mode != "GRU" and not (self.mode == "LSTM" and (packed or self.proj_size)):
+            return output, states
+        products = [output, *states][: 2 if self.proj_size else 0]
+        sums = [output, *states][len(products) :]
+        output, *states = [*products, *(r.to(torch.promote_types(r.dtype, dtype)) for r in sums)]
+        return output, states
 
     def _options(self) -> dict[str, Any]:
         """Those of the function, that PyTorch's do not have."""
@@ -219,10 +233,16 @@ class _Sequence(torch.nn.RNNBase):
         return [list(s.shape) for s in states] == [[layers, *batch, size] for size in sizes]
 
     def _drop(
-        self, x: Tensor, weights: list[Any], batch_sizes: Tensor | None, order: Tensor | None
+        self, x: Tensor, weights: list[Any], states: list[Tensor], batch_sizes: Tensor | None, order: Tensor | None
     ) -> tuple[Tensor, list[Any], Tensor | None]:
         """Input and weights after dropout, and the mask of the state; each row has its own, packed or not."""
-        rows = x.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+        if batch_sizes is None:
+            rows = x.size(0 if self.batch_first else 1)
+        elif states:
+            rows = states[0].size(1)
+        else:
+            rows = int(batch_sizes[0])
+            torch._check(rows > 0)  # what a graph cannot know
         if self.input_dropout:
             mask = _mask(rows, self.input_size, p=self.input_dropout, like=x)
             if batch_sizes is None:
@@ -230,7 +250,7 @@ class _Sequence(torch.nn.RNNBase):
             else:
                 # Step t holds the first batch_sizes[t] rows in sorted order, one step after the other.
                 first = batch_sizes.cumsum(0) - batch_sizes
-                row = torch.arange(x.size(0)) - first.repeat_interleave(batch_sizes)
+                row = torch.arange(x.size(0)) - first.repeat_interleave(batch_sizes, output_size=x.size(0))
                 row = row.to(x.device)
                 mask = mask[row if order is None else order[row]]
             x = x * mask

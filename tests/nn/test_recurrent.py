@@ -566,6 +566,52 @@ def test_forward_mode_and_double_backward():
     assert float(second[1, 2]) == pytest.approx((moved[0] - moved[1]) / (2 * step), rel=1e-5, abs=1e-7)
 
 
+def results_of(name, module, x, hx):
+    """What a call gives, output first, states behind it."""
+    return tensors(module(x, hx if name.startswith("LSTM") else hx[0]))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *[(name, {}) for name in (*SEQUENCES, "LSTMCell", "GRUCell")],
+        *[(name, {"num_layers": 2}) for name in SEQUENCES],
+        *[(name, {"bidirectional": True}) for name in SEQUENCES],
+        ("LSTM", {"proj_size": 2}),
+    ],
+)
+@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize("form", ["padded", "packed", "one step"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_may_be_changed_in_place_where_torchs_may(name, options, rows, form, dtype):
+    """As `output += residual` does in training; the gradients are then those of the changed results."""
+    theirs, ours = (module.to(dtype) for module in pair(name, 3, 4, **options))
+    x = (
+        torch.randn(rows, 3, dtype=dtype)
+        if name in CELLS
+        else torch.randn(1 if form == "one step" else 5, rows, 3, dtype=dtype)
+    )
+    if form == "packed":
+        if name in CELLS:
+            return
+        x = pack_padded_sequence(x, torch.tensor([5, *[2] * (rows - 1)]))
+    lead = (rows,) if name in CELLS else (options.get("num_layers", 1) * (2 if "bidirectional" in options else 1), rows)
+    hx = tuple(torch.randn(*lead, size, dtype=dtype) for size in (options.get("proj_size", 4), 4))
+    for place in range(len(results_of(name, theirs, x, hx))):
+        found = []
+        for module in (theirs, ours):
+            results = results_of(name, module, x, hx)
+            results[place].mul_(2)
+            try:
+                found.append(torch.autograd.grad(sum(t.square().sum() for t in results), list(module.parameters())))
+            except RuntimeError:
+                found.append(None)
+        if found[0] is not None:
+            assert found[1] is not None
+            torch.testing.assert_close(found[1], found[0])
+
+
 # ---------------------------------------------------------------------------------------------------
 # Subclasses, hooks, replicas, devices
 
@@ -629,6 +675,31 @@ def test_autocast(name):
         torch.testing.assert_close(mine, other, rtol=0.03, atol=0.03)
     sum(t.float().sum() for t in got).backward()
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("LSTM", {}), ("LSTM", {"proj_size": 2}), ("LSTM", {"bidirectional": True}), ("GRU", {}), ("RNN", {})],
+)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_states", [None, torch.float32, torch.bfloat16])
+def test_autocast_gives_the_dtypes_that_torch_gives(name, options, packed, given, of_states):
+    theirs, ours = pair(name, 3, 4, **options)
+    x = torch.randn(5, 2, 3, dtype=given)
+    if packed:
+        x = pack_padded_sequence(x, torch.tensor([5, 2]))
+    hx = None
+    if of_states is not None:
+        lead = (2 if "bidirectional" in options else 1, 2)
+        hx = torch.randn(*lead, options.get("proj_size", 4), dtype=of_states)
+        hx = (hx, torch.randn(*lead, 4, dtype=of_states)) if name == "LSTM" else hx
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, got = tensors(theirs(x, hx)), tensors(ours(x, hx))
+    assert [t.dtype for t in got] == [t.dtype for t in expected]
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0.03, atol=0.03)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -699,6 +770,33 @@ def test_packed_sequences_compile_in_one_graph(name, with_states):
             hx = torch.randn(1, len(lengths), 4)
             hx = (hx, 2 * hx) if name == "LSTM" else hx
         torch.testing.assert_close(tensors(compiled(packed, hx)), tensors(module(packed, hx)))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "with_states"),
+    [
+        ({"dropout": 0.3}, False),
+        ({"input_dropout": 0.3, "weight_dropout": 0.3}, False),
+        ({"state_dropout": 0.3}, False),
+        ({"state_dropout": 0.3}, True),
+        ({"zoneout": (0.3, 0.2)}, True),
+        ({"layer_norm": True}, False),
+    ],
+)
+def test_every_option_compiles_in_one_graph(options, with_states):
+    """In training, with the draws of the eager call; packed, which is the hardest."""
+    module = nn.LSTM(3, 4, num_layers=2, **options)
+    hx = (torch.randn(2, 2, 4), torch.randn(2, 2, 4)) if with_states else None
+    lengths = (3, 2) if with_states else (2, 3)
+    x = pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=with_states)
+    found = []
+    for function in (module, torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)):
+        torch.manual_seed(1)
+        results = tensors(function(x, hx))
+        loss = sum(t.square().sum() for t in results)
+        found.append([*results, *torch.autograd.grad(loss, list(module.parameters()))])
+    torch.testing.assert_close(found[1], found[0])
     torch.compiler.reset()
 
 
