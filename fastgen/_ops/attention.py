@@ -86,9 +86,18 @@ class _Attention(torch.autograd.Function):
                 return _plain(*operands, *options)
 
             return None, *through(forward, operands, wanted, (grad_out, grad_lse))
-        needs = sum(1 << i for i, want in enumerate(wanted) if want)
-        grads = _attention_backward(grad_out, grad_lse, *operands, out, lse, *options, needs)
-        return None, *(grad if want else None for grad, want in zip((*grads, None, None, None), wanted, strict=True))
+        of_query, of_key, of_value, of_mask, of_slopes, *_ = wanted
+        needs = of_query | of_key << 1 | of_value << 2 | of_mask << 3 | of_slopes << 4
+        query, key, value, mask, slopes = _attention_backward(grad_out, grad_lse, *operands, out, lse, *options, needs)
+        return (
+            None,
+            query if of_query else None,
+            key if of_key else None,
+            value if of_value else None,
+            mask if of_mask else None,
+            slopes if of_slopes else None,
+            *(None, None, None),
+        )
 
 
 def attention(
