@@ -166,7 +166,11 @@ def _read_rows(
         first = next((line.strip() for line in lines if line.strip()), "")
         delimiter = next((character for character in ";\t, " if character in first), ",")
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)]
+    try:
+        cells_of = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except csv.Error as error:  # a quotation mark without an end, most often
+        raise ValueError(f"{path}: line {reader.line_num}: not a table ({error})") from None
+    table = [(line, cells) for line, cells in cells_of if any(cells)]
     if not table:
         raise ValueError(f"{path}: expected rows of numbers, got an empty file")
 
@@ -184,13 +188,19 @@ def _read_rows(
             raise ValueError(f"{path}: line {line}: expected {len(names)} columns, got {len(cells)}")
         row = [_number(cells[index]) for index in wanted]
         for index, value in zip(wanted, row, strict=True):
-            if value is None or not math.isfinite(value):
+            if value is None or not abs(value) <= _LARGEST:
                 got = repr(cells[index]) if cells[index] else "nothing"
                 words = value is None and bool(cells[index])
                 hint = f"; time_column {names[index]} leaves it out" if words and time_column is None else ""
-                raise ValueError(f"{path}: line {line}, column {names[index]!r}: expected a number, got {got}{hint}")
+                if words and _number(cells[index].replace(",", ".", 1)) is not None:
+                    hint = "; decimals stand behind a point"
+                number = "a number" if value is None or not math.isfinite(value) else "a number that float32 holds"
+                raise ValueError(f"{path}: line {line}, column {names[index]!r}: expected {number}, got {got}{hint}")
         rows.append([value for value in row if value is not None])
     return rows, tuple(names[index] for index in wanted)
+
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def _number(cell: str) -> float | None:

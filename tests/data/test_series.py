@@ -62,7 +62,9 @@ def test_columns_and_time(tmp_path: Path) -> None:
         ("a,b\n1,inf\n", "line 2, column 'b': expected a number, got 'inf'"),
         ("2020-01-01,1\n", "line 1, column 'x0': expected a number, got '2020-01-01'"),
         ("a,b\n1,2\n3\n", "line 3: expected 2 columns, got 1"),
-        ("a;b\n1,5;2\n", "line 2, column 'a': expected a number, got '1,5'"),
+        ("a;b\n1,5;2\n", "line 2, column 'a': expected a number, got '1,5'; decimals stand behind a point"),
+        ("a,b\n1,2\n1,-1e39\n", "line 3, column 'b': expected a number that float32 holds, got '-1e39'"),
+        ('a,b\n1,2\n1,"' + "x" * 200_000, "line 3: not a table "),
         ("a,b\n", "expected rows of numbers, got only names"),
         (" \n", "expected rows of numbers, got an empty file"),
     ],
@@ -160,6 +162,8 @@ def test_parts_and_scale() -> None:
     assert torch.equal(inputs, series.values[None, :2])
     assert torch.equal(targets, series.values[None, 1:])
     assert repr(series) == "series: 3 steps of 2 (x0, x1)"
+    with pytest.raises(ValueError, match="test_size: expected at least 2 steps, one for each part, got 1"):
+        SeriesSet(torch.ones(1, 2)).split()
     with pytest.raises(ValueError, match="test_size: expected 1 to 2 of the 3 steps, got 3"):
         series.split(3)
 
