@@ -89,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (mask && needed(3)) {
     for (int64_t d = 0; d < 4; ++d) p.mask_size[d] = mask->size(d);
     grad_mask = empty_cpu(p.mask_size, 4, mask->scalar_type());
+    prefer_huge_pages(grad_mask.mutable_data_ptr(), size_t(grad_mask.numel()) * grad_mask.element_size());
     p.grad_mask = grad_mask.mutable_data_ptr();
   }
 
