@@ -12,6 +12,7 @@ from recurrent_cases import CELLS, EXAMPLES, Case, cases, taking, without_onednn
 from support import ALL_ISAS, FLOATS, assert_same_bits
 
 from fastgen import functional
+from fastgen._ops import recurrent as ops
 from fastgen.reference.recurrent import Mode
 
 MODES = list(Mode)
@@ -344,6 +345,25 @@ def test_errors_of_cells_are_at_most_twice_those_of_torch(path, mode, dtype):
     theirs = results(listed(cell(x, hx)), leaves, grads)
     for a, b, w in zip(mine, theirs, want, strict=True):
         assert_no_worse(a.detach(), b.detach(), w.detach())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_one_step_of_many_rows_of_bfloat16_is_a_sequence_and_of_few_a_cell(mode, batch_first):
+    _, _, _, weights = cell_operands(mode, torch.bfloat16, 1, 40, 70)
+    weights = [w.detach() for w in weights]
+    draw = torch.Generator().manual_seed(0)
+    for rows in (63, 64):
+        x, h, c = (torch.randn(rows, n, generator=draw).bfloat16() for n in (weights[0].shape[1], 70, 70))
+        c = c if mode == Mode.LSTM else None
+        operands = x.unsqueeze(1 if batch_first else 0), None, *weights, None, h, c, None
+        output, h_n, _ = ops.recurrent(mode, ops.Options(batch_first), *operands)
+        if rows < 64:
+            expected = torch.ops.fastgen.recurrent_cell(mode, x, h, c, *weights)[0]
+        else:
+            expected = torch.ops.fastgen.recurrent(mode, *operands, batch_first, False, False)[1]
+        assert torch.equal(h_n, expected)
+        assert torch.equal(output, h_n.unsqueeze(1 if batch_first else 0))
 
 
 @pytest.mark.parametrize("mode", MODES)
