@@ -69,7 +69,7 @@ def gpu(request: pytest.FixtureRequest) -> emulation.Gpu:
     """Each device that has the CUDA kernels: the emulated one and, where it is, a GPU."""
     if request.param == "emulated":
         request.getfixturevalue("emulated")
-        return emulation.Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
+        return emulation.EMULATED
     if not (fastgen.build_info()["cuda"] and torch.cuda.is_available()):
         pytest.skip(f"no CUDA kernels: {fastgen.build_info()['cuda_error'] or 'no device'}")
     return emulation.Gpu(torch.device("cuda", torch.cuda.current_device()), torch.ops.fastgen)

@@ -6,10 +6,12 @@ barriers are missing can be tested without a GPU. What a GPU's compiler and memo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +72,18 @@ class Emulated:
         """Kernels that have been launched in clusters so far."""
         return self._library.fastgen_emulated_clustered()
 
-    def resize(self, multiprocessors: int = 4, shared_limit: int = 227 * 1024, capability: int = 80) -> None:
-        """What kernels are told of: multiprocessors, bytes of shared memory a block may have, and 90 for 9.0."""
+    def _resize(self, multiprocessors: int = 4, shared_limit: int = 227 * 1024, capability: int = 80) -> None:
         self._library.fastgen_emulated_device(multiprocessors, shared_limit, capability)
+
+    @contextlib.contextmanager
+    def of_size(self, *size: int, **named_size: int) -> Iterator[Gpu]:
+        """The device while kernels are told of other multiprocessors, bytes of shared memory a block may have, and
+        compute capability (90 for 9.0), as `_resize` takes them."""
+        self._resize(*size, **named_size)
+        try:
+            yield EMULATED
+        finally:
+            self._resize()
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,8 @@ class Gpu:
         """The tensor on the device, with the same strides."""
         return guarded(tensor) if self.ops is torch.ops.fastgen_emulated else tensor.to(self.device)
 
+
+EMULATED = Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
 
 _PROTECT = ctypes.CDLL(None, use_errno=True).mprotect
 _PROTECT.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import CUDA_EDGES, EXAMPLES, Case, assert_no_worse, cases, on
-from emulated import Gpu
+from emulated import EMULATED
 from hypothesis import HealthCheck, given, settings
 from support import assert_same_bits
 
@@ -155,16 +155,12 @@ def test_memory_order_and_bits(gpu, dtype):
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
 def test_any_number_of_splits(emulated, dtype, multiprocessors):
     """However few or many blocks a device takes at once, the keys of a decode call are split right."""
-    gpu = Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
-    emulated.resize(multiprocessors)
-    try:
+    with emulated.of_size(multiprocessors) as gpu:
         for case in DECODE:
             before = emulated.launches
             assert_errors(gpu, case, dtype)
             joins = emulated.launches - before - 1 - (case.lengths is not None)
             assert joins == 1 if multiprocessors > 1 else joins in (0, 1)
-    finally:
-        emulated.resize()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +173,7 @@ def test_what_the_kernels_do_not_take(emulated, case):
     dtype = torch.float64 if case == Case() else torch.bfloat16
     operands = case.operands(dtype)
     before = emulated.launches
-    with on(Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)):
+    with on(EMULATED):
         mine = case.ours(*operands)
     assert emulated.launches == before
     mask = operands[3] if case.mask else None

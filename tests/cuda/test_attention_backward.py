@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from attention_cases import CUDA_EDGES, EXAMPLES, Case, assert_no_worse, cases, on, outputs_and_gradients
-from emulated import Gpu
+from emulated import EMULATED
 from hypothesis import HealthCheck, given, settings
 from support import assert_same_bits
 
@@ -233,17 +233,13 @@ TAKEN = Case(queries=20, keys=30, width=70)
 )
 def test_what_the_kernels_do_not_take(emulated, case, dtype, shared_limit):
     """It goes to the reference, and is right."""
-    gpu = Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
     leaves = case.leaves(dtype)
-    with on(gpu):
+    with on(EMULATED):
         out, _ = case.ours(*leaves)
-        emulated.resize(shared_limit=shared_limit)
-        try:
+        with emulated.of_size(shared_limit=shared_limit):
             before = emulated.launches
             got = torch.autograd.grad(out.sum(), leaves)
             assert emulated.launches == before
-        finally:
-            emulated.resize()
     want = torch.autograd.grad(case.theirs(*leaves)[0].sum(), leaves)
     tolerance = 16 * torch.finfo(dtype).eps
     for a, b in zip(got, want, strict=True):
@@ -252,9 +248,7 @@ def test_what_the_kernels_do_not_take(emulated, case, dtype, shared_limit):
 
 def test_launches(emulated):
     """Half types of width 128 run with the shared memory of any device; what is not wanted has no launch."""
-    gpu = Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
-    emulated.resize(shared_limit=99 * 1024)
-    try:
+    with emulated.of_size(shared_limit=99 * 1024) as gpu:
         for wanted, launches in (((0, 1, 2), 3), ((0,), 2), ((1,), 2), ((2,), 2)):
             leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(TAKEN.leaves(torch.bfloat16))]
             with on(gpu):
@@ -262,5 +256,3 @@ def test_launches(emulated):
                 before = emulated.launches
                 out.sum().backward()
             assert emulated.launches - before == launches
-    finally:
-        emulated.resize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
@@ -40,13 +40,8 @@ OTHERS = [
 ]
 
 
-@contextmanager
-def device(emulated: Emulated, multiprocessors: int = 4, capability: int = 90) -> Iterator[Gpu]:
-    emulated.resize(multiprocessors, capability=capability)
-    try:
-        yield Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
-    finally:
-        emulated.resize()
+def device(emulated: Emulated, multiprocessors: int = 4, capability: int = 90) -> AbstractContextManager[Gpu]:
+    return emulated.of_size(multiprocessors, capability=capability)
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from emulated import Gpu
+from emulated import EMULATED, Gpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recurrent_cases import CELLS, cell_operands, on
@@ -203,7 +203,7 @@ def test_empty(gpu):
 
 
 def test_double_precision_goes_to_the_reference(emulated):
-    gpu = Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
+    gpu = EMULATED
     before = emulated.launches
     args = cell_operands(Mode.LSTM, 3, 4, 9, torch.float64)
     saved = gpu.ops.recurrent_cell(*args)

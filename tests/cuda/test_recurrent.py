@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import hypothesis
 import pytest
 import torch
-from emulated import Gpu
+from emulated import EMULATED
 from hypothesis import strategies as st
 from recurrent_cases import EXAMPLES, WHOLE_ROWS, on
 from support import assert_same_bits
@@ -21,7 +21,6 @@ from fastgen import random, reference
 from fastgen.random import Generator
 from fastgen.reference.recurrent import Mode
 
-EMULATED = Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 # A result's own rounding and that of what is kept for the backward pass, which both sides pay. Half types: h, and the
@@ -213,14 +212,10 @@ def test_any_call(gpu, dtype, call):
 @pytest.mark.parametrize("mode", Mode)
 def test_weights_that_do_not_fit_on_the_chip(emulated, mode, dtype):
     """The products read them from L2, with other rings; so does one of two matrices where only the other one fits."""
-    gpu = EMULATED
-    try:
-        emulated.resize(1, 99 * 1024)  # the smallest that a GPU of compute capability 8 has
+    with emulated.of_size(1, 99 * 1024) as gpu:  # the smallest that a GPU of compute capability 8 has
         check(gpu, Call(mode, hidden=70 if mode == Mode.LSTM else 150, lengths=(2,) * 9), dtype)
         if mode == Mode.LSTM:
             check(gpu, Call(hidden=150, outputs=9, norm=True, lengths=(2, 2, 1)), dtype)
-    finally:
-        emulated.resize()
 
 
 @pytest.mark.parametrize(
@@ -236,12 +231,9 @@ def test_how_many_blocks_share_the_work_changes_no_bit(emulated, call):
     device = in_dtype(torch.float32)
     exact = forward(reference, call, in_dtype(torch.float64))
     results = []
-    try:
-        for multiprocessors in (1, 2, 3, 11):
-            emulated.resize(multiprocessors)
-            results.append((*forward(EMULATED.ops, call, device), *backward(EMULATED.ops, call, device, exact)))
-    finally:
-        emulated.resize()
+    for multiprocessors in (1, 2, 3, 11):
+        with emulated.of_size(multiprocessors) as gpu:
+            results.append((*forward(gpu.ops, call, device), *backward(gpu.ops, call, device, exact)))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits(a, b)
@@ -263,16 +255,13 @@ def test_clusters(emulated, call, dtype):
     """From compute capability 9.0 on blocks share what the backward pass reads; that changes no bit."""
     device = in_dtype(dtype)
     exact = forward(reference, call, in_dtype(torch.float64))
-    try:
-        emulated.resize(16)
-        alone = backward(EMULATED.ops, call, device, exact)
-        before = emulated.clustered
-        emulated.resize(16, capability=90)
-        check(EMULATED, call, dtype)
-        shared = backward(EMULATED.ops, call, device, exact)
-        assert emulated.clustered == before + 2
-    finally:
-        emulated.resize()
+    with emulated.of_size(16) as gpu:
+        alone = backward(gpu.ops, call, device, exact)
+    before = emulated.clustered
+    with emulated.of_size(16, capability=90) as gpu:
+        check(gpu, call, dtype)
+        shared = backward(gpu.ops, call, device, exact)
+    assert emulated.clustered == before + 2
     for got, want in zip(shared, alone, strict=True):
         assert_same_bits(got, want)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from unittest import mock
 
 import hypothesis
 import pytest
 import torch
-from emulated import Emulated, Gpu
+from emulated import EMULATED, Emulated, Gpu
 from hypothesis import strategies as st
 from recurrent_cases import Case, on
 from support import assert_same_bits
@@ -22,7 +20,6 @@ from fastgen._ops import recurrent as recurrent_ops
 from fastgen.random import Generator
 from fastgen.reference.recurrent import Mode, dropped
 
-EMULATED = Gpu(torch.device("cpu"), torch.ops.fastgen_emulated)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A result's own rounding, and those of h and of the first layer's product with the input.
 ATOL = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -107,15 +104,6 @@ def check(gpu: Gpu, stack: Stack, dtype: torch.dtype) -> None:
             assert error <= 2 * allowed + ATOL[dtype] * scale, (name, error, allowed)
 
 
-@contextlib.contextmanager
-def device(emulated: Emulated, *size: int) -> Iterator[None]:
-    emulated.resize(*size)
-    try:
-        yield
-    finally:
-        emulated.resize()
-
-
 STACKS = [
     *(Stack(mode) for mode in Mode),
     *(Stack(mode, layers=3, lengths=(5, 3, 3, 1), masked=True, seed=1) for mode in Mode),
@@ -168,10 +156,10 @@ def launches(emulated: Emulated, stack: Stack) -> int:
 def test_how_many_launches(emulated):
     """One packs the matrix of each layer; as many layers as fit beside each other are one more, at most four."""
     for multiprocessors, layers, want in ((1, 4, 4), (2, 4, 2), (3, 4, 2), (4, 4, 1), (16, 4, 1), (16, 6, 2)):
-        with device(emulated, multiprocessors, 99 * 1024):
+        with emulated.of_size(multiprocessors, 99 * 1024):
             assert launches(emulated, Stack(layers=layers, hidden=24)) == layers + want, multiprocessors
     # Many rows are worth more than the barriers that layers at once would save.
-    with device(emulated, 4):
+    with emulated.of_size(4):
         assert launches(emulated, Stack(hidden=256, lengths=(1,) * 64)) == 4
         assert launches(emulated, Stack(hidden=64, lengths=(1,) * 16)) == 3
 
@@ -181,7 +169,7 @@ def test_how_many_launches(emulated):
 @pytest.mark.parametrize("kind", [{"masked": True, "lengths": (3, 3, 1)}, {"dropout": 0.4, "layers": 3}], ids=str)
 def test_where_no_layers_fit_beside_each_other_they_are_those_of_their_own_op(emulated, mode, kind, dtype):
     stack = Stack(mode, hidden=65, **kind)
-    with device(emulated, 1, 84 * 1024):
+    with emulated.of_size(1, 84 * 1024):
         output, h_n, c_n, below, passed, gates, cells = run(EMULATED, stack, dtype)
         each = one_by_one(EMULATED, stack, dtype)
     for layer, (y, h, c, own_gates, own_cells, fed) in enumerate(each):
@@ -200,7 +188,7 @@ def test_bits(emulated, mode, dtype):
     stack = Stack(mode, layers=3, hidden=20, lengths=(3,) * 18 + (2,) * 16, dropout=0.3)
     results = []
     for multiprocessors in (3, 5, 9, 20):
-        with device(emulated, multiprocessors):
+        with emulated.of_size(multiprocessors):
             results.append(run(EMULATED, stack, dtype))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
