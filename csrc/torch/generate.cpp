@@ -72,7 +72,7 @@ Tensor pick_tokens(const Tensor& logits, const Optional& seen, const Tensor& see
   if (seen) check_rows("seen", *seen, n, vocabulary, ScalarType::Bool);
   DrawParams p =
       draw_params(logits.scalar_type(), vocabulary, seen, temperature, top_k, top_p, min_p, repetition_penalty);
-  const Tensor scores = logits.is_contiguous() ? logits : torch::stable::contiguous(logits);
+  const Tensor scores = contiguous_rows(logits);
   const int64_t sizes[] = {n, vocabulary};
   Tensor tokens = empty_cpu(sizes, 1, ScalarType::Long);
   const Tensor units = empty_cpu(sizes, 2, ScalarType::Long);

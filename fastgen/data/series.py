@@ -30,6 +30,8 @@ __all__ = ["SeriesSet", "load_series"]
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SeriesSet:
@@ -198,9 +200,6 @@ def _read_rows(
                 raise ValueError(f"{path}: line {line}, column {names[index]!r}: expected {number}, got {got}{hint}")
         rows.append([value for value in row if value is not None])
     return rows, tuple(names[index] for index in wanted)
-
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 def _number(cell: str) -> float | None:

@@ -381,11 +381,10 @@ def recurrent_layers(
             x = dropped(x, bernoulli(seed_offset[layer], list(x.shape), torch.bool, 1.0 - dropout), dropout)
             passed.append(x)
     outputs, h_n, c_n, gates, cells = zip(*results, strict=True)
-    none = input.new_empty(0)
 
     def stacked(tensors: Sequence[Tensor], exist: bool) -> Tensor:
         if not exist:
-            return none.clone()
+            return input.new_empty(0)
         return torch.stack(tuple(tensors)) if tensors else outputs[0].new_empty(0, *outputs[0].shape)
 
     return (
