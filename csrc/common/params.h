@@ -218,30 +218,50 @@ struct CellParams : CellOptions {
   RowsOperand input, h, c, w_ih, w_hh;
   const void *b_ih, *b_hh;
   void *h_1, *c_1;
-  void* gates;  // (batch, 4 H): LSTM i, f, g, o; GRU r, z, n and W_hn h + b_hn; null: not kept
+  // What the backward pass reads; null: not kept.
+  void* gates;  // (batch, 4 H): LSTM i, f, g, o; GRU r, z, n and W_hn h + b_hn. RNN: (batch, H), h_1
+  void* cells;  // LSTM: (batch, H), c_1 in the work type
   // Where the cell needs whole rows: [batch][cell_row_size] in the work type. Units give the sums, and then rows of the
   // batch the rest; gates are not kept.
   void* sums;
 };
 
+FASTGEN_FN int saved_cell_gates(CellMode mode) { return has_gates(mode) ? 4 : 1; }
 FASTGEN_FN int64_t cell_stride(const CellParams& p) {
   return (p.hidden_size + kCellUnits - 1) / kCellUnits * kCellUnits;
 }
 // Sums of all gates from the input and from the state, c, and the d of zoneout.
 FASTGEN_FN int64_t cell_row_size(const CellParams& p) { return (2 * gate_count(p.mode) + 2) * cell_stride(p); }
 
-// Gradients of the sums that the gates are made of; all operands (batch, H), contiguous, gates as above.
+// The backward pass of a step: the gradients of the sums that the gates are made of, by rows of the batch; behind them,
+// of few rows, all products with them, by units: kCellColumns columns of grad_input, as many of grad_h, or kCellUnits
+// rows of the gradients of weights and biases. Null: not wanted, of grad_h_1 and grad_c_1 zero.
+constexpr int64_t kCellColumns = 128;
+constexpr int64_t kManyCellRows = 64;  // on the CPU, measured: from here on packing the weights pays
+
 struct CellBackwardParams {
   DType dtype;
   CellMode mode;
-  int64_t batch, hidden_size;
-  const void *grad_h, *grad_c;  // null: zero
-  const void *h, *c, *h_1, *c_1, *gates;
-  void* to_gates_ih;  // (batch, G H)
-  void* to_gates_hh;  // GRU: (batch, 3 H), elsewhere nothing is written
-  void* to_h;         // GRU: the part that does not go through W_hh
-  void* to_c;         // LSTM
+  int64_t batch, input_size, hidden_size;
+  const void *grad_h_1, *grad_c_1;     // (batch, H)
+  RowsOperand input, h, w_ih, w_hh;    // as of the step
+  const void *c, *gates, *cells;       // as of the step, contiguous
+  void *to_gates_ih, *to_gates_hh;     // (batch, G H), one and the same but for a GRU; on the CPU in the work type
+  void *grad_input, *grad_h, *grad_c;  // (batch, I), (batch, H), (batch, H)
+  void *grad_w_ih, *grad_w_hh;         // (G H, I), (G H, H)
+  void *grad_b_ih, *grad_b_hh;         // (G H)
 };
+
+FASTGEN_FN int64_t cell_panels(const void* wanted, int64_t columns) {
+  return wanted == nullptr ? 0 : (columns + kCellColumns - 1) / kCellColumns;
+}
+FASTGEN_FN int64_t cell_backward_units(const CellBackwardParams& p) {
+  const bool weights =
+      p.grad_w_ih != nullptr || p.grad_w_hh != nullptr || p.grad_b_ih != nullptr || p.grad_b_hh != nullptr;
+  const int64_t rows = gate_count(p.mode) * p.hidden_size;
+  return cell_panels(p.grad_input, p.input_size) + cell_panels(p.grad_h, p.hidden_size) +
+         (weights ? (rows + kCellUnits - 1) / kCellUnits : 0);
+}
 
 // y = x W^T + b in dot form, a result row independent of the others. Unit of work: kLinearOutputs outputs.
 constexpr int64_t kLinearOutputs = 16;

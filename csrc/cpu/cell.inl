@@ -1,4 +1,4 @@
-// One step of a recurrent layer, its backward, and the linear map of rows: products in dot form on torch's own weights,
+// One step of a recurrent layer, and the linear map of rows: products in dot form on torch's own weights,
 // biases, gates and state in the same pass. Written once over Isa.
 //
 //   LSTM  c' = f c + i g, h' = o tanh(c')
@@ -6,16 +6,12 @@
 //   RNN   h' = act(W_ih x + b_ih + W_hh h + b_hh)
 //
 // With layer norm or zoneout in two passes: the sums of all units, and the rows of the batch (cell_rows.inl).
+#include "cell_backward.inl"
 #include "cell_rows.inl"
 #include "dot.inl"
 
 namespace fastgen {
 namespace {
-
-template <class Storage>
-FASTGEN_FN Rows<Storage> rows_of(const RowsOperand& operand) {
-  return {static_cast<const Storage*>(operand.data), operand.stride, operand.index};
-}
 
 // The sums before the gates of kCellUnits units and a tile of rows, and what is made of them.
 template <class Storage, CellMode kMode>
@@ -27,6 +23,7 @@ struct Cell {
   // Gates of the weights. The sums of a GRU's candidate are kept apart: input side in place 2, state side in 3.
   static constexpr int kGates = kMode == CellMode::kLstm ? 4 : kMode == CellMode::kGru ? 3 : 1;
   static constexpr int kSums = kMode == CellMode::kGru ? 4 : kGates;
+  static constexpr int kKept = kSums;
 
   const CellParams& p;
   const Term<Storage> input, state;
@@ -140,7 +137,11 @@ struct Cell {
 
   FASTGEN_MEMBER void keep(int64_t row, int gate, int64_t unit, int count, F value) const {
     if (p.gates == nullptr) return;
-    put(static_cast<Storage*>(p.gates) + (4 * row + gate) * p.hidden_size + unit, value, count);
+    put(static_cast<Storage*>(p.gates) + (kKept * row + gate) * p.hidden_size + unit, value, count);
+  }
+  FASTGEN_MEMBER void finish_elman(Storage* h_1, int64_t row, int64_t unit, int count, F value) const {
+    put(h_1, value, count);
+    keep(row, 0, unit, count, value);
   }
 
   FASTGEN_MEMBER void finish(int64_t row, int64_t unit, int count, const T (&sums)[kSums][kCellUnits],
@@ -167,6 +168,7 @@ struct Cell {
       const F c_1 = multiply_add(forget, c, in * cell);
       put(static_cast<Storage*>(p.c_1) + at, c_1, count);
       put(h_1, out * hyperbolic_tangent<T, U>(c_1), count);
+      if (p.cells != nullptr) put(static_cast<T*>(p.cells) + row * p.hidden_size + unit, c_1, count);
       keep(row, 0, unit, count, in);
       keep(row, 1, unit, count, forget);
       keep(row, 2, unit, count, cell);
@@ -181,76 +183,9 @@ struct Cell {
       keep(row, 2, unit, count, candidate);
       keep(row, 3, unit, count, s[3]);
     } else if constexpr (kMode == CellMode::kTanh) {
-      put(h_1, hyperbolic_tangent<T, U>(s[0]), count);
+      finish_elman(h_1, row, unit, count, hyperbolic_tangent<T, U>(s[0]));
     } else {
-      put(h_1, larger(F(T(0)), s[0]), count);  // a NaN in the second argument passes
-    }
-  }
-};
-
-template <class Storage, CellMode kMode>
-struct CellBackward {
-  using T = typename WorkType<Storage>::T;
-  using F = typename Work<T>::F;
-  using U = typename Work<T>::U;
-  static constexpr int kWidth = kLanes<T>;
-  static constexpr int kGates = kMode == CellMode::kLstm ? 4 : kMode == CellMode::kGru ? 3 : 1;
-
-  const CellBackwardParams& p;
-
-  FASTGEN_MEMBER void run(int64_t begin, int64_t end) const {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t unit = 0; unit < p.hidden_size; unit += kWidth) {
-        const int count = p.hidden_size - unit < kWidth ? int(p.hidden_size - unit) : kWidth;
-        one(row, unit, count);
-      }
-    }
-  }
-
-  FASTGEN_MEMBER F at(const void* data, int64_t i, int count) const {
-    return data == nullptr ? F(T(0)) : take<F>(static_cast<const Storage*>(data) + i, count);
-  }
-  FASTGEN_MEMBER void to_gate(void* data, int64_t row, int gate, int64_t unit, int count, F value) const {
-    put(static_cast<Storage*>(data) + (row * kGates + gate) * p.hidden_size + unit, value, count);
-  }
-
-  FASTGEN_MEMBER void one(int64_t row, int64_t unit, int count) const {
-    const F unity(T(1));
-    const int64_t i = row * p.hidden_size + unit;
-    const F dh = at(p.grad_h, i, count);
-    if constexpr (kMode == CellMode::kLstm || kMode == CellMode::kGru) {
-      F gate[4];
-      for (int g = 0; g < 4; ++g) gate[g] = at(p.gates, (4 * row + g) * p.hidden_size + unit, count);
-      if constexpr (kMode == CellMode::kLstm) {
-        const auto [in, forget, cell, out] = gate;
-        const F t = hyperbolic_tangent<T, U>(at(p.c_1, i, count));
-        const F dc = at(p.grad_c, i, count) + dh * out * (unity - t * t);
-        to_gate(p.to_gates_ih, row, 0, unit, count, dc * cell * in * (unity - in));
-        to_gate(p.to_gates_ih, row, 1, unit, count, dc * at(p.c, i, count) * forget * (unity - forget));
-        to_gate(p.to_gates_ih, row, 2, unit, count, dc * in * (unity - cell * cell));
-        to_gate(p.to_gates_ih, row, 3, unit, count, dh * t * out * (unity - out));
-        put(static_cast<Storage*>(p.to_c) + i, dc * forget, count);
-      } else {
-        const auto [reset, update, candidate, from_state] = gate;
-        const F dn = dh * (unity - update) * (unity - candidate * candidate);
-        const F dr = dn * from_state * reset * (unity - reset);
-        const F dz = dh * (at(p.h, i, count) - candidate) * update * (unity - update);
-        void* const sides[] = {p.to_gates_ih, p.to_gates_hh};
-        for (void* to : sides) {
-          to_gate(to, row, 0, unit, count, dr);
-          to_gate(to, row, 1, unit, count, dz);
-        }
-        to_gate(p.to_gates_ih, row, 2, unit, count, dn);
-        to_gate(p.to_gates_hh, row, 2, unit, count, dn * reset);
-        put(static_cast<Storage*>(p.to_h) + i, dh * update, count);
-      }
-    } else {
-      const F h_1 = at(p.h_1, i, count);
-      if constexpr (kMode == CellMode::kTanh) {
-        to_gate(p.to_gates_ih, row, 0, unit, count, dh * (unity - h_1 * h_1));
-      } else {
-        to_gate(p.to_gates_ih, row, 0, unit, count, select(less(F(T(0)), h_1), dh, F(T(0))));
-      }
+      finish_elman(h_1, row, unit, count, larger(F(T(0)), s[0]));  // a NaN in the second argument passes
     }
   }
 };
@@ -273,7 +208,11 @@ void recurrent_cell_rows_as(const CellParams& p, int64_t begin, int64_t end) {
 }
 template <class Storage>
 void recurrent_cell_backward_as(const CellBackwardParams& p, int64_t begin, int64_t end) {
-  FASTGEN_BY_MODE(CellBackward, run)
+  FASTGEN_BY_MODE(CellBackward, rows)
+}
+template <class Storage>
+void recurrent_cell_products_as(const CellBackwardParams& p, int64_t begin, int64_t end) {
+  FASTGEN_BY_MODE(CellBackward, products)
 }
 #undef FASTGEN_BY_MODE
 
@@ -314,6 +253,9 @@ void recurrent_cell(const CellParams& p, int64_t begin, int64_t end) { FASTGEN_B
 void recurrent_cell_rows(const CellParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(recurrent_cell_rows_as) }
 void recurrent_cell_backward(const CellBackwardParams& p, int64_t begin, int64_t end) {
   FASTGEN_BY_DTYPE(recurrent_cell_backward_as)
+}
+void recurrent_cell_products(const CellBackwardParams& p, int64_t begin, int64_t end) {
+  FASTGEN_BY_DTYPE(recurrent_cell_products_as)
 }
 void linear_rows(const LinearRowsParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(linear_rows_as) }
 #undef FASTGEN_BY_DTYPE

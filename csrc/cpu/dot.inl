@@ -23,6 +23,11 @@ struct Rows {
   }
 };
 
+template <class Storage>
+FASTGEN_FN Rows<Storage> rows_of(const RowsOperand& operand) {
+  return {static_cast<const Storage*>(operand.data), operand.stride, operand.index};
+}
+
 // One term of a product: w x^T over n columns.
 template <class Storage>
 struct Term {

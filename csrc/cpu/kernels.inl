@@ -29,6 +29,7 @@ constexpr KernelTable kernel_table(const char* isa) {
           recurrent_cell,
           recurrent_cell_rows,
           recurrent_cell_backward,
+          recurrent_cell_products,
           linear_rows,
           attention_sizes,
           attention,

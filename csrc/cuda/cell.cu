@@ -69,10 +69,12 @@ __device__ void finish(const CellParams& p, int64_t b, int64_t u, float (&x)[kGa
   }
   const float c = widen(with.c), h = widen(with.h);
   const Cell cell = cell_of<kGates>(p.mode, x, s, kGates == 4 ? c : h);
-  if (kGates > 1 && p.gates != nullptr) {
-    Element* gates = static_cast<Element*>(p.gates) + b * 4 * p.hidden_size + u;
+  if (p.gates != nullptr) {
+    constexpr int kKept = kGates > 1 ? 4 : 1;
+    Element* gates = static_cast<Element*>(p.gates) + b * kKept * p.hidden_size + u;
     FASTGEN_UNROLL
-    for (int g = 0; g < 4; ++g) narrow(cell.gates[g], gates + g * p.hidden_size);
+    for (int g = 0; g < kKept; ++g) narrow(kGates > 1 ? cell.gates[g] : cell.h, gates + g * p.hidden_size);
+    if (kGates == 4) static_cast<float*>(p.cells)[b * p.hidden_size + u] = cell.c;
   }
   store_states<Element>(p, b, u, c, cell.c, h, cell.h);
 }
@@ -196,30 +198,40 @@ template <class Element, int kGates>
 __global__ void __launch_bounds__(kRowThreads) cell_backward_kernel(CellBackwardParams p) {
   for_units(p.batch, p.hidden_size, [&](int64_t b, int64_t u) {
     const int64_t units = p.hidden_size, at = b * units + u;
-    const float dh = value_of<Element>(p.grad_h, at);
+    const float dh = value_of<Element>(p.grad_h_1, at);
     auto *from_input = static_cast<Element*>(p.to_gates_ih) + b * kGates * units + u,
          *from_state = static_cast<Element*>(p.to_gates_hh) + b * kGates * units + u;
     float gates[4];
     FASTGEN_UNROLL
     for (int g = 0; kGates > 1 && g < 4; ++g) gates[g] = value_of<Element>(p.gates, (4 * b + g) * units + u);
     if constexpr (kGates == 4) {
-      const float t = tanh_of(value_of<Element>(p.c_1, at));
-      const float dc = value_of<Element>(p.grad_c, at) + dh * gates[3] * (1.0f - t * t);
+      const float t = tanh_of(static_cast<const float*>(p.cells)[at]);
+      const float dc = value_of<Element>(p.grad_c_1, at) + dh * gates[3] * (1.0f - t * t);
       const LstmGradients grads(gates, value_of<Element>(p.c, at), t, dh, dc);
       FASTGEN_UNROLL
       for (int g = 0; g < 4; ++g) narrow(grads.sums[g], from_input + g * units);
-      narrow(dc * gates[1], static_cast<Element*>(p.to_c) + at);
+      if (p.grad_c != nullptr) narrow(dc * gates[1], static_cast<Element*>(p.grad_c) + at);
     } else if constexpr (kGates == 3) {
-      const GruGradients grads(gates, value_of<Element>(p.h, at), dh);
+      const GruGradients grads(gates, value_of<Element>(p.h.data, b * p.h.stride + u), dh);
       FASTGEN_UNROLL
       for (int g = 0; g < 3; ++g) {
         narrow(grads.from_input[g], from_input + g * units);
         narrow(grads.from_state[g], from_state + g * units);
       }
-      narrow(dh * gates[1], static_cast<Element*>(p.to_h) + at);
     } else {
-      narrow(elman_gradient(p.mode, value_of<Element>(p.h_1, at), dh), from_input);
+      narrow(elman_gradient(p.mode, value_of<Element>(p.gates, at), dh), from_input);
     }
+  });
+}
+
+// Of a GRU: what reaches h past the product, z dh, is added to it.
+template <class Element>
+__global__ void __launch_bounds__(kRowThreads) direct_kernel(CellBackwardParams p) {
+  for_units(p.batch, p.hidden_size, [&](int64_t b, int64_t u) {
+    const int64_t at = b * p.hidden_size + u;
+    auto* to = static_cast<Element*>(p.grad_h) + at;
+    const float update = value_of<Element>(p.gates, (4 * b + 1) * p.hidden_size + u);
+    narrow(value_of<Element>(p.grad_h, at) + value_of<Element>(p.grad_h_1, at) * update, to);
   });
 }
 
@@ -255,8 +267,8 @@ __global__ void __launch_bounds__(kTileThreads) linear_rows_kernel(LinearParams 
 // Launches
 
 struct Cuda {
-  static Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims) {
-    return torch::stable::new_empty(like, {sizes, size_t(dims)});
+  static Tensor empty(const Tensor& like, ScalarType dtype, const int64_t* sizes, int64_t dims) {
+    return torch::stable::new_empty(like, {sizes, size_t(dims)}, dtype);
   }
 };
 
@@ -320,18 +332,19 @@ void run_products(const CellParams& params, const Tensor& input, const Tensor& h
   });
 }
 
-using CellResults = std::tuple<Tensor, Tensor, Tensor>;
+using CellResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 CellResults recurrent_cell(int64_t mode, const Tensor& input, const Tensor& h, const Optional& c, const Tensor& w_ih,
-                           const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh) {
-  if (!takes(input)) return plain<CellResults>("fastgen::recurrent_cell", mode, input, h, c, w_ih, w_hh, b_ih, b_hh);
-  CellArguments<Cuda> arguments(mode, input, h, c, w_ih, w_hh, b_ih, b_hh, true);
-  if (arguments.empty()) return {*arguments.h_1, *arguments.c_1, *arguments.gates};
-  if (arguments.p.batch > kFewRows) {
+                           const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool save) {
+  if (!takes(input)) {
+    return plain<CellResults>("fastgen::recurrent_cell", mode, input, h, c, w_ih, w_hh, b_ih, b_hh, save);
+  }
+  CellArguments<Cuda> arguments(mode, input, h, c, w_ih, w_hh, b_ih, b_hh, save);
+  if (!arguments.empty() && arguments.p.batch > kFewRows) {
     run_products(arguments.p, input, h, w_ih, w_hh);
-  } else {
+  } else if (!arguments.empty()) {
     run_step(arguments.p, input);
   }
-  return {*arguments.h_1, *arguments.c_1, *arguments.gates};
+  return {*arguments.h_1, *arguments.c_1, *arguments.gates, *arguments.cells};
 }
 
 using StepResults = std::tuple<Tensor, Tensor>;
@@ -349,23 +362,45 @@ StepResults recurrent_step(int64_t mode, const Tensor& input, const Tensor& h, c
   return {*arguments.h_1, *arguments.c_1};
 }
 
-using CellGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-CellGradients recurrent_cell_backward(int64_t mode, const Optional& grad_h, const Optional& grad_c, const Tensor& h,
-                                      const Optional& c, const Tensor& h_1, const Tensor& c_1, const Tensor& gates) {
-  if (!takes(h)) {
-    return plain<CellGradients>("fastgen::recurrent_cell_backward", mode, grad_h, grad_c, h, c, h_1, c_1, gates);
+// A kernel for the gradients of the sums before the gates, and PyTorch's products with them.
+using CellGradients = CellBackwardArguments<Cuda>::Results;
+CellGradients recurrent_cell_backward(int64_t mode, const Optional& grad_h_1, const Optional& grad_c_1,
+                                      const Tensor& input, const Tensor& h, const Optional& c, const Tensor& w_ih,
+                                      const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
+                                      const Tensor& gates, const Tensor& cells, int64_t needs) {
+  if (!takes(input)) {
+    return plain<CellGradients>("fastgen::recurrent_cell_backward", mode, grad_h_1, grad_c_1, input, h, c, w_ih, w_hh,
+                                b_ih, b_hh, gates, cells, needs);
   }
-  const CellBackwardArguments<Cuda> arguments(mode, grad_h, grad_c, h, c, h_1, c_1, gates);
+  CellBackwardArguments<Cuda> arguments(mode, grad_h_1, grad_c_1, input, h, c, w_ih, w_hh, b_ih, b_hh, gates, cells,
+                                        needs);
   if (arguments.empty()) return *arguments.results;
-  const CellBackwardParams& p = arguments.p;
-  const OnDevice device(h);
+  CellBackwardParams& p = arguments.p;
+  const OnDevice device(input);
+  const int64_t columns = gate_count(p.mode) * p.hidden_size;
+  const Tensor grad_ih = empty_matrix<Cuda>(input, p.batch, columns);
+  const Tensor grad_hh = p.mode == CellMode::kGru ? empty_matrix<Cuda>(input, p.batch, columns) : grad_ih;
+  p.to_gates_ih = data_of(grad_ih);
+  p.to_gates_hh = data_of(grad_hh);
+  const unsigned blocks = unit_blocks(p.batch * p.hidden_size);
+  const cudaStream_t stream = current_stream(input);
   by_element(p.dtype, [&](auto element) {
     using Element = decltype(element);
     by_gates(p.mode, [&](auto gates) {
-      launch(cell_backward_kernel<Element, decltype(gates)::value>, unit_blocks(p.batch * p.hidden_size), kRowThreads,
-             0, current_stream(h), p);
+      launch(cell_backward_kernel<Element, decltype(gates)::value>, blocks, kRowThreads, 0, stream, p);
     });
   });
+  auto& [to_input, to_h, to_c, to_w_ih, to_w_hh, to_b_ih, to_b_hh] = *arguments.results;
+  if (p.grad_input != nullptr) multiply_into(to_input, grad_ih, detached(w_ih));
+  if (p.grad_h != nullptr) multiply_into(to_h, grad_hh, detached(w_hh));
+  if (p.grad_h != nullptr && p.mode == CellMode::kGru) {
+    by_element(p.dtype,
+               [&](auto element) { launch(direct_kernel<decltype(element)>, blocks, kRowThreads, 0, stream, p); });
+  }
+  if (p.grad_w_ih != nullptr) multiply_into(to_w_ih, transposed(grad_ih), detached(input));
+  if (p.grad_w_hh != nullptr) multiply_into(to_w_hh, transposed(grad_hh), detached(h));
+  if (p.grad_b_ih != nullptr) sum_rows_into(to_b_ih, grad_ih);
+  if (p.grad_b_hh != nullptr) sum_rows_into(to_b_hh, grad_hh);
   return *arguments.results;
 }
 

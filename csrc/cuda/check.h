@@ -107,6 +107,11 @@ inline void multiply_into(const Tensor& out, const Tensor& left, const Tensor& r
 }
 inline Tensor detached(const Tensor& tensor) { return call_op<Tensor>("aten::detach", "", tensor); }
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+// out = the sum of the rows of a matrix.
+inline void sum_rows_into(Tensor& out, const Tensor& rows) {
+  const int64_t first = 0;
+  torch::stable::sum_out(out, rows, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1), false, rows.scalar_type());
+}
 inline void* data_of(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

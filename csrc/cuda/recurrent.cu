@@ -611,10 +611,9 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   // Products and sums over all rows of all steps at once.
   const auto sum_into = [&](Tensor& out, const Tensor& rows) {
     // In float32, and rounded once.
-    const int64_t first = 0;
     const bool wide = rows.scalar_type() != out.scalar_type();
     Tensor sum = wide ? call.empty({out.size(0)}, rows.scalar_type()) : out;
-    torch::stable::sum_out(sum, rows, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1), false, rows.scalar_type());
+    sum_rows_into(sum, rows);
     if (wide) torch::stable::copy_(out, sum);
   };
   const auto weighted_into = [&](Tensor& out, const Tensor& rows, const Tensor& weights) {

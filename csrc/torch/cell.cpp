@@ -2,18 +2,19 @@
 #include "../cpu/isa.h"
 #include "cell_ops.h"
 #include "cpu_rows.h"
+#include "recurrent_backward.h"
 
 namespace fastgen {
 namespace {
 
 using Optional = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor> recurrent_cell(int64_t mode, const Tensor& input, const Tensor& h, const Optional& c,
-                                                  const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih,
-                                                  const Optional& b_hh) {
-  CellArguments<Cpu> arguments(mode, input, h, c, w_ih, w_hh, b_ih, b_hh, true);
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_cell(int64_t mode, const Tensor& input, const Tensor& h,
+                                                          const Optional& c, const Tensor& w_ih, const Tensor& w_hh,
+                                                          const Optional& b_ih, const Optional& b_hh, bool save) {
+  CellArguments<Cpu> arguments(mode, input, h, c, w_ih, w_hh, b_ih, b_hh, save);
   if (!arguments.empty()) run(arguments.p, kernels());
-  return {*arguments.h_1, *arguments.c_1, *arguments.gates};
+  return {*arguments.h_1, *arguments.c_1, *arguments.gates, *arguments.cells};
 }
 
 std::tuple<Tensor, Tensor> recurrent_step(int64_t mode, const Tensor& input, const Tensor& h, const Optional& c,
@@ -30,21 +31,55 @@ std::tuple<Tensor, Tensor> recurrent_step(int64_t mode, const Tensor& input, con
   return {*arguments.h_1, *arguments.c_1};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_cell_backward(int64_t mode, const Optional& grad_h,
-                                                                   const Optional& grad_c, const Tensor& h,
-                                                                   const Optional& c, const Tensor& h_1,
-                                                                   const Tensor& c_1, const Tensor& gates) {
-  const CellBackwardArguments<Cpu> arguments(mode, grad_h, grad_c, h, c, h_1, c_1, gates);
-  if (arguments.empty()) return *arguments.results;
-  const CellBackwardParams& p = arguments.p;
-  const auto step = kernels().recurrent_cell_backward;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (4 * p.hidden_size));
-  const auto rows = [&](int64_t begin, int64_t end) { step(p, begin, end); };
-  if (p.batch <= grain) {
-    rows(0, p.batch);
-  } else {
-    torch::stable::parallel_for(0, p.batch, grain, rows);
+using Gradients = CellBackwardArguments<Cpu>::Results;
+
+// Of many rows: a sequence of one step, which packs the weights.
+Gradients backward_of_a_sequence(int64_t mode, const Optional& grad_h_1, const Optional& grad_c_1, const Tensor& input,
+                                 const Tensor& h, const Optional& c, const Tensor& w_ih, const Tensor& w_hh,
+                                 const Optional& b_ih, const Optional& b_hh, const Tensor& gates, const Tensor& cells,
+                                 int64_t needs) {
+  constexpr int kPlaces[] = {0, 6, 7, 1, 2, 3, 4};  // of the results here among those of a sequence
+  int64_t needs_there = 0;
+  for (int i = 0; i < 7; ++i) needs_there |= (needs >> i & 1) << kPlaces[i];
+  const auto step = [](const Tensor& rows) { return torch::stable::unsqueeze(rows, 0); };
+  // For the gated cells any output will do: it is not read.
+  const Tensor output = step(has_gates(mode_of(mode)) ? h : gates);
+  auto found =
+      recurrent_backward(mode, grad_h_1 ? Optional(step(*grad_h_1)) : std::nullopt, std::nullopt, grad_c_1, step(input),
+                         std::nullopt, w_ih, w_hh, b_ih, b_hh, std::nullopt, h, c, std::nullopt, output, step(gates),
+                         cells.dim() == 2 ? step(cells) : cells, false, false, needs_there, std::nullopt, std::nullopt,
+                         std::nullopt, std::nullopt, std::nullopt, 0, 0, 0);
+  const Tensor& to_input = std::get<0>(found);
+  return {needs & 1 ? torch::stable::squeeze(to_input, 0) : to_input,
+          std::get<6>(found),
+          std::get<7>(found),
+          std::get<1>(found),
+          std::get<2>(found),
+          std::get<3>(found),
+          std::get<4>(found)};
+}
+
+Gradients recurrent_cell_backward(int64_t mode, const Optional& grad_h_1, const Optional& grad_c_1, const Tensor& input,
+                                  const Tensor& h, const Optional& c, const Tensor& w_ih, const Tensor& w_hh,
+                                  const Optional& b_ih, const Optional& b_hh, const Tensor& gates, const Tensor& cells,
+                                  int64_t needs) {
+  if (input.dim() == 2 && input.size(0) >= kManyCellRows) {
+    return backward_of_a_sequence(mode, grad_h_1, grad_c_1, input, h, c, w_ih, w_hh, b_ih, b_hh, gates, cells, needs);
   }
+  CellBackwardArguments<Cpu> arguments(mode, grad_h_1, grad_c_1, input, h, c, w_ih, w_hh, b_ih, b_hh, gates, cells,
+                                       needs);
+  if (arguments.empty()) return *arguments.results;
+  CellBackwardParams& p = arguments.p;
+  const bool gru = p.mode == CellMode::kGru;
+  const int64_t columns = gate_count(p.mode) * p.hidden_size, sizes[] = {gru ? 2 : 1, p.batch, columns};
+  const Tensor sums = empty_cpu(sizes, 3, work_dtype_of(input.scalar_type()));
+  p.to_gates_ih = sums.mutable_data_ptr();
+  p.to_gates_hh = static_cast<char*>(p.to_gates_ih) + (gru ? p.batch * columns * int64_t(sums.element_size()) : 0);
+  const KernelTable& table = kernels();
+  table.recurrent_cell_backward(p, 0, p.batch);
+  const int64_t units = cell_backward_units(p);
+  for_units(units, 2 * p.batch * columns * (p.input_size + p.hidden_size) / std::max<int64_t>(1, units),
+            [&](int64_t begin, int64_t end) { table.recurrent_cell_products(p, begin, end); });
   return *arguments.results;
 }
 

@@ -7,16 +7,19 @@
 
 namespace fastgen {
 
-// Device: static Tensor empty(like, sizes, dims), an uninitialised contiguous tensor of like's dtype.
+// Device: static Tensor empty(like, dtype, sizes, dims), an uninitialised contiguous tensor.
 template <class Device>
 Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns};
-  return Device::empty(like, sizes, 2);
+  return Device::empty(like, like.scalar_type(), sizes, 2);
 }
 template <class Device>
 Tensor nothing(const Tensor& like) {
   const int64_t none = 0;
-  return Device::empty(like, &none, 1);
+  return Device::empty(like, like.scalar_type(), &none, 1);
+}
+inline ScalarType work_dtype_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // The operands of a step and its results. Holds the copies that strides asked for.
@@ -27,7 +30,7 @@ class CellArguments {
   CellParams p{};
 
   CellArguments(int64_t mode, const Tensor& input, const Tensor& h, const Optional& c, const Tensor& w_ih,
-                const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool keeps_gates)
+                const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool save)
       : kind_(input), lstm_(mode_of(mode) == CellMode::kLstm) {
     p.mode = CellMode(mode);
     STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
@@ -47,13 +50,16 @@ class CellArguments {
       check_vector("b_ih", *b_ih, rows, kind_);
       check_vector("b_hh", *b_hh, rows, kind_);
     }
-    keeps_gates = keeps_gates && has_gates(p.mode);
     h_1 = empty_matrix<Device>(input, p.batch, p.hidden_size);
     c_1 = lstm_ ? empty_matrix<Device>(input, p.batch, p.hidden_size) : nothing<Device>(input);
-    gates = keeps_gates ? empty_matrix<Device>(input, p.batch, 4 * p.hidden_size) : nothing<Device>(input);
+    const int64_t sizes[] = {p.batch, p.hidden_size};
+    gates =
+        save ? empty_matrix<Device>(input, p.batch, saved_cell_gates(p.mode) * p.hidden_size) : nothing<Device>(input);
+    cells = save && lstm_ ? Device::empty(input, work_dtype_of(kind_.dtype), sizes, 2) : nothing<Device>(input);
     if (empty()) return;
     p.h_1 = h_1->mutable_data_ptr();
-    p.gates = keeps_gates ? gates->mutable_data_ptr() : nullptr;
+    p.gates = save ? gates->mutable_data_ptr() : nullptr;
+    p.cells = save && lstm_ ? cells->mutable_data_ptr() : nullptr;
     p.input = rows_of(*(kept_[0] = dense_rows(input)));
     p.h = rows_of(*(kept_[1] = dense_rows(h)));
     p.w_ih = rows_of(*(kept_[2] = dense_rows(w_ih)));
@@ -78,7 +84,7 @@ class CellArguments {
 
   bool empty() const { return h_1->numel() == 0; }
 
-  Optional h_1, c_1, gates;
+  Optional h_1, c_1, gates, cells;
 
  private:
   const Kind kind_;
@@ -87,46 +93,64 @@ class CellArguments {
   std::optional<NormOperands> norm_;
 };
 
-// The same of the backward pass.
+// The same of the backward pass. Results that are not wanted are empty.
 template <class Device>
 class CellBackwardArguments {
  public:
   using Optional = std::optional<Tensor>;
-  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+  // Those of input, h, c, w_ih, w_hh, b_ih, b_hh.
+  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
   CellBackwardParams p{};
 
-  CellBackwardArguments(int64_t mode, const Optional& grad_h, const Optional& grad_c, const Tensor& h,
-                        const Optional& c, const Tensor& h_1, const Tensor& c_1, const Tensor& gates)
-      : kind_(h) {
+  CellBackwardArguments(int64_t mode, const Optional& grad_h_1, const Optional& grad_c_1, const Tensor& input,
+                        const Tensor& h, const Optional& c, const Tensor& w_ih, const Tensor& w_hh,
+                        const Optional& b_ih, const Optional& b_hh, const Tensor& gates, const Tensor& cells,
+                        int64_t needs)
+      : kind_(input) {
     p.mode = mode_of(mode);
-    const bool lstm = p.mode == CellMode::kLstm, gru = p.mode == CellMode::kGru;
+    const bool lstm = p.mode == CellMode::kLstm;
+    STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
     STD_TORCH_CHECK(h.dim() == 2, "h: expected a matrix, got ", h.dim(), " dimensions");
     STD_TORCH_CHECK(c.has_value() == lstm, "c: expected a tensor for an LSTM and None for the others");
     p.dtype = dtype_of(kind_.dtype);
-    p.batch = h.size(0);
+    p.batch = input.size(0);
+    p.input_size = input.size(1);
     p.hidden_size = h.size(1);
-    const int64_t units = p.hidden_size;
-    if (grad_h) p.grad_h = take(0, "grad_h", *grad_h, units);
+    const int64_t units = p.hidden_size, rows = gate_count(p.mode) * units;
+    check_matrix("h", h, p.batch, units, kind_);
+    check_matrix("w_ih", w_ih, rows, p.input_size, kind_);
+    check_matrix("w_hh", w_hh, rows, units, kind_);
+    if (b_ih) check_vector("b_ih", *b_ih, rows, kind_);
+    if (b_hh) check_vector("b_hh", *b_hh, rows, kind_);
+    if (grad_h_1) p.grad_h_1 = take(0, "grad_h_1", *grad_h_1, units);
+    if (lstm && grad_c_1) p.grad_c_1 = take(1, "grad_c_1", *grad_c_1, units);
     if (lstm) {
-      if (grad_c) p.grad_c = take(1, "grad_c", *grad_c, units);
-      p.c = take(3, "c", *c, units);
-      p.c_1 = take(5, "c_1", c_1, units);
+      p.c = take(2, "c", *c, units);
+      STD_TORCH_CHECK(cells.dim() == 2 && cells.size(0) == p.batch && cells.size(1) == units &&
+                          cells.scalar_type() == work_dtype_of(kind_.dtype) && same_device(cells, input),
+                      "cells: expected a matrix of ", p.batch, " x ", units, " in the dtype of the sums");
+      p.cells = (kept_[3] = contiguous_rows(cells))->const_data_ptr();
     }
-    if (gru) p.h = take(2, "h", h, units);
-    if (has_gates(p.mode)) {
-      p.gates = take(6, "gates", gates, 4 * units);
-    } else {
-      p.h_1 = take(4, "h_1", h_1, units);
-    }
-    const auto matrix = [&](bool wanted, int64_t columns) {
-      return wanted ? empty_matrix<Device>(h, p.batch, columns) : nothing<Device>(h);
+    p.gates = take(4, "gates", gates, saved_cell_gates(p.mode) * units);
+    p.input = rows_of(*(kept_[5] = dense_rows(input)));
+    p.h = rows_of(*(kept_[6] = dense_rows(h)));
+    p.w_ih = rows_of(*(kept_[7] = dense_rows(w_ih)));
+    p.w_hh = rows_of(*(kept_[8] = dense_rows(w_hh)));
+    const auto result = [&](int bit, void*& to, bool exists, int64_t rows, int64_t columns, int64_t dims = 2) {
+      const bool wanted = exists && (needs >> bit & 1);
+      const int64_t sizes[] = {rows, columns};
+      Tensor out = wanted ? Device::empty(input, kind_.dtype, sizes, dims) : nothing<Device>(input);
+      to = wanted ? out.mutable_data_ptr() : nullptr;
+      return out;
     };
-    results.emplace(matrix(true, gate_count(p.mode) * units), matrix(gru, 3 * units), matrix(gru, units),
-                    matrix(lstm, units));
-    p.to_gates_ih = std::get<0>(*results).mutable_data_ptr();
-    p.to_gates_hh = std::get<1>(*results).mutable_data_ptr();
-    p.to_h = std::get<2>(*results).mutable_data_ptr();
-    p.to_c = std::get<3>(*results).mutable_data_ptr();
+    results.emplace(Results{result(0, p.grad_input, true, p.batch, p.input_size),
+                            result(1, p.grad_h, true, p.batch, units), result(2, p.grad_c, lstm, p.batch, units),
+                            result(3, p.grad_w_ih, true, rows, p.input_size), result(4, p.grad_w_hh, true, rows, units),
+                            result(5, p.grad_b_ih, b_ih.has_value(), rows, 1, 1),
+                            result(6, p.grad_b_hh, b_hh.has_value(), rows, 1, 1)});
+    if (empty()) {
+      std::apply([](auto&... each) { (torch::stable::zero_(each), ...); }, *results);
+    }
   }
 
   bool empty() const { return p.batch == 0 || p.hidden_size == 0; }
@@ -141,7 +165,7 @@ class CellBackwardArguments {
   }
 
   const Kind kind_;
-  Optional kept_[7];
+  Optional kept_[9];
 };
 
 // The operands of linear_rows and its result.

@@ -5,14 +5,17 @@
 #include <optional>
 
 #include "../cpu/kernel_table.h"
+#include "memory.h"
 #include "rows.h"
 
 namespace fastgen {
 
 // Where the arguments of cell_ops.h put results.
 struct Cpu {
-  static Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims) {
-    return empty_cpu(sizes, dims, like.scalar_type());
+  static Tensor empty(const Tensor&, ScalarType dtype, const int64_t* sizes, int64_t dims) {
+    Tensor out = empty_cpu(sizes, dims, dtype);
+    prefer_huge_pages(out.mutable_data_ptr(), size_t(out.numel()) * out.element_size());
+    return out;
   }
 };
 

@@ -6,6 +6,7 @@
 #include "../cpu/isa.h"
 #include "cpu_rows.h"
 #include "memory.h"
+#include "recurrent_backward.h"
 #include "recurrent_ops.h"
 #include "team.h"
 #include "tensor.h"
@@ -337,17 +338,17 @@ struct Sum {
   bool wanted_;
 };
 
-using Gradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Optional& grad_h_n,
-                             const Optional& grad_c_n, const Tensor& input, const Optional& batch_sizes,
-                             const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
-                             const Optional& w_hr, const Tensor& h_0, const Optional& c_0, const Optional& h_mask,
-                             const Tensor& output, const Tensor& gates, const Tensor& cells, bool batch_first,
-                             bool reverse, int64_t needs, const Optional& norm_ih, const Optional& norm_hh,
-                             const Optional& norm_c, const Optional& norm_c_bias, const Optional& seed_offset,
-                             double norm_eps, double zoneout_c, double zoneout_h) {
+RecurrentGradients recurrent_backward(int64_t mode, const Optional& grad_output, const Optional& grad_h_n,
+                                      const Optional& grad_c_n, const Tensor& input, const Optional& batch_sizes,
+                                      const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih,
+                                      const Optional& b_hh, const Optional& w_hr, const Tensor& h_0,
+                                      const Optional& c_0, const Optional& h_mask, const Tensor& output,
+                                      const Tensor& gates, const Tensor& cells, bool batch_first, bool reverse,
+                                      int64_t needs, const Optional& norm_ih, const Optional& norm_hh,
+                                      const Optional& norm_c, const Optional& norm_c_bias, const Optional& seed_offset,
+                                      double norm_eps, double zoneout_c, double zoneout_h) {
   Arguments arguments(mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, batch_first, reverse);
   arguments.set(input, norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset, norm_eps, zoneout_c, zoneout_h);
   RecurrentBackwardParams p{};
@@ -369,10 +370,10 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
       grad_c_0 = rounded(p.batch, p.hidden_size, needed(7) && c_0);
   const auto results = [&] {
     const bool empty = p.batch == 0;
-    return Gradients(grad_input, grad_w_ih.finish(empty), grad_w_hh.finish(empty), grad_b_ih.finish(empty),
-                     grad_b_hh.finish(empty), grad_w_hr.finish(empty), grad_h_0.finish(empty), grad_c_0.finish(empty),
-                     grad_norm_ih.finish(empty), grad_norm_hh.finish(empty), grad_norm_c.finish(empty),
-                     grad_norm_c_bias.finish(empty));
+    return RecurrentGradients(grad_input, grad_w_ih.finish(empty), grad_w_hh.finish(empty), grad_b_ih.finish(empty),
+                              grad_b_hh.finish(empty), grad_w_hr.finish(empty), grad_h_0.finish(empty),
+                              grad_c_0.finish(empty), grad_norm_ih.finish(empty), grad_norm_hh.finish(empty),
+                              grad_norm_c.finish(empty), grad_norm_c_bias.finish(empty));
   };
   if (p.batch == 0) return results();
 
@@ -419,7 +420,6 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   return results();
 }
 
-}  // namespace
 }  // namespace fastgen
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {

@@ -47,13 +47,14 @@ SCHEMAS = {
     "recurrent_layers": "(int mode, Tensor input, Tensor? batch_sizes, Tensor[] weights, Tensor h_0, Tensor? c_0, "
     "Tensor? h_mask, bool batch_first, bool save, Tensor? seed_offset=None, float dropout=0.) -> "
     "(Tensor output, Tensor h_n, Tensor c_n, Tensor below, Tensor passed, Tensor gates, Tensor cells)",
-    "recurrent_cell": f"(int mode, Tensor input, Tensor h, Tensor? c, {_WEIGHTS}) -> "
-    "(Tensor h_1, Tensor c_1, Tensor gates)",
+    "recurrent_cell": f"(int mode, Tensor input, Tensor h, Tensor? c, {_WEIGHTS}, bool save) -> "
+    "(Tensor h_1, Tensor c_1, Tensor gates, Tensor cells)",
     "recurrent_step": f"(int mode, Tensor input, Tensor h, Tensor? c, {_WEIGHTS}, "
     "Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_c_bias, float norm_eps, float zoneout_c, "
     "float zoneout_h) -> (Tensor h_1, Tensor c_1)",
-    "recurrent_cell_backward": "(int mode, Tensor? grad_h, Tensor? grad_c, Tensor h, Tensor? c, Tensor h_1, "
-    "Tensor c_1, Tensor gates) -> (Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor grad_h, Tensor grad_c)",
+    "recurrent_cell_backward": "(int mode, Tensor? grad_h_1, Tensor? grad_c_1, Tensor input, Tensor h, Tensor? c, "
+    f"{_WEIGHTS}, Tensor gates, Tensor cells, int needs) -> (Tensor grad_input, Tensor grad_h, Tensor grad_c, "
+    "Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)",
 }
 
 
@@ -166,10 +167,15 @@ def _fake_recurrent_cell(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    save: bool,
 ) -> tuple[Tensor, ...]:
     c_1 = h.new_empty(0 if c is None else c.shape)
-    gated = mode in (Mode.LSTM, Mode.GRU)
-    return h.new_empty(h.shape), c_1, h.new_empty((h.shape[0], 4 * h.shape[1]) if gated else 0)
+    gates, cells = h.new_empty(0), h.new_empty(0)
+    if save:
+        gates = h.new_empty((h.shape[0], (4 if mode in (Mode.LSTM, Mode.GRU) else 1) * h.shape[1]))
+    if save and c is not None:
+        cells = c.new_empty(c.shape, dtype=work_dtype(c.dtype))
+    return h.new_empty(h.shape), c_1, gates, cells
 
 
 def _fake_recurrent_step(mode: int, input: Tensor, h: Tensor, c: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
@@ -178,22 +184,21 @@ def _fake_recurrent_step(mode: int, input: Tensor, h: Tensor, c: Tensor | None, 
 
 def _fake_recurrent_cell_backward(
     mode: int,
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
+    grad_h_1: Tensor | None,
+    grad_c_1: Tensor | None,
+    input: Tensor,
     h: Tensor,
     c: Tensor | None,
-    h_1: Tensor,
-    c_1: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
     gates: Tensor,
+    cells: Tensor,
+    needs: int,
 ) -> tuple[Tensor, ...]:
-    grad = h.new_empty((h.shape[0], Mode(mode).gates * h.shape[1]))
-    gru = mode == Mode.GRU
-    return (
-        grad,
-        h.new_empty(grad.shape if gru else 0),
-        h.new_empty(h.shape if gru else 0),
-        h.new_empty(0 if c is None else c.shape),
-    )
+    of = (input, h, c, w_ih, w_hh, b_ih, b_hh)
+    return tuple(input.new_empty(x.shape if x is not None and needs >> i & 1 else 0) for i, x in enumerate(of))
 
 
 register(
@@ -376,81 +381,48 @@ class _RecurrentLayers(torch.autograd.Function):
 # On the CPU, measured: for so many rows of bfloat16 packing pays, as the sequence's product of pairs is twice as fast.
 _PAIRED_ROWS = 64
 
-# On the CPU, measured: from here on the sequence's backward is as fast as PyTorch's products, then up to twice. Other
-# devices would wait for its launches.
-_MANY_ROWS = 8
-
 
 class _RecurrentCell(torch.autograd.Function):
-    """The gradient for few rows: an op for what is in front of the four products, which are taken here.
-
-    For many rows on the CPU packing the weights pays, and a step is a sequence of one.
-    """
+    """Saves the operands and what the backward kernel reads; not the results, which may be changed in place."""
 
     @staticmethod
-    def forward(ctx: Any, mode: int, *operands: Tensor | None) -> Any:
-        h_1, c_1, gates = _recurrent_cell(mode, *operands)
-        # Copies of what the gradient reads, as PyTorch's results may be changed in place too; for h_1, which the gated
-        # cells do not read, h stands.
-        gated = mode in (Mode.LSTM, Mode.GRU)
-        ctx.save_for_backward(
-            *operands, operands[1] if gated else h_1.clone(), c_1.clone() if mode == Mode.LSTM else c_1, gates
-        )
-        ctx.mode = mode
+    def forward(ctx: Any, mode: int, time: int | None, *operands: Tensor | None) -> Any:
+        """time: the dimension of the input along which it is a sequence of one step, or None: there is none."""
+        if time is not None:
+            input, *others = operands
+            operands = (input.squeeze(time), *others)  # type: ignore[union-attr]
+        h_1, c_1, gates, cells = _recurrent_cell(mode, *operands, True)
+        ctx.save_for_backward(*operands, gates, cells)
+        ctx.mode, ctx.time = mode, time
         ctx.set_materialize_grads(False)
-        return h_1, c_1
+        return (h_1, c_1) if time is None else (h_1, c_1, h_1.unsqueeze(time).clone())
 
     @staticmethod
-    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None) -> Any:
-        mode = ctx.mode
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_output: Tensor | None = None) -> Any:
+        mode, time = ctx.mode, ctx.time
         if mode != Mode.LSTM:
             grad_c = None  # as above
-        *operands, h_1, c_1, gates = ctx.saved_tensors
-        _, *wanted = ctx.needs_input_grad
+        if grad_output is not None:
+            grad_output = grad_output.squeeze(time)
+            grad_h = grad_output if grad_h is None else grad_h + grad_output
+        *operands, gates, cells = ctx.saved_tensors
+        _, _, *wanted = ctx.needs_input_grad
         if grad_h is None and grad_c is None:
-            return (None,) * (1 + len(wanted))
+            return (None,) * (2 + len(wanted))
+        found: Sequence[Tensor | None]
         if higher_order():
 
             def forward(*operands: Tensor | None) -> tuple[Tensor, ...]:
-                return _plain_cell(mode, *operands)[:2]
+                return _plain_cell(mode, *operands, False)[:2]
 
-            return None, *through(forward, operands, wanted, (grad_h, grad_c))
-        input, h, c, w_ih, w_hh, b_ih, b_hh = operands
-        if h.shape[0] >= _MANY_ROWS and h.device.type == "cpu":
-            # The wanted results of a sequence of one step, which come in another order.
-            order = (0, 6, 7, 1, 2, 3, 4)
-            needs = sum(1 << i for i, want in zip(order, wanted, strict=True) if want)
-            cells = c_1 if c is None else c_1[None].to(work_dtype(c_1.dtype))
-            saved = h_1[None], gates[None] if gates.dim() > 1 else gates, cells
-            grad_output = None if grad_h is None else grad_h[None]
-            weights = w_ih, w_hh, b_ih, b_hh, None
-            found = _recurrent_backward(
-                mode, grad_output, None, grad_c, input[None], None, *weights, h, c, None, *saved, False, False, needs
-            )
-            return None, *(found[i] if want else None for i, want in zip(order, wanted, strict=True))
-        from_input, from_state, direct, to_c = _recurrent_cell_backward(mode, grad_h, grad_c, h, c, h_1, c_1, gates)
-        if mode != Mode.GRU:
-            from_state = from_input
-        to_h = None
-        if wanted[1]:
-            to_h = torch.mm(from_state, w_hh)
-            if mode == Mode.GRU:  # not by addmm, which may round each of the product's terms to the bits that z h has
-                to_h = to_h + direct
-        return (
-            None,
-            torch.mm(from_input, w_ih) if wanted[0] else None,
-            to_h,
-            to_c if wanted[2] else None,
-            _product_of_rows(from_input, input) if wanted[3] else None,
-            _product_of_rows(from_state, h) if wanted[4] else None,
-            from_input.sum(0) if wanted[5] else None,
-            from_state.sum(0) if wanted[6] else None,
-        )
-
-
-def _product_of_rows(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right; of one row by elements, which is twice as fast as PyTorch's product."""
-    return left.t() * right if left.shape[0] == 1 else torch.mm(left.t(), right)
+            found = through(forward, operands, tuple(wanted), (grad_h, grad_c))
+        else:
+            needs = sum(1 << i for i, want in enumerate(wanted) if want)
+            found = _recurrent_cell_backward(mode, grad_h, grad_c, *operands, gates, cells, needs)
+        results = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+        if time is not None and results[0] is not None:
+            results[0] = results[0].unsqueeze(time)
+        return None, None, *results
 
 
 def recurrent(mode: int, options: Options, *operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -461,10 +433,8 @@ def recurrent(mode: int, options: Options, *operands: Tensor | None) -> tuple[Te
     """
     if _is_one_step(options, operands):
         input, _, w_ih, w_hh, b_ih, b_hh, _, h_0, c_0, _ = operands
-        assert input is not None
-        time = 1 if options.batch_first else 0
-        h_n, c_n = recurrent_cell(mode, input.squeeze(time), h_0, c_0, w_ih, w_hh, b_ih, b_hh)
-        return h_n.unsqueeze(time).clone(), h_n, c_n  # output and state are not to change with each other
+        h_n, c_n, output = _cell(mode, 1 if options.batch_first else 0, input, h_0, c_0, w_ih, w_hh, b_ih, b_hh)
+        return output, h_n, c_n
     if plain_only():
         return _call(_plain, mode, operands, options, False)[:3]
     if torch.is_grad_enabled():
@@ -522,13 +492,22 @@ def recurrent_cell(mode: int, *operands: Tensor | None) -> tuple[Tensor, Tensor]
 
     operands: input, h, c, w_ih, w_hh, b_ih, b_hh.
     """
-    if plain_only():
-        return _plain_cell(mode, *operands)[:2]
-    if torch.is_grad_enabled():
+    return _cell(mode, None, *operands)
+
+
+def _cell(mode: int, time: int | None, *operands: Tensor | None) -> Any:
+    """(h_1, c_1), and where the input has a dimension `time` of one step the output, which has it too."""
+    plain = plain_only()
+    if not plain and torch.is_grad_enabled():
         for value in operands:
             if value is not None and value.requires_grad:
-                return _RecurrentCell.apply(mode, *distinct(operands))
-    return _recurrent_cell(mode, *operands)[:2]
+                return _RecurrentCell.apply(mode, time, *distinct(operands))
+    op = _plain_cell if plain else _recurrent_cell
+    if time is None:
+        return op(mode, *operands, False)[:2]
+    input, *others = operands
+    h_1, c_1, _, _ = op(mode, input.squeeze(time), *others, False)  # type: ignore[union-attr]
+    return h_1, c_1, h_1.unsqueeze(time).clone()  # output and state are not to change with each other
 
 
 def recurrent_step(

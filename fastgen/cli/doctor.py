@@ -439,8 +439,11 @@ def _recurrent_errors(op: str, device: str) -> Iterator[str]:
                 if op == "recurrent_step":  # any vectors do for the layer norms
                     norm = (*weights[2:], h[0], c[0]) if mode == Mode.LSTM else (None,) * 4
                     arguments = (*arguments, *norm, 1e-5, 0.3 if mode == Mode.LSTM else 0.0, 0.2)
-                if op == "recurrent_cell_backward":
-                    arguments = (mode, grad[0], None, h, cell, *reference.recurrent_cell(*arguments))
+                elif op == "recurrent_cell":
+                    arguments = (*arguments, True)
+                else:
+                    _, _, *saved = reference.recurrent_cell(*arguments, True)
+                    arguments = (mode, grad[0], None, *arguments[1:], *saved, 0b1111111)
             elif op == "recurrent_layers":
                 states = (torch.stack((h, h)), None if cell is None else torch.stack((c, c)))
                 arguments = (mode, x, None, [*weights, weights[1], *weights[1:]], *states, None, False, True)
@@ -452,7 +455,7 @@ def _recurrent_errors(op: str, device: str) -> Iterator[str]:
                     output, _, _, gates, cells = reference.recurrent(*arguments)
                     # The cells stay in the dtype of the algebra.
                     arguments = (mode, grad, None, None, *operands, output, gates, cells, *flags, 0b11011111)
-            cells_at = 16 if op == "recurrent_backward" else -1
+            cells_at = {"recurrent_backward": 16, "recurrent_cell_backward": 11}.get(op)
 
             def put(value: Any, to: torch.dtype) -> Any:
                 if isinstance(value, list):

@@ -165,12 +165,20 @@ def recurrent_cell(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """input (B, I), h and c (B, H) -> h_1 (B, H), c_1 (B, H), gates (B, 4 H)."""
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """input (B, I), h and c (B, H) -> h_1 (B, H), c_1 (B, H), and what the backward pass reads, gates and cells.
+
+    gates: (B, 4 H), of an RNN (B, H), a copy of h_1. cells: (B, H), of an LSTM c_1 in the dtype of the algebra. What
+    there is not, or without `save`, is (0,).
+    """
     dtype = input.dtype
     input, h, c, w_ih, w_hh, b_ih, b_hh = widen(input, h, c, w_ih, w_hh, b_ih, b_hh)
     h_1, c_1, gates = _cell(mode, linear(input, w_ih, b_ih), linear(h, w_hh, b_hh), h, c)
-    return h_1.to(dtype), or_empty(c_1, h_1).to(dtype), or_empty(gates, h_1).to(dtype)
+    nothing = h_1.new_empty(0)
+    kept = nothing if not save else h_1.clone() if gates is None else gates
+    cells = nothing.to(dtype) if c_1 is None or not save else c_1.clone()
+    return h_1.to(dtype), or_empty(c_1, h_1).to(dtype), kept.to(dtype), cells
 
 
 @without_autocast
@@ -209,29 +217,44 @@ def recurrent_step(
 
 def recurrent_cell_backward(
     mode: int,
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
+    grad_h_1: Tensor | None,
+    grad_c_1: Tensor | None,
+    input: Tensor,
     h: Tensor,
     c: Tensor | None,
-    h_1: Tensor,
-    c_1: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
     gates: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_gates_ih (B, G H), grad_gates_hh (B, 3 H), grad_h (B, H), grad_c (B, H)) past the products.
+    cells: Tensor,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of (input, h, c, w_ih, w_hh, b_ih, b_hh); (0,) without such an operand, or where its bit of needs is 0.
 
-    grad_gates_hh and grad_h exist for a GRU only: elsewhere the one equals grad_gates_ih and the other is zero.
+    gates, cells: those of `recurrent_cell`.
     """
-    dtype = h.dtype
-    grad_h, grad_c, h, c, h_1, c_1, gates = widen(grad_h, grad_c, h, c, h_1, c_1, gates)
-    if grad_h is None:
-        grad_h = torch.zeros_like(h_1)
-    found = _cell_backward(mode, grad_h, grad_c, h, c, h_1, c_1, gates)
-    hidden = found.from_state if mode == Mode.GRU else None
-    return (
-        found.from_input.to(dtype),
-        or_empty(hidden, h).to(dtype),
-        or_empty(found.h, h).to(dtype),
-        or_empty(found.c, h).to(dtype),
+    dtype, of = input.dtype, (input, h, c, w_ih, w_hh, b_ih, b_hh)
+    grad_h_1, grad_c_1, input, h, c, w_ih, w_hh, gates, cells = widen(
+        grad_h_1, grad_c_1, input, h, c, w_ih, w_hh, gates, cells
+    )
+    if grad_h_1 is None:
+        grad_h_1 = torch.zeros_like(h)
+    found = _cell_backward(mode, grad_h_1, grad_c_1, h, c, gates, cells, gates)
+    to_input, to_state = found.from_input, found.from_state
+    to_h = to_state @ w_hh
+    results = (
+        to_input @ w_ih,
+        to_h if found.h is None else to_h + found.h,
+        found.c,
+        to_input.T @ input,
+        to_state.T @ h,
+        to_input.sum(0),
+        to_state.sum(0),
+    )
+    return tuple(
+        grad.to(dtype) if grad is not None and x is not None and needs >> i & 1 else input.new_empty(0, dtype=dtype)
+        for i, (grad, x) in enumerate(zip(results, of, strict=True))
     )
 
 

@@ -536,7 +536,11 @@ void test_cells(const char* isa) {
                 w_ih(dtype, gates, inputs, 4, 2), w_hh(dtype, gates, hidden, 5), bias(dtype, 1, gates, 6);
             const size_t state = size_t(batch * hidden) * size;
             Buffer h_1[2] = {Buffer(state), Buffer(state, 0xCD)}, c_1[2] = {Buffer(state), Buffer(state)},
-                   kept[2] = {Buffer(4 * state), Buffer(4 * state)};
+                   kept[2] = {Buffer(size_t(saved_cell_gates(mode)) * state),
+                              Buffer(size_t(saved_cell_gates(mode)) * state, 0xCD)};
+            const size_t work = dtype == DType::kFloat64 ? 8 : 4;
+            const size_t kept_cells = mode == CellMode::kLstm ? size_t(batch * hidden) * work : 0;
+            Buffer cells[2] = {Buffer(kept_cells), Buffer(kept_cells, 0xCD)};
             CellParams p{};
             p.dtype = dtype;
             p.mode = mode;
@@ -549,18 +553,19 @@ void test_cells(const char* isa) {
             p.w_ih = w_ih.operand;
             p.w_hh = w_hh.operand;
             if (inputs != 1) p.b_ih = p.b_hh = bias.operand.data;
-            in_pieces((hidden + kCellUnits - 1) / kCellUnits, {&h_1[0], &c_1[0], &kept[0]},
-                      {&h_1[1], &c_1[1], &kept[1]}, what, [&](int run, int64_t begin, int64_t end) {
+            in_pieces((hidden + kCellUnits - 1) / kCellUnits, {&h_1[0], &c_1[0], &kept[0], &cells[0]},
+                      {&h_1[1], &c_1[1], &kept[1], &cells[1]}, what, [&](int run, int64_t begin, int64_t end) {
                         p.h_1 = h_1[run].data;
                         p.c_1 = c_1[run].data;
                         p.gates = kept[run].data;
+                        p.cells = mode == CellMode::kLstm ? cells[run].data : nullptr;
                         kernels.recurrent_cell(p, begin, end);
                       });
 
             // With layer norm or zoneout: units give the sums, and then rows the rest.
             const Rows gains(dtype, 1, gates, 9), of_cell(dtype, 1, hidden, 10);
             CellParams q = p;
-            q.gates = nullptr;
+            q.gates = q.cells = nullptr;
             q.zoneout_h = 0.25;
             if (mode == CellMode::kLstm) {
               q.zoneout_c = 0.5;
@@ -570,7 +575,7 @@ void test_cells(const char* isa) {
                 q.norm_eps = 1e-5;
               }
             }
-            const size_t all_sums = size_t(batch * cell_row_size(q)) * (dtype == DType::kFloat64 ? 8 : 4);
+            const size_t all_sums = size_t(batch * cell_row_size(q)) * work;
             Buffer next_h[2] = {Buffer(state), Buffer(state, 0xCD)}, next_c[2] = {Buffer(state), Buffer(state)};
             for (int run = 0; run < 2; ++run) {
               Buffer sums(all_sums);
@@ -587,29 +592,57 @@ void test_cells(const char* isa) {
             expect_same(next_h[0], next_h[1], what + " by rows, h");
             expect_same(next_c[0], next_c[1], what + " by rows, c");
 
-            const size_t grad = size_t(batch * gates) * size;
-            Buffer to_ih[2] = {Buffer(grad), Buffer(grad, 0xCD)}, to_hh[2] = {Buffer(grad), Buffer(grad)},
-                   to_h[2] = {Buffer(state), Buffer(state)}, to_c[2] = {Buffer(state), Buffer(state)};
-            const Rows old_h(dtype, batch, hidden, 2), grad_h(dtype, batch, hidden, 7), grad_c(dtype, batch, hidden, 8);
+            // Backward: rows give the gradients before the gates, and then units the products.
+            const bool gru = mode == CellMode::kGru, bias_too = inputs != 1;
+            const Rows grad_h(dtype, batch, hidden, 7), grad_c(dtype, batch, hidden, 8);
+            const size_t to_gates = size_t(batch * gates) * work, vector = size_t(gates) * size;
+            const size_t to_x = size_t(batch * inputs) * size, to_w = size_t(gates * inputs) * size,
+                         to_u = size_t(gates * hidden) * size;
             CellBackwardParams b{};
             b.dtype = dtype;
             b.mode = mode;
             b.batch = batch;
+            b.input_size = inputs;
             b.hidden_size = hidden;
-            b.grad_h = grad_h.operand.data;
-            b.grad_c = batch % 2 ? nullptr : grad_c.operand.data;
-            b.h = old_h.operand.data;
+            b.grad_h_1 = grad_h.operand.data;
+            b.grad_c_1 = batch % 2 ? nullptr : grad_c.operand.data;
+            b.input = x.operand;
+            b.h = h.operand;
+            b.w_ih = w_ih.operand;
+            b.w_hh = w_hh.operand;
             b.c = c.operand.data;
-            b.h_1 = h_1[0].data;
-            b.c_1 = c_1[0].data;
             b.gates = kept[0].data;
-            in_pieces(batch, {&to_ih[0], &to_hh[0], &to_h[0], &to_c[0]}, {&to_ih[1], &to_hh[1], &to_h[1], &to_c[1]},
-                      what + " backward", [&](int run, int64_t begin, int64_t end) {
+            b.cells = cells[0].data;
+            Buffer to_ih[2] = {Buffer(to_gates), Buffer(to_gates, 0xCD)},
+                   to_hh[2] = {Buffer(gru ? to_gates : 0), Buffer(gru ? to_gates : 0, 0xCD)},
+                   to_c[2] = {Buffer(state), Buffer(state)};
+            in_pieces(batch, {&to_ih[0], &to_hh[0], &to_c[0]}, {&to_ih[1], &to_hh[1], &to_c[1]}, what + " backward",
+                      [&](int run, int64_t begin, int64_t end) {
                         b.to_gates_ih = to_ih[run].data;
-                        b.to_gates_hh = to_hh[run].data;
-                        b.to_h = to_h[run].data;
-                        b.to_c = to_c[run].data;
+                        b.to_gates_hh = gru ? to_hh[run].data : b.to_gates_ih;
+                        b.grad_c = to_c[run].data;
                         kernels.recurrent_cell_backward(b, begin, end);
+                      });
+            Buffer results[2][6] = {
+                {Buffer(to_x), Buffer(state), Buffer(to_w), Buffer(to_u), Buffer(vector), Buffer(vector)},
+                {Buffer(to_x, 0xCD), Buffer(state, 0xCD), Buffer(to_w, 0xCD), Buffer(to_u, 0xCD), Buffer(vector, 0xCD),
+                 Buffer(vector, 0xCD)}};
+            std::vector<const Buffer*> whole, parts;
+            for (int i = 0; i < (bias_too ? 6 : 4); ++i)
+              whole.push_back(&results[0][i]), parts.push_back(&results[1][i]);
+            const auto point = [&](int run) {
+              b.grad_input = results[run][0].data;
+              b.grad_h = results[run][1].data;
+              b.grad_w_ih = results[run][2].data;
+              b.grad_w_hh = results[run][3].data;
+              b.grad_b_ih = bias_too ? results[run][4].data : nullptr;
+              b.grad_b_hh = bias_too ? results[run][5].data : nullptr;
+            };
+            point(0);
+            in_pieces(cell_backward_units(b), whole, parts, what + " products",
+                      [&](int run, int64_t begin, int64_t end) {
+                        point(run);
+                        kernels.recurrent_cell_products(b, begin, end);
                       });
           }
         }

@@ -51,8 +51,8 @@ def test_one_step_is_torchs_and_takes_the_cell(mode, bidirectional, batch_first,
     case = Case(mode, 4, 5, num_layers=2, bidirectional=bidirectional, batch_first=batch_first, lengths=(1, 1, 1))
     x, hx = case.operands(torch.float64)
     module = case.module(torch.float64)
-    taken, real = [], ops.recurrent_cell
-    monkeypatch.setattr(ops, "recurrent_cell", lambda *given: taken.append(given) or real(*given))
+    taken, real = [], ops._cell
+    monkeypatch.setattr(ops, "_cell", lambda *given: taken.append(given) or real(*given))
     x.requires_grad_()
     output, *states = run(case, x, hx, list(module._flat_weights), 0.0)
     assert len(taken) == (4 if bidirectional else 2)

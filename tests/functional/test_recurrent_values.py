@@ -359,7 +359,7 @@ def test_one_step_of_many_rows_of_bfloat16_is_a_sequence_and_of_few_a_cell(mode,
         operands = x.unsqueeze(1 if batch_first else 0), None, *weights, None, h, c, None
         output, h_n, _ = ops.recurrent(mode, ops.Options(batch_first), *operands)
         if rows < 64:
-            expected = torch.ops.fastgen.recurrent_cell(mode, x, h, c, *weights)[0]
+            expected = torch.ops.fastgen.recurrent_cell(mode, x, h, c, *weights, False)[0]
         else:
             expected = torch.ops.fastgen.recurrent(mode, *operands, batch_first, False, False)[1]
         assert torch.equal(h_n, expected)

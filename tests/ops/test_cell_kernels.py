@@ -34,6 +34,11 @@ def to(dtype: torch.dtype, args):
     return [a.to(dtype) if isinstance(a, Tensor) else a for a in args]
 
 
+def cells_dtype(mode, dtype: torch.dtype) -> torch.dtype:
+    """Of the cells, which an LSTM saves in the dtype of the sums."""
+    return torch.float32 if mode == Mode.LSTM and dtype != torch.float64 else dtype
+
+
 def torch_cell(mode, x, h, c, *weights):
     out = TORCH_CELLS[mode](x, (h, c) if mode == Mode.LSTM else h, *weights)
     return out if mode == Mode.LSTM else (out,)
@@ -48,42 +53,86 @@ def error(got: Tensor, exact: Tensor) -> float:
 @given(batch=BATCHES, inputs=SIZES, hidden=SIZES, bias=st.booleans(), seed=st.integers(0, 99))
 def test_values(mode, dtype, batch, inputs, hidden, bias, seed):
     args = cell_operands(mode, batch, inputs, hidden, dtype, bias, seed)
-    exact = reference.recurrent_cell(*to(torch.float64, args))
+    exact = reference.recurrent_cell(*to(torch.float64, args), True)
     theirs = torch_cell(*args)
     for isa in ISAS:
         with use_cpu_isa(isa):
-            ours = ops.recurrent_cell(*args)
-        for got, want in zip(ours, exact, strict=True):
-            assert (got.shape, got.dtype) == (want.shape, dtype)
-        for got, other, want in zip(ours, theirs, exact, strict=False):  # h_1 and c_1; torch gives no gates
+            ours, unsaved = ops.recurrent_cell(*args, True), ops.recurrent_cell(*args, False)
+        for got, want, kind in zip(ours, exact, (dtype, dtype, dtype, cells_dtype(mode, dtype)), strict=True):
+            assert (got.shape, got.dtype) == (want.shape, kind)
+        for got, other, want in zip(ours, theirs, exact, strict=False):  # h_1 and c_1; torch keeps nothing
             assert error(got, want) <= 2 * error(other, want) + ATOL[dtype]
-        # W_hn h + b_hn, the last of a GRU's, is not squashed.
-        scale = max(1.0, exact[2].abs().max().item()) if exact[2].numel() else 1.0
-        assert error(ours[2], exact[2]) <= ATOL[dtype] * scale
+        # W_hn h + b_hn, the last of a GRU's gates, is not squashed.
+        for got, want in zip(ours[2:], exact[2:], strict=True):
+            scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
+            assert error(got, want) <= ATOL[dtype] * scale
+        for got, want in zip(unsaved[:2], ours[:2], strict=True):
+            assert_same_bits(got, want)
+        assert [x.shape for x in unsaved[2:]] == [(0,), (0,)]
+
+
+ALL = (1 << 7) - 1
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("mode", Mode)
-@given(batch=BATCHES, hidden=SIZES, seed=st.integers(0, 99), which=st.sampled_from(["h", "c", "both"]))
-def test_backward(mode, dtype, batch, hidden, seed, which):
-    args = cell_operands(mode, batch, 5, hidden, dtype, True, seed)
-    h, c = args[2], args[3]
-    h_1, c_1, gates = ops.recurrent_cell(*args)
+@given(
+    batch=st.one_of(BATCHES, st.sampled_from([63, 64, 65])),  # from 64 rows on by the kernel of sequences
+    inputs=SIZES,
+    hidden=SIZES,
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+    which=st.sampled_from(["h", "c", "both"]),
+)
+def test_backward(mode, dtype, batch, inputs, hidden, bias, seed, which):
+    args = cell_operands(mode, batch, inputs, hidden, dtype, bias, seed)
     g = Generator(seed + 1)
     grad_h, grad_c = (random.normal(batch, hidden, generator=g).to(dtype) for _ in range(2))
     if which == "c" and mode == Mode.LSTM:
         grad_h = None
     if which == "h" or mode != Mode.LSTM:
         grad_c = None
-    saved = (mode, grad_h, grad_c, h, c, h_1, c_1, gates)
-    exact = reference.recurrent_cell_backward(*to(torch.float64, saved))
+    leaves = [a.requires_grad_() for a in to(torch.float64, args[1:]) if isinstance(a, Tensor)]
+    given_to = iter(leaves)
+    outputs = reference.recurrent_cell(mode, *(next(given_to) if isinstance(a, Tensor) else a for a in args[1:]), False)
+    pairs = [(y, grad.double()) for y, grad in zip(outputs, (grad_h, grad_c), strict=False) if grad is not None]
+    y, grads = zip(*pairs, strict=True)
+    wanted = iter(torch.autograd.grad(y, leaves, grads, materialize_grads=True))
+    exact = [next(wanted) if isinstance(a, Tensor) else None for a in args[1:]]
+    plain = backward_of(reference, args, grad_h, grad_c)
     for isa in ISAS:
         with use_cpu_isa(isa):
-            ours = ops.recurrent_cell_backward(*saved)
-        for got, want in zip(ours, exact, strict=True):
-            assert (got.shape, got.dtype) == (want.shape, dtype)
-            scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
-            assert error(got, want) <= ATOL[dtype] * scale
+            ours = backward_of(ops, args, grad_h, grad_c)
+        for got, other, want in zip(ours, plain, exact, strict=True):
+            assert got.dtype == dtype
+            if want is None:
+                assert got.shape == (0,)
+                continue
+            assert got.shape == want.shape
+            # What is saved is rounded, and of many rows of half types the gradients before the products.
+            scale = max(1.0, want.abs().max().item())
+            assert error(got, want) <= 2 * error(other, want) + ATOL[dtype] * scale
+
+
+def backward_of(ops, args, grad_h, grad_c, needs: int = ALL):
+    _, _, gates, cells = ops.recurrent_cell(*args, True)
+    return ops.recurrent_cell_backward(args[0], grad_h, grad_c, *args[1:], gates, cells, needs)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 65])
+@pytest.mark.parametrize("mode", Mode)
+def test_only_the_gradients_that_are_wanted(isa, mode, batch):
+    """Any of them alone, in the same bits; nothing of those that are not."""
+    args = cell_operands(mode, batch, 37, 150, torch.float32)
+    grad = random.normal(batch, 150, generator=Generator(5))
+    with use_cpu_isa(isa):
+        every = backward_of(ops, args, grad, None)
+        for i, want in enumerate(every):
+            for k, got in enumerate(backward_of(ops, args, grad, None, 1 << i)):
+                if k == i:
+                    assert_same_bits(got, want)
+                else:
+                    assert got.shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -92,13 +141,13 @@ def test_a_row_does_not_depend_on_its_batch(isa, mode, dtype):
     """Bit for bit: alone, in every batch size, and wherever in it."""
     mode, x, h, c, *weights = cell_operands(mode, 33, 37, 21, dtype)
     with use_cpu_isa(isa):
-        whole = ops.recurrent_cell(mode, x, h, c, *weights)
+        whole = ops.recurrent_cell(mode, x, h, c, *weights, True)
         for n in range(1, 34):
-            part = ops.recurrent_cell(mode, x[:n], h[:n], None if c is None else c[:n], *weights)
+            part = ops.recurrent_cell(mode, x[:n], h[:n], None if c is None else c[:n], *weights, True)
             for a, b in zip(part, whole, strict=True):
                 assert_same_bits(a, b[:n] if b.dim() == 2 else b)
         back = torch.arange(32, -1, -1)
-        turned = ops.recurrent_cell(mode, x[back], h[back], None if c is None else c[back], *weights)
+        turned = ops.recurrent_cell(mode, x[back], h[back], None if c is None else c[back], *weights, True)
         for a, b in zip(turned, whole, strict=True):
             assert_same_bits(a, b[back] if b.dim() == 2 else b)
 
@@ -112,9 +161,8 @@ def test_threads(isa, mode, threads):
     with use_cpu_isa(isa):
         for count in (1, 2, 3):
             threads(count)
-            out = ops.recurrent_cell(*args)
             to_c = grad if mode == Mode.LSTM else None
-            results.append((*out, *ops.recurrent_cell_backward(mode, grad, to_c, args[2], args[3], *out)))
+            results.append((*ops.recurrent_cell(*args, True), *backward_of(ops, args, grad, to_c)))
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             assert_same_bits(a, b)
@@ -132,22 +180,22 @@ def test_layouts(isa, mode):
         return [wide[:, : x.shape[1]], x.t().contiguous().t(), torch.stack([x, x], 2)[:, :, 0]]
 
     with use_cpu_isa(isa):
-        want = ops.recurrent_cell(*args)
+        want = ops.recurrent_cell(*args, True)
         for i, value in enumerate(args):
             if not isinstance(value, Tensor):
                 continue
             for other in twisted(value):
                 assert not other.is_contiguous()
-                got = ops.recurrent_cell(*[other if k == i else a for k, a in enumerate(args)])
+                got = ops.recurrent_cell(*[other if k == i else a for k, a in enumerate(args)], True)
                 for a, b in zip(got, want, strict=True):
                     assert_same_bits(a, b)
         row = args[1][:1].expand(7, -1)
-        got = ops.recurrent_cell(mode, row, *args[2:])
-        same = ops.recurrent_cell(mode, row.contiguous(), *args[2:])
+        got = ops.recurrent_cell(mode, row, *args[2:], False)
+        same = ops.recurrent_cell(mode, row.contiguous(), *args[2:], False)
         assert_same_bits(got[0], same[0])
 
         grad = random.normal(7, 13, generator=Generator(5))
-        saved = [mode, grad, grad if mode == Mode.LSTM else None, args[2], args[3], *want]
+        saved = [mode, grad, grad if mode == Mode.LSTM else None, *args[1:], *want[2:], ALL]
         plain = ops.recurrent_cell_backward(*saved)
         saved = [a.t().contiguous().t() if isinstance(a, Tensor) and a.dim() == 2 else a for a in saved]
         for a, b in zip(ops.recurrent_cell_backward(*saved), plain, strict=True):
@@ -162,7 +210,7 @@ def test_not_finite(isa, mode):
     x[1, 0] = float("inf")
     w_ih[:, 0] = 1.0
     with use_cpu_isa(isa):
-        h_1 = ops.recurrent_cell(mode, x, h, c, w_ih, w_hh, *biases)[0]
+        h_1 = ops.recurrent_cell(mode, x, h, c, w_ih, w_hh, *biases, False)[0]
     assert h_1[:, 3].isnan().all()
     others = torch.arange(20) != 3
     assert not h_1[0, others].isnan().any()
@@ -175,14 +223,18 @@ def test_empty(isa):
         for mode in Mode:
             args = cell_operands(mode, 3, 4, 5, torch.float32)
             mode, x, h, c, *weights = args
-            h_1, c_1, gates = ops.recurrent_cell(mode, x[:0], h[:0], None if c is None else c[:0], *weights)
+            none = (mode, x[:0], h[:0], None if c is None else c[:0], *weights)
+            h_1, c_1, gates, cells = ops.recurrent_cell(*none, True)
             assert h_1.shape == (0, 5)
-            assert c_1.shape == ((0, 5) if mode == Mode.LSTM else (0,))
-            assert gates.shape == ((0, 20) if mode in (Mode.LSTM, Mode.GRU) else (0,))
+            assert c_1.shape == cells.shape == ((0, 5) if mode == Mode.LSTM else (0,))
+            assert gates.shape == ((0, 20) if mode in (Mode.LSTM, Mode.GRU) else (0, 5))
+            for got, of in zip(backward_of(ops, none, h[:0], None), none[1:], strict=True):
+                assert got.shape == ((0,) if of is None else of.shape)
+                assert not got.any()
         # No inputs: the step goes on from the state alone.
         mode, _, h, c, w_ih, w_hh, *biases = cell_operands(Mode.LSTM, 3, 4, 5, torch.float32)
-        none = ops.recurrent_cell(mode, torch.zeros(3, 0), h, c, w_ih[:, :0], w_hh, *biases)
-        zero = ops.recurrent_cell(mode, torch.zeros(3, 4), h, c, w_ih, w_hh, *biases)
+        none = ops.recurrent_cell(mode, torch.zeros(3, 0), h, c, w_ih[:, :0], w_hh, *biases, False)
+        zero = ops.recurrent_cell(mode, torch.zeros(3, 4), h, c, w_ih, w_hh, *biases, False)
         assert_same_bits(none[0], zero[0])
 
 
@@ -216,15 +268,29 @@ WRONG = [
 def test_what_does_not_fit_raises(isa, wrong):
     args = cell_operands(Mode.LSTM, 3, 4, 5, torch.float32)
     with use_cpu_isa(isa), pytest.raises(RuntimeError, match="expected"):
-        ops.recurrent_cell(*wrong(*args))
+        ops.recurrent_cell(*wrong(*args), True)
 
 
-def test_a_backward_that_does_not_fit_raises(isa):
-    args = cell_operands(Mode.LSTM, 3, 4, 5, torch.float32)
+@pytest.mark.parametrize("batch", [3, 64])
+def test_a_backward_that_does_not_fit_raises(isa, batch):
+    args = cell_operands(Mode.LSTM, batch, 4, 5, torch.float32)
     h, c = args[2], args[3]
-    h_1, c_1, gates = ops.recurrent_cell(*args)
-    good = (Mode.LSTM, h, None, h, c, h_1, c_1, gates)
-    wrong = {0: [7, Mode.GRU], 1: [h[:2], h.double()], 2: [h[:, :3]], 4: [None, c[:1]], 6: [c_1[:, :2]], 7: [gates[:2]]}
+    _, _, gates, cells = ops.recurrent_cell(*args, True)
+    good = (Mode.LSTM, h, None, *args[1:], gates, cells, ALL)
+    wrong = {
+        0: [7, Mode.GRU],
+        1: [h[:2], h.double()],
+        2: [h[:, :3]],
+        3: [args[1][:2], args[1][:, :3], args[1].double(), args[1][0]],
+        4: [h[:2], h[:, :3], h[0]],
+        5: [None, c[:1]],
+        6: [args[4][:19]],
+        7: [args[5][:, :4]],
+        8: [args[6][:19]],
+        9: [args[7][None]],
+        10: [gates[:2], gates[:, :5]],
+        11: [cells[:, :2], cells.double()],
+    }
     with use_cpu_isa(isa):
         ops.recurrent_cell_backward(*good)
         for i, values in wrong.items():

@@ -88,14 +88,16 @@ def backward_arguments(arguments: tuple, needs: int = ALL, absent: tuple[int, ..
 
 def cell_arguments(mode: Mode, dtype: torch.dtype, rows: int = 3, bias: bool = True) -> tuple:
     _, x, _, w_ih, w_hh, b_ih, b_hh, _, h, c, _, _, _, _ = sequence_arguments(mode, dtype, bias=bias)
-    return int(mode), x[0][:rows], h[:rows], None if c is None else c[:rows], w_ih, w_hh, b_ih, b_hh
+    return int(mode), x[0][:rows], h[:rows], None if c is None else c[:rows], w_ih, w_hh, b_ih, b_hh, True
 
 
-def cell_backward_arguments(arguments: tuple, absent: tuple[int, ...] = ()) -> tuple:
-    mode, _, h, c, *_ = arguments
-    h_1, c_1, gates = reference.recurrent_cell(*arguments)
+def cell_backward_arguments(arguments: tuple, absent: tuple[int, ...] = (), needs: int = 0b1111111) -> tuple:
+    """Arguments of `recurrent_cell_backward` after `arguments` of `recurrent_cell`."""
+    mode, *operands, _ = arguments
+    _, _, gates, cells = reference.recurrent_cell(*arguments)
+    h, c = operands[1:3]
     grads = [None if i in absent else torch.ones_like(h) for i in range(2)]
-    return mode, grads[0], grads[1] if c is not None else None, h, c, h_1, c_1, gates
+    return mode, grads[0], grads[1] if c is not None else None, *operands, gates, cells, needs
 
 
 def samples() -> list[tuple[str, tuple]]:
@@ -116,8 +118,11 @@ def samples() -> list[tuple[str, tuple]]:
             ("recurrent_backward", backward_arguments(arguments, needs=0b01000110)),
             ("recurrent_backward", backward_arguments(arguments, absent=(0,))),
             ("recurrent_cell", cell_arguments(mode, torch.float32, bias=False)),
+            ("recurrent_cell", (*cell_arguments(mode, torch.float16)[:-1], False)),
             ("recurrent_cell", cell_arguments(mode, torch.float32, rows=0)),
             ("recurrent_cell_backward", cell_backward_arguments(cell_arguments(mode, torch.float32), absent=(1,))),
+            ("recurrent_cell_backward", cell_backward_arguments(cell_arguments(mode, torch.float32), needs=0b0101010)),
+            ("recurrent_cell_backward", cell_backward_arguments(cell_arguments(mode, torch.float32, bias=False))),
         ]
     for mode, norm, drawn, packed, proj_size in (
         (Mode.LSTM, True, False, False, 0),
@@ -129,7 +134,7 @@ def samples() -> list[tuple[str, tuple]]:
         options = norm_and_zoneout(mode, norm, drawn)
         arguments = (*sequence_arguments(mode, torch.float32, proj_size=proj_size, packed=packed), *options)
         out += [("recurrent", arguments), ("recurrent_backward", backward_arguments(arguments))]
-        step = cell_arguments(mode, torch.float32)
+        *step, _ = cell_arguments(mode, torch.float32)
         out += [("recurrent_step", (*step, *options[:4], *options[5:]))]
     for packed in (False, True):
         arguments = sequence_arguments(Mode.LSTM, torch.float32, proj_size=2, packed=packed)
@@ -234,22 +239,17 @@ def test_layers_at_once_compile(monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_backward_of_a_step_is_the_derivative(mode):
-    """With weights of zero the pre-activations are the biases, whose gradients are those before the products."""
-    _, x, h, c, w_ih, w_hh, b_ih, b_hh = cell_arguments(mode, torch.float64, rows=1)
-    leaves = [v.requires_grad_() for v in (b_ih, b_hh, h, c) if v is not None]
-    arguments = (mode, x, h, c, torch.zeros_like(w_ih), torch.zeros_like(w_hh), b_ih, b_hh)
-    h_1, c_1, gates = reference.recurrent_cell(*arguments)
-    outputs = [h_1, c_1] if mode == Mode.LSTM else [h_1]
+    """The reference's written-out backward against autograd through its forward."""
+    arguments = cell_arguments(mode, torch.float64)
+    leaves = [x.requires_grad_() for x in arguments[1:-1] if x is not None]
+    outputs = reference.recurrent_cell(*arguments)[: 2 if mode == Mode.LSTM else 1]
     grads = [torch.randn_like(y) for y in outputs]
-    want = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
-    both = (*grads, None)[:2]
-    from_input, from_state, to_h, to_c = reference.recurrent_cell_backward(mode, *both, h, c, h_1, c_1, gates)
-    torch.testing.assert_close(from_input[0], want[0])
-    torch.testing.assert_close((from_state if mode == Mode.GRU else from_input)[0], want[1])
-    if mode == Mode.GRU:
-        torch.testing.assert_close(to_h, want[2])
-    if mode == Mode.LSTM:
-        torch.testing.assert_close(to_c, want[3])
+    want = torch.autograd.grad(outputs, leaves, grads)
+    plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+    _, _, *saved = reference.recurrent_cell(*plain)
+    found = reference.recurrent_cell_backward(mode, *(*grads, None)[:2], *plain[1:-1], *saved, 0b1111111)
+    for got, exact in zip((x for x in found if x.numel()), want, strict=True):
+        torch.testing.assert_close(got, exact)
 
 
 @pytest.mark.parametrize("name", recurrent_ops.SCHEMAS)
