@@ -15,11 +15,10 @@ LN2 = mp.log(2)
 QUARTER_PI = mp.pi / 4
 F_LOW, F_HIGH = mp.sqrt("0.5") - 1, mp.sqrt(2) - 1
 S_HIGH = F_HIGH / (2 + F_HIGH)
-MILLS = mp.mpf("0.36")  # of those tried, where nine terms are closest
 
 
 def mills(x):
-    """Mills' ratio of the normal distribution times its density at 0."""
+    """exp(x^2 / 2) Phi(-x): Mills' ratio of the normal distribution times its density at 0."""
     return mp.exp(x * x / 2) * mp.erfc(x / mp.sqrt(2)) / 2
 
 
@@ -65,23 +64,69 @@ FITS = {
         mp.exp,
         lambda r, p: 1 + r + r * r * p,
     ),
-    # exp(x^2 / 2) Phi(-x) = t tail(t), t = 1 / (1 + MILLS x), 0 <= x <= 14
-    "MILLS": (
-        lambda t: mills((1 / t - 1) / MILLS) / t,
-        (1 / (1 + 14 * MILLS), mp.mpf(1)),
-        lambda t: mills((1 / t - 1) / MILLS),
-        lambda t, p: t * p,
+    # 2^r = 1 + r tail(r)
+    "POWER": (
+        guard(lambda r: (2**r - 1) / r, [LN2, LN2**2 / 2]),
+        (-mp.mpf(1) / 2, mp.mpf(1) / 2),
+        lambda r: mp.mpf(2) ** r,
+        lambda r, p: 1 + r * p,
     ),
 }
+# accuracy: the precision of the coefficients, and how many a polynomial has; what "half types" asks for is computed in
+# float32 and then rounded
 TERMS = {
-    "float32": {"LOG": 9, "SIN": 3, "COS": 3, "EXP": 5, "MILLS": 9},
-    "float64": {"ATANH": 8, "SIN": 6, "COS": 6, "EXP": 11},
+    "float32": (np.float32, {"LOG": 9, "SIN": 3, "COS": 3, "EXP": 5, "POWER": 6}),
+    "float64": (np.float64, {"ATANH": 8, "SIN": 6, "COS": 6, "EXP": 11}),
+    "half types": (np.float32, {"POWER": 4}),
 }
+# accuracy: powers of numerator and denominator in exp(a^2 / 2) Phi(-a) = P(a) / Q(a), 0 <= a <= NORMAL_END
+NORMAL = {"float32": (3, 4), "half types": (2, 3)}
+NORMAL_END = mp.mpf("13.27")
+
+
+def rational_fit(function, end, powers, allowed, points=160, rounds=40):
+    """P and Q of those powers, lowest first, Q's highest coefficient 1, with the largest |P / (Q function) - 1| /
+    allowed on [0, end] as small as can be: (that error, P, Q). Least squares on P - Q function, weighted anew in each
+    round (Lawson, 1961)."""
+    numerator, denominator = powers
+    xs = [end * (mp.sin(mp.pi * (2 * i + 1) / (4 * points))) ** 4 for i in range(points)]  # denser near 0
+    true = [function(x) for x in xs]
+    weights, scale, best = (
+        [mp.mpf(1) / points] * points,
+        [1 / (y * allowed(x)) for x, y in zip(xs, true, strict=True)],
+        None,
+    )
+    for _ in range(rounds):
+        rows = mp.matrix(
+            [
+                [s * mp.sqrt(w) * x**j for j in range(numerator + 1)]
+                + [-s * mp.sqrt(w) * y * x**j for j in range(denominator)]
+                for x, y, w, s in zip(xs, true, weights, scale, strict=True)
+            ]
+        )
+        right = mp.matrix(
+            [s * mp.sqrt(w) * y * x**denominator for x, y, w, s in zip(xs, true, weights, scale, strict=True)]
+        )
+        solved = list(mp.lu_solve(rows.T * rows, rows.T * right))
+        p, q = solved[: numerator + 1], [*solved[numerator + 1 :], mp.mpf(1)]
+        below = [mp.polyval(q[::-1], x) for x in xs]
+        errors = [
+            abs(mp.polyval(p[::-1], x) / (d * y) - 1) / allowed(x) for x, y, d in zip(xs, true, below, strict=True)
+        ]
+        if best is None or max(errors) < best[0]:
+            best = max(errors), p, q
+        scale = [1 / (d * y * allowed(x)) for x, y, d in zip(xs, true, below, strict=True)]
+        weights = [w * e for w, e in zip(weights, errors, strict=True)]
+        weights = [w / sum(weights) for w in weights]
+    return best
+
+
+def show(coefficients, kind):
+    print("   ", ", ".join(repr(float(c)) if kind is np.float64 else f"{float(c):.9g}" for c in coefficients))
 
 
 def main() -> None:
-    for precision, terms in TERMS.items():
-        kind = np.dtype(precision).type
+    for accuracy, (kind, terms) in TERMS.items():
         for name, count in terms.items():
             tail, (low, high), exact, whole = FITS[name]
             fitted = mp.chebyfit(tail, (mp.mpf(low), mp.mpf(high)), count)
@@ -93,8 +138,14 @@ def main() -> None:
                 if true:
                     got = whole(x, mp.polyval([mp.mpf(float(c)) for c in rounded], x))
                     worst = max(worst, abs(got / true - 1))
-            print(f"{precision} {name}: worst relative error 2^{float(mp.log(worst, 2)):.1f}")
-            print("   ", ", ".join(repr(float(c)) if kind is np.float64 else f"{c:.9g}" for c in rounded[::-1]))
+            print(f"{accuracy} {name}: worst relative error 2^{float(mp.log(worst, 2)):.1f}")
+            show(rounded[::-1], kind)
+    for accuracy, powers in NORMAL.items():
+        # exp(-a^2 / 2) beside it has a relative error of about a^2 / 2 roundings: as much more is allowed.
+        worst, p, q = rational_fit(mills, NORMAL_END, powers, lambda a: 1 + a * a / 2)
+        print(f"{accuracy} NORMAL: worst relative error 2^{float(mp.log(worst, 2)):.1f} (1 + a^2 / 2)")
+        show([np.float32(float(c)) for c in p], np.float32)
+        show([np.float32(float(c)) for c in q], np.float32)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,15 @@ FASTGEN_FN F reduce_by_ln2(F x, F& shifted, F& n) {
   return multiply_add(n, F(-C::kLn2Low), multiply_add(n, F(-C::kLn2High), x));
 }
 
+// x^N + the sum of c[i] x^i.
+template <class F, int N>
+FASTGEN_FN F horner_monic(F x, const float (&c)[N]) {
+  F value = x + F(c[N - 1]);
+  FASTGEN_UNROLL
+  for (int i = N - 2; i >= 0; --i) value = multiply_add(value, x, F(c[i]));
+  return value;
+}
+
 // exp(r) - 1 for a reduced r.
 template <class T, class F>
 FASTGEN_FN F exp_minus_1_reduced(F r) {
@@ -60,16 +69,46 @@ FASTGEN_FN F sigmoid(F x) {
   return F(T(1)) / (F(T(1)) + e);
 }
 
-// Phi(x), the distribution function of the normal distribution, from e = exp(-x^2 / 2): of the smaller of the two sides
-// Mills' ratio times e, so that small values keep their digits.
-template <class F>
-FASTGEN_FN F normal_distribution(F x, F e, float) {
-  constexpr float c[] = {0.143622577f,  0.14359051f,   0.124706186f, 0.0931821913f, 0.00653395616f,
-                         0.0971646905f, -0.214618355f, 0.13517642f,  -0.0293582119f};
-  const F t = F(1.0f) / multiply_add(absolute(x), F(0.36f), F(1.0f));
-  const F smaller_side = e * (t * horner<true>(t, c));
-  return select(less(F(0.0f), x), F(1.0f) - smaller_side, smaller_side);
-}
+// Fits of 2^r, |r| <= 1/2, and of numerator / denominator = -exp(a^2 / 2) Phi(-a), 0 <= a <= 13.27, Phi being the
+// distribution function of the normal distribution. Powers from 0 on; the denominator's highest coefficient is 1. Those
+// for half types add a relative error below 2^-16, small beside the rounding of a result.
+template <bool kHalf>
+struct NormalTailFits {
+  static constexpr float kPower[] = {1.0f,           0.693147182f,   0.240226507f,   0.0555035695f,
+                                     0.00961808302f, 0.00133908633f, 0.000154531634f};
+  static constexpr float kNumerator[] = {-13.9004269f, -9.49664116f, -3.00144601f, -0.398807675f};
+  static constexpr float kDenominator[] = {27.8008537f, 41.1750565f, 24.9564056f, 7.51242733f};
+};
+template <>
+struct NormalTailFits<true> {
+  static constexpr float kPower[] = {1.0f, 0.693136752f, 0.2402253f, 0.0558382832f, 0.00965671055f};
+  static constexpr float kNumerator[] = {-3.82256532f, -1.93717885f, -0.400348455f};
+  static constexpr float kDenominator[] = {7.6451025f, 9.97547913f, 4.92924786f};
+};
+
+// What GELU needs of the normal distribution at x, in float32: with a = |x|, up to where Phi(-a) is so small that it
+// counts as zero,
+//   exp(-x^2 / 2) = power scale        -Phi(-a) = numerator / denominator power scale
+// The smaller of the two sides of Phi is the one that is made, so small values keep their digits.
+template <bool kHalf, class U, class F>
+struct NormalTail {
+  using Fits = NormalTailFits<kHalf>;
+  F size, scale, power, numerator, denominator;
+
+  FASTGEN_MEMBER explicit NormalTail(F x) {
+    using C = Constants<float>;
+    // At 13.27 the exponent is -127, whose `scale` has no bit set. A NaN in the second argument passes.
+    size = smaller(F(13.27f), absolute(x));
+    // -x^2 / 2 = (n + r) ln 2; the low bits of `shifted` hold n and the bias of the exponent.
+    const F slope = size * F(-0.5f * C::kLog2E), round(C::kRound + 127.0f);
+    const F shifted = multiply_add(size, slope, round);
+    const F r = multiply_add(size, slope, round - shifted);
+    scale = real(bits(shifted) << C::kMantissa);
+    power = horner<true>(r, Fits::kPower);
+    numerator = horner<true>(size, Fits::kNumerator);
+    denominator = horner_monic(size, Fits::kDenominator);
+  }
+};
 
 // With e = exp(-2 |x|), tanh |x| = (1 - e) / (1 + e), where 1 - e is made without cancellation, and past 1/2, where a
 // unit in the last place of the result weighs in 1 - tanh^2, 1 - 2 e / (1 + e).

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "../common/activations.h"
 #include "lanes.inl"
@@ -15,30 +16,42 @@
 namespace fastgen {
 namespace {
 
-template <class T>
+template <class Storage>
 struct ExactGelu {
+  using T = typename WorkType<Storage>::T;
   using F = typename Work<T>::F;
   using U = typename Work<T>::U;
 
-  static FASTGEN_MEMBER F density_exponential(F x) {  // exp(-x^2 / 2)
-    return power_of_2<T, U>(x * x * F(T(-0.5) * Constants<T>::kLog2E));
-  }
-  static FASTGEN_MEMBER F distribution(F x, F e) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      return normal_distribution(x, e, T(0));
-    } else {  // digit for digit, and seldom asked for: lane by lane
-      T lanes[kLanes<T>];
-      store(lanes, x);
-      for (T& lane : lanes) lane = T(0.5) * std::erfc(lane * T(-0.70710678118654752));
-      F out;
-      load(lanes, out);
-      return out;
+  // max(x, 0) - |x| Phi(-|x|); an infinity less itself is the NaN of the formula.
+  static FASTGEN_MEMBER F value(F x) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      return x * distribution(x);
+    } else {
+      const NormalTail<(sizeof(Storage) < sizeof(float)), U, F> t(x);
+      return multiply_add(t.size * t.numerator * t.power / t.denominator, t.scale, x - smaller(x, F(0.0f)));
     }
   }
-  static FASTGEN_MEMBER F value(F x) { return x * distribution(x, density_exponential(x)); }
+  // Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)
   static FASTGEN_MEMBER F slope(F x) {
-    const F e = density_exponential(x);
-    return multiply_add(x * e, F(T(0.39894228040143268)), distribution(x, e));
+    const F density(T(0.39894228040143268));
+    if constexpr (sizeof(T) == sizeof(double)) {
+      return multiply_add(x * power_of_2<T, U>(x * x * F(T(-0.5) * Constants<T>::kLog2E)), density, distribution(x));
+    } else {
+      const NormalTail<false, U, F> t(x);
+      const F e = t.power * t.scale, above = t.numerator / t.denominator * e;
+      return multiply_add(x * e, density, select(less(F(0.0f), x), F(1.0f) + above, F(0.0f) - above));
+    }
+  }
+
+ private:
+  // Phi(x) in double, digit for digit, and seldom asked for: lane by lane.
+  static FASTGEN_MEMBER F distribution(F x) {
+    T lanes[kLanes<T>];
+    store(lanes, x);
+    for (T& lane : lanes) lane = T(0.5) * std::erfc(lane * T(-0.70710678118654752));
+    F out;
+    load(lanes, out);
+    return out;
   }
 };
 
@@ -83,22 +96,25 @@ class ActivationRows {
   explicit ActivationRows(const ActivationParams& params) : p(params) {}
 
   void forward(int64_t begin, int64_t end) const {
-    Storage* out = static_cast<Storage*>(p.out);
+    Storage* const out = static_cast<Storage*>(p.out);
+    const Biased biased(p);
     switch (p.activation) {
       case Activation::kGelu:
-        return for_vectors(begin, end, [&](int64_t at, int64_t j, int count) {
-          put(out + at, ExactGelu<T>::value(biased(at, j, count)), count);
+        return for_vectors(begin, end, [=](int64_t at, int64_t j, auto count) {
+          put(out + at, ExactGelu<Storage>::value(biased(at, j, count)), count);
         });
       case Activation::kGeluTanh:
-        return for_vectors(begin, end, [&](int64_t at, int64_t j, int count) {
+        return for_vectors(begin, end, [=](int64_t at, int64_t j, auto count) {
           put(out + at, TanhGelu<T>::value(biased(at, j, count)), count);
         });
-      case Activation::kSwiglu:
-        return for_vectors(begin, end, [&](int64_t at, int64_t j, int count) {
-          const F gate = take<F>(input() + 2 * at - j, count);
-          const F up = take<F>(input() + 2 * at - j + p.width, count);
+      case Activation::kSwiglu: {
+        const Storage* const gates = biased.input;
+        const Storage* const ups = gates + p.width;
+        return for_vectors(begin, end, [=](int64_t at, int64_t j, auto count) {
+          const F gate = take<F>(gates + 2 * at - j, count), up = take<F>(ups + 2 * at - j, count);
           put(out + at, gate * logistic(gate).share * up, count);
         });
+      }
     }
   }
 
@@ -108,7 +124,7 @@ class ActivationRows {
       const int64_t first = block * kActivationRows;
       const int64_t last = first + kActivationRows < p.rows ? first + kActivationRows : p.rows;
       switch (p.activation) {
-        case Activation::kGelu: gelu_backward<ExactGelu<T>>(g, block, first, last); break;
+        case Activation::kGelu: gelu_backward<ExactGelu<Storage>>(g, block, first, last); break;
         case Activation::kGeluTanh: gelu_backward<TanhGelu<T>>(g, block, first, last); break;
         case Activation::kSwiglu: swiglu_backward(g, first, last); break;
       }
@@ -134,23 +150,45 @@ class ActivationRows {
   }
 
  private:
-  // Calls body(place in out, column, lanes) for the vectors of these rows.
+  // input + bias.
+  struct Biased {
+    const Storage* input;
+    const Storage* bias;
+    const T* wide_bias;  // that of half types in float32
+
+    explicit Biased(const ActivationParams& p) : input(static_cast<const Storage*>(p.input)) {
+      const bool own = p.bias_dtype == p.dtype;
+      bias = own ? static_cast<const Storage*>(p.bias) : nullptr;
+      wide_bias = own ? nullptr : static_cast<const T*>(p.bias);
+    }
+    FASTGEN_MEMBER F operator()(int64_t at, int64_t j, int count) const {
+      const F x = take<F>(input + at, count);
+      if (bias != nullptr) return x + take<F>(bias + j, count);
+      if (wide_bias != nullptr) return x + take<F>(wide_bias + j, count);
+      return x;
+    }
+  };
+
+  // Calls body(place in out, column, lanes) for the vectors of these rows. The lanes are a constant of all but the last
+  // vector of a row. What body captures it captures by value: a store could change anything behind a reference.
   template <class Body>
   FASTGEN_MEMBER void for_vectors(int64_t begin, int64_t end, const Body& body) const {
+    const int64_t width = p.width;
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t j = 0; j < p.width; j += kWidth) {
-        body(row * p.width + j, j, p.width - j < kWidth ? int(p.width - j) : kWidth);
-      }
+      int64_t j = 0;
+      for (; j + kWidth <= width; j += kWidth) body(row * width + j, j, std::integral_constant<int, kWidth>());
+      if (j < width) body(row * width + j, j, int(width - j));
     }
   }
 
   template <class Function>
   void gelu_backward(const ActivationBackwardParams& g, int64_t block, int64_t first, int64_t last) const {
-    const Storage* grad = static_cast<const Storage*>(g.grad);
-    Storage* out = static_cast<Storage*>(g.grad_input);
-    T* sums = g.sums == nullptr ? nullptr : static_cast<T*>(g.sums) + block * p.width;
+    const Storage* const grad = static_cast<const Storage*>(g.grad);
+    Storage* const out = static_cast<Storage*>(g.grad_input);
+    T* const sums = g.sums == nullptr ? nullptr : static_cast<T*>(g.sums) + block * p.width;
     for (int64_t j = 0; j < p.width && sums != nullptr; ++j) sums[j] = T(0);
-    for_vectors(first, last, [&](int64_t at, int64_t j, int count) {
+    const Biased biased(p);
+    for_vectors(first, last, [=](int64_t at, int64_t j, auto count) {
       const F d = take<F>(grad + at, count) * Function::slope(biased(at, j, count));
       put(out + at, d, count);
       if (sums != nullptr) put(sums + j, take<F>(sums + j, count) + d, count);
@@ -158,11 +196,13 @@ class ActivationRows {
   }
 
   void swiglu_backward(const ActivationBackwardParams& g, int64_t first, int64_t last) const {
-    const Storage* grad = static_cast<const Storage*>(g.grad);
-    Storage* out = static_cast<Storage*>(g.grad_input);
-    for_vectors(first, last, [&](int64_t at, int64_t j, int count) {
-      const int64_t of_gate = 2 * at - j, of_up = of_gate + p.width;
-      const F gate = take<F>(input() + of_gate, count), up = take<F>(input() + of_up, count);
+    const Storage* const grad = static_cast<const Storage*>(g.grad);
+    const Storage* const gates = static_cast<const Storage*>(p.input);
+    Storage* const out = static_cast<Storage*>(g.grad_input);
+    const int64_t width = p.width;
+    for_vectors(first, last, [=](int64_t at, int64_t j, auto count) {
+      const int64_t of_gate = 2 * at - j, of_up = of_gate + width;
+      const F gate = take<F>(gates + of_gate, count), up = take<F>(gates + of_up, count);
       const F d = take<F>(grad + at, count);
       const Logistic<T> l = logistic(gate);
       put(out + of_gate, d * up * multiply_add(gate, l.spread, l.share), count);
@@ -171,27 +211,9 @@ class ActivationRows {
   }
 
   static FASTGEN_MEMBER Logistic<T> logistic(F x) { return Logistic<T>(x * F(Constants<T>::kLog2E)); }
-  const Storage* input() const { return static_cast<const Storage*>(p.input); }
-
-  FASTGEN_MEMBER F biased(int64_t at, int64_t j, int count) const {
-    const F x = take<F>(input() + at, count);
-    if (p.bias == nullptr) return x;
-    if (p.bias_dtype == p.dtype) return x + take<F>(static_cast<const Storage*>(p.bias) + j, count);
-    return x + take<F>(static_cast<const T*>(p.bias) + j, count);
-  }
 
   const ActivationParams& p;
 };
-
-void activation(const ActivationParams& p, int64_t begin, int64_t end) {
-  with_storage(p.dtype, [&](auto number) { ActivationRows<decltype(number)>(p).forward(begin, end); });
-}
-void activation_backward(const ActivationBackwardParams& p, int64_t begin, int64_t end) {
-  with_storage(p.dtype, [&](auto number) { ActivationRows<decltype(number)>(p).backward(p, begin, end); });
-}
-void activation_add_blocks(const ActivationBackwardParams& p, int64_t begin, int64_t end) {
-  with_storage(p.dtype, [&](auto number) { ActivationRows<decltype(number)>(p).add_blocks(p, begin, end); });
-}
 
 }  // namespace
 }  // namespace fastgen

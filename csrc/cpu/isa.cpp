@@ -46,6 +46,8 @@ const KernelTable kAvx512Bf16Kernels = [] {
   table.attention = attention_bf16;
   table.attention_backward_sizes = attention_backward_sizes_bf16;
   table.attention_backward = attention_backward_bf16;
+  table.activation = activation_bf16;
+  table.activation_backward = activation_backward_bf16;
   return table;
 }();
 

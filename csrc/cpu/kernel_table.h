@@ -59,6 +59,8 @@ AttentionSizes attention_sizes_bf16(const AttentionParams&);
 void attention_bf16(const AttentionParams&, AttentionPhase, int64_t unit, void* scratch);
 AttentionBackwardSizes attention_backward_sizes_bf16(const AttentionBackwardParams&);
 void attention_backward_bf16(const AttentionBackwardParams&, AttentionBackwardPhase, int64_t unit, void* scratch);
+void activation_bf16(const ActivationParams&, int64_t begin, int64_t end);
+void activation_backward_bf16(const ActivationBackwardParams&, int64_t begin, int64_t end);
 #endif
 
 }  // namespace fastgen

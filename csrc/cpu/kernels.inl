@@ -1,7 +1,7 @@
 // All kernels of an instruction set and their table (after a vec_*.h, which defines Isa).
 #pragma once
 
-#include "activation.inl"
+#include "activation_kernels.inl"
 #include "attention_kernels.inl"
 #include "cell.inl"
 #include "generate.inl"

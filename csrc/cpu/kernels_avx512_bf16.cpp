@@ -1,8 +1,10 @@
-// Recurrent layers and attention of bfloat16 on a CPU that multiplies pairs of it; everything else is as in
-// kernels_avx512.cpp. Compiled with its own -m flags, and only called where isa.cpp finds the CPU able.
+// Recurrent layers, attention and activations of bfloat16 on a CPU that multiplies pairs of it and rounds to it;
+// everything else is as in kernels_avx512.cpp. Compiled with its own -m flags, and only called where isa.cpp finds the
+// CPU able.
 #include "kernel_table.h"
 #include "vec_avx512_bf16.h"
 // After vec_avx512_bf16.h, which defines Isa:
+#include "activation.inl"
 #include "attention_backward.inl"
 #include "attention_few_backward.inl"
 #include "probe.inl"
@@ -56,6 +58,16 @@ void attention_backward_bf16(const AttentionBackwardParams& p, AttentionBackward
                              void* scratch) {
   if (!in_pairs(p)) return kAvx512Kernels.attention_backward(p, phase, unit, scratch);
   AttentionBackward<MultiplyPairs>(p).run(phase, unit, scratch);
+}
+
+// The arithmetic is the same; to round a result takes one instruction in the place of eight.
+void activation_bf16(const ActivationParams& p, int64_t begin, int64_t end) {
+  if (p.dtype != DType::kBFloat16) return kAvx512Kernels.activation(p, begin, end);
+  ActivationRows<BFloat16>(p).forward(begin, end);
+}
+void activation_backward_bf16(const ActivationBackwardParams& p, int64_t begin, int64_t end) {
+  if (p.dtype != DType::kBFloat16) return kAvx512Kernels.activation_backward(p, begin, end);
+  ActivationRows<BFloat16>(p).backward(p, begin, end);
 }
 
 }  // namespace fastgen
