@@ -107,10 +107,9 @@ Gradients attention_backward(const Optional& grad_out, const Optional& grad_lse,
   Tensor seed;
   AttentionGradients g{};
   g.c = attention_call(arguments.p, seed_offset_pointer(seed_offset, seed));
-  const auto dense = [](const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); };
-  const Tensor dense_lse = dense(lse);
+  const Tensor dense_lse = as_contiguous(lse);
   Optional dense_grad_lse;
-  if (grad_lse) dense_grad_lse = dense(*grad_lse);
+  if (grad_lse) dense_grad_lse = as_contiguous(*grad_lse);
   g.out = operand(out);
   g.lse = static_cast<const float*>(dense_lse.const_data_ptr());
   if (grad_out) g.grad_out = operand(*grad_out);

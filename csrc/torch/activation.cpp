@@ -12,8 +12,6 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 Tensor result_of(const Tensor& like, int64_t width) {
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = width;
@@ -22,7 +20,7 @@ Tensor result_of(const Tensor& like, int64_t width) {
   return out;
 }
 
-// The parameters of rows of `width` results; input is dense.
+// The parameters of rows of `width` results; input is contiguous.
 template <class Params>
 Params params_of(Activation activation, const Tensor& input, const Optional& bias, int64_t width) {
   Params p{};
@@ -67,9 +65,9 @@ constexpr int64_t kGrainElements = kGrain / 4;  // an exponential and a division
 
 Tensor forward(Activation activation, const Tensor& input, const Optional& bias, int64_t width) {
   const Tensor out = result_of(input, width);
-  const Tensor x = dense(input);
+  const Tensor x = as_contiguous(input);
   Optional b;
-  if (bias) b = dense(*bias);
+  if (bias) b = as_contiguous(*bias);
   auto p = params_of<ActivationParams>(activation, x, b, width);
   p.out = out.mutable_data_ptr();
   if (p.rows == 0) return out;
@@ -108,9 +106,9 @@ std::tuple<Tensor, Tensor> gelu_backward(const Tensor& grad, const Tensor& input
   check_bias(input, bias);
   const int64_t width = input.size(input.dim() - 1);
   check_grad(grad, input, width);
-  const Tensor dy = dense(grad), x = dense(input);
+  const Tensor dy = as_contiguous(grad), x = as_contiguous(input);
   Optional b;
-  if (bias) b = dense(*bias);
+  if (bias) b = as_contiguous(*bias);
   const Tensor grad_input = result_of(input, width);
   const int64_t bias_size = bias ? width : 0;
   const Tensor grad_bias = empty_cpu(&bias_size, 1, bias ? bias->scalar_type() : input.scalar_type());
@@ -138,7 +136,7 @@ Tensor swiglu_backward(const Tensor& grad, const Tensor& input) {
   check_input(input);
   const int64_t width = half_of(input);
   check_grad(grad, input, width);
-  const Tensor dy = dense(grad), x = dense(input);
+  const Tensor dy = as_contiguous(grad), x = as_contiguous(input);
   const Tensor grad_input = result_of(input, 2 * width);
   auto p = params_of<ActivationBackwardParams>(Activation::kSwiglu, x, std::nullopt, width);
   p.grad = dy.const_data_ptr();

@@ -64,10 +64,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const ScalarType dtype = query.scalar_type(), work = arguments.work_dtype();
   const auto needed = [&](int i) { return (needs >> i & 1) != 0; };
   arguments.check_backward(grad_out, grad_lse, query, mask, out, lse, needs);
-  const auto contiguous = [](const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); };
-  const Tensor dense_lse = contiguous(lse);
+  const Tensor dense_lse = as_contiguous(lse);
   Optional dense_grad_lse;
-  if (grad_lse) dense_grad_lse = contiguous(*grad_lse);
+  if (grad_lse) dense_grad_lse = as_contiguous(*grad_lse);
   p.out = operand(out);
   p.lse = const_cast<void*>(dense_lse.const_data_ptr());  // read only
   if (grad_out) p.grad_out = operand(*grad_out);

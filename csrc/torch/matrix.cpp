@@ -46,7 +46,7 @@ Tensor mm(const Tensor& left, const Tensor& right, const Optional& bias) {
   p.right = b.const_data_ptr();
   Optional dense_bias;
   if (bias) {
-    dense_bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+    dense_bias = as_contiguous(*bias);
     p.bias = dense_bias->const_data_ptr();
   }
   p.out = out.mutable_data_ptr();

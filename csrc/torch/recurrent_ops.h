@@ -148,7 +148,7 @@ class RecurrentArguments {
 
   const void* contiguous(const Optional& tensor) {
     if (!tensor) return nullptr;
-    return keep(tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor)).const_data_ptr();
+    return keep(as_contiguous(*tensor)).const_data_ptr();
   }
 
  private:

@@ -39,10 +39,7 @@ inline void check_vector(const char* name, const Tensor& tensor, int64_t size, c
   kind.check(name, tensor);
 }
 
-// The tensor itself where it is contiguous, else a copy; to ask the dispatcher would cost a microsecond.
-inline Tensor contiguous_rows(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
+inline Tensor contiguous_rows(const Tensor& tensor) { return as_contiguous(tensor); }
 
 // The tensor itself where its last dimension is dense, else a contiguous copy.
 inline Tensor dense_rows(const Tensor& tensor) {

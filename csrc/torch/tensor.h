@@ -59,6 +59,11 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType dtype) {
   return Tensor(handle);
 }
 
+// The tensor itself where it is contiguous, else a copy; to ask the dispatcher would cost a microsecond.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();
   if (x.size() != y.size()) return false;
