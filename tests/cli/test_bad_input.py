@@ -105,10 +105,10 @@ def test_folders(
         (
             "rnn",
             "x.csv",
-            b"a,b\n1,2\nred,4\n",
-            "line 3, column 'a': expected a number, got 'red'; --time-column a leaves it out",
+            b"a,b\nred,2\nblue,4\n",
+            "line 2, column 'a': expected a number, got 'red'; --time-column a leaves it out",
         ),
-        ("rnn", "x.csv", b"a,b\n1,2\n3\n", "line 3: expected 2 columns, got 1"),
+        ("rnn", "x.csv", b"a,b\n1,2\n3\n", "line 3: expected 2 columns as in line 1, apart by ',', got 1"),
         ("rnn", "x.npy", b"", "not a readable .npy file (No data left in file)"),
     ],
 )

@@ -61,11 +61,23 @@ def test_columns_and_time(tmp_path: Path) -> None:
         ("a,b\n1,nan\n", "line 2, column 'b': expected a number, got 'nan'"),
         ("a,b\n1,inf\n", "line 2, column 'b': expected a number, got 'inf'"),
         ("2020-01-01,1\n", "line 1, column 'x0': expected a number, got '2020-01-01'"),
-        ("a,b\n1,2\n3\n", "line 3: expected 2 columns, got 1"),
+        ("2020-01-01,1\n", "line 1 is taken for values, as '1' is no name; time_column x0 leaves it out$"),
+        (
+            "time,2020,2021\n1,2,3\n",
+            "line 1, column 'x0': .*, got 'time'; line 1 is taken for values, as '2020' is no name$",
+        ),
+        ("day,a\nMon,1\nTue,2\n", "line 2, column 'day': expected a number, got 'Mon'; time_column day leaves it out$"),
+        ("a,b\n1,2\nred,4\n", "line 3, column 'a': expected a number, got 'red'$"),
+        ("a\nred\n", "line 2, column 'a': expected a number, got 'red'$"),
+        ("a,b,\n1,2,\n", "line 2, column 3, which has no name: expected a number, got nothing$"),
+        ("a,b\n1,2\n3\n", "line 3: expected 2 columns as in line 1, apart by ',', got 1"),
+        ("a\n1,5\n", "line 2: expected 1 column as in line 1, apart by ',', got 2"),
+        ("day temperature\n\n1\n", "line 3: expected 2 columns as in line 1, apart by ' ', got 1"),
+        ('a,b\n1,2\n3,"4\n5,6\n', "line 3: a quotation mark has no end"),
         ("a;b\n1,5;2\n", "line 2, column 'a': expected a number, got '1,5'; decimals stand behind a point"),
         ("a,b\n1,2\n1,-1e39\n", "line 3, column 'b': expected a number that float32 holds, got '-1e39'"),
         ('a,b\n1,2\n1,"' + "x" * 200_000, "line 3: not a table "),
-        ("a,b\n", "expected rows of numbers, got only names"),
+        ("\na,b\n", "expected rows of numbers, got one line without a number, 'a,b'"),
         (" \n", "expected rows of numbers, got an empty file"),
     ],
 )
@@ -95,9 +107,19 @@ def test_bad_options(tmp_path: Path) -> None:
         load_series(tmp_path / "absent")
     with pytest.raises(ValueError, match="expected a file with a series, got a folder"):
         load_series(tmp_path)
-    (tmp_path / "latin.csv").write_bytes(b"a\n\xe9\n")
-    with pytest.raises(ValueError, match="not UTF-8 text: byte 0xe9 at 2"):
-        load_series(tmp_path / "latin.csv")
+    partly = write(tmp_path / "u.csv", "date,2020,2021\n2020-01-01,1,2\n")
+    for options, name in (({"time_column": "date"}, "date"), ({"columns": ["2021"]}, "2021")):
+        with pytest.raises(
+            ValueError, match=f"one column '{name}', got 0; .* line 1 is taken for values, as '2020' is no"
+        ):
+            load_series(partly, **options)
+    for content, message in (
+        (b"a\n\xe9\n", r"not UTF-8 text: byte 0xe9 at offset 2 \(line 2\)"),
+        ("a\n1\n".encode("utf-16"), "expected UTF-8, got UTF-16"),
+    ):
+        (tmp_path / "coded.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_series(tmp_path / "coded.csv")
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int16])
