@@ -354,6 +354,8 @@ class TokenRows(abc.ABC):
         processed = self._processor(before, logits)
         if not isinstance(processed, Tensor) or processed.shape != logits.shape:
             raise ValueError(f"logits_processor: expected logits {tuple(logits.shape)} from it, got {_kind(processed)}")
+        if not processed.is_floating_point():
+            raise ValueError(f"logits_processor: expected floating-point logits, got {dtype_name(processed.dtype)}")
         return processed
 
     def is_over(self, row: int) -> bool:

@@ -118,7 +118,7 @@ def rnn_generate(
         logits = product(x, output_weight, output_bias)
         if process is not None:
             logits = process(rows, logits)
-        drawn = pick_tokens(
+        drawn = torch.ops.fastgen.pick_tokens(
             logits,
             None if seen is None else seen[rows],
             torch.stack((seed_offset[rows, 0], seed_offset[rows, 1] + index), dim=-1),

@@ -353,6 +353,8 @@ def test_a_processor_can_forbid_and_force() -> None:
     assert LSTM.generate("bc", 8, logits_processor=count_up) == "bcdefgh\n a"
     with pytest.raises(ValueError, match=r"logits_processor: expected logits \(1, 10\) from it, got \(1, 9\)"):
         LSTM.generate("b", logits_processor=lambda tokens, logits: logits[:, 1:])
+    with pytest.raises(ValueError, match="logits_processor: expected floating-point logits, got int64"):
+        LSTM.generate("b", logits_processor=lambda tokens, logits: logits.long())
 
 
 # ---------------------------------------------------------------------------------------------------
