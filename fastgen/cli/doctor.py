@@ -439,11 +439,11 @@ def _recurrent_errors(op: str, device: str) -> Iterator[str]:
                 if op == "recurrent_step":  # any vectors do for the layer norms
                     norm = (*weights[2:], h[0], c[0]) if mode == Mode.LSTM else (None,) * 4
                     arguments = (*arguments, *norm, 1e-5, 0.3 if mode == Mode.LSTM else 0.0, 0.2)
-                elif op == "recurrent_cell":
-                    arguments = (*arguments, True)
                 else:
-                    _, _, *saved = reference.recurrent_cell(*arguments, True)
-                    arguments = (mode, grad[0], None, *arguments[1:], *saved, 0b1111111)
+                    arguments = (*arguments, True)
+                if op == "recurrent_cell_backward":
+                    _, _, *saved = reference.recurrent_cell(*arguments)
+                    arguments = (mode, grad[0], None, *arguments[1:-1], *saved, 0b1111111)
             elif op == "recurrent_layers":
                 states = (torch.stack((h, h)), None if cell is None else torch.stack((c, c)))
                 arguments = (mode, x, None, [*weights, weights[1], *weights[1:]], *states, None, False, True)
