@@ -50,7 +50,7 @@ SOURCE_FLAGS = {
 CPU_SOURCES = [s for s in SOURCE_FLAGS if X86 or "avx" not in s]
 TORCH_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))
 # The CUDA sources that promise the same bits as the CPU.
-WITHOUT_CONTRACTION = ("csrc/cuda/random.cu", "csrc/cuda/reparameterize.cu")
+WITHOUT_CONTRACTION = ("csrc/cuda/random.cu", "csrc/cuda/reparameterize.cu", "csrc/cuda/generate.cu")
 # Those with instructions that compute capability 9.0 alone has, and no other device, older or newer.
 FOR_SM90A = ("csrc/cuda/attention_sm90.cu", "csrc/cuda/attention_backward_sm90.cu")
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))

@@ -274,18 +274,22 @@ struct LinearRowsParams {
   void* y;           // (batch, outputs), contiguous
 };
 
-// The next token of each row from its scores: fastgen/reference/generate.py, pick_tokens. Unit of work: rows.
-struct DrawParams {
+// How the next token of a row is drawn from its scores: fastgen/reference/generate.py, pick_tokens.
+struct DrawOptions {
   DType dtype;
   int64_t vocabulary;  // V
+  double temperature, top_p, min_p, repetition_penalty;
+  int64_t top_k;
+};
+
+// Unit of work: rows.
+struct DrawParams : DrawOptions {
   const void* logits;  // (rows, V), contiguous
   const bool* seen;    // null, or rows of V of which seen_rows[i] is that of row i
   const int64_t* seen_rows;
   const uint64_t *seeds, *elements;  // (rows)
-  double temperature, top_p, min_p, repetition_penalty;
-  int64_t top_k;
-  int64_t* weights;  // (rows, V), scratch
-  int64_t* tokens;   // (rows); -1 where there is none to draw
+  int64_t* weights;                  // (rows, V), scratch
+  int64_t* tokens;                   // (rows); -1 where there is none to draw
 };
 
 // A tensor of four dimensions: (batch, heads, rows, elements), or a mask (batch, heads, queries, keys). A dimension

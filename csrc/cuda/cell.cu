@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "../torch/cell_ops.h"
+#include "cell.h"
 #include "cell_product.h"
 #include "check.h"
 #include "recurrent_cell.h"
@@ -21,11 +22,12 @@ constexpr int kRowThreads = 256;
 constexpr int64_t kFewRows = 64;  // four tiles: each reads the weights again, from L2
 
 struct StepParams : CellParams {
+  RowChoice rows;
   Term of_input, of_state;
   int input_warps;  // the first warps of a block have the input's side, the others the state's, by their shares of the
                     // sum
   int row_tiles;
-  float* sums;                          // with layer norm: [batch][2][G H], of the input's side and of the state's
+  float* sums;                          // with layer norm: [rows][2][G H], of the input's side and of the state's
   const void *from_input, *from_state;  // of many rows, [batch][G H]: W_ih x and W_hh h
 };
 
@@ -84,19 +86,25 @@ __global__ void __launch_bounds__(kTileThreads) step_kernel(StepParams p) {
   const int warp = int(threadIdx.x) / 32, unit = int(threadIdx.x) % kUnits, row = int(threadIdx.x) / kUnits;
   const int64_t first_unit = int64_t(blockIdx.x) / p.row_tiles * kUnits;
   const int64_t first_row = int64_t(blockIdx.x) % p.row_tiles * kRows;
-  const int64_t left = p.batch - first_row, u = first_unit + unit, b = first_row + row;
+  const int64_t left = p.batch - first_row < kRows ? p.batch - first_row : kRows;
+  if (!p.rows.any_wanted(first_row, first_row + left)) return;
+  const int64_t u = first_unit + unit, b = row < left ? p.rows.row(first_row + row) : 0;
   const bool valid = row < left && u < p.hidden_size;
-  const UnitOperands<Element, kGates> with(p, valid ? b : 0, valid ? u : 0);
+  const UnitOperands<Element, kGates> with(p, b, valid ? u : 0);
 
   const bool of_input = warp < p.input_warps;
   const int state_warps = kTileWarps - p.input_warps;
   multiply_term<Element, kGates>(
       of_input ? p.of_input : p.of_state, of_input ? warp : warp - p.input_warps,
-      of_input ? p.input_warps : state_warps, int(left < kRows ? left : kRows),
+      of_input ? p.input_warps : state_warps, int(left),
       [&](int group, int unit) {
         return first_unit + unit < p.hidden_size ? group * p.hidden_size + first_unit + unit : int64_t(-1);
       },
-      [&](int row) { return row < left ? first_row + row : int64_t(-1); });
+      [&](int row) {
+        if (row >= left) return int64_t(-1);
+        const int64_t number = p.rows.row(first_row + row);
+        return of_input && p.input.index != nullptr ? p.input.index[number] : number;
+      });
   block_barrier();
   if (!valid) return;
   float x[kGates], s[kGates];
@@ -165,7 +173,8 @@ __device__ inline float2 moments_of(const float* row, int64_t width, double eps)
 // The cells of an LSTM with layer norm, a row of the batch a block.
 template <class Element>
 __global__ void __launch_bounds__(kRowThreads) norm_kernel(StepParams p) {
-  const int64_t b = blockIdx.x, units = p.hidden_size;
+  const int64_t b = p.rows.row(blockIdx.x), units = p.hidden_size;
+  if (!p.rows.wanted(b)) return;
   float *from_input = p.sums + b * 8 * units, *from_state = from_input + 4 * units;
   const float2 of_input = moments_of(from_input, 4 * units, p.norm_eps),
                of_state = moments_of(from_state, 4 * units, p.norm_eps);
@@ -238,6 +247,7 @@ __global__ void __launch_bounds__(kRowThreads) direct_kernel(CellBackwardParams 
 constexpr int kOutputGroups = 4;  // of kUnits outputs
 
 struct LinearParams : LinearRowsParams {
+  RowChoice rows;
   Term term;
   int row_tiles;
 };
@@ -246,31 +256,29 @@ template <class Element>
 __global__ void __launch_bounds__(kTileThreads) linear_rows_kernel(LinearParams p) {
   const int warp = int(threadIdx.x) / 32, unit = int(threadIdx.x) % kUnits, row = int(threadIdx.x) / kUnits;
   const int64_t first_output = int64_t(blockIdx.x) / p.row_tiles * (kOutputGroups * kUnits);
-  const int64_t first_row = int64_t(blockIdx.x) % p.row_tiles * kRows, left = p.batch - first_row;
+  const int64_t first_row = int64_t(blockIdx.x) % p.row_tiles * kRows;
+  const int64_t left = p.batch - first_row < kRows ? p.batch - first_row : kRows;
+  if (!p.rows.any_wanted(first_row, first_row + left)) return;
   const auto output = [&](int group, int unit) {
     const int64_t number = first_output + group * kUnits + unit;
     return number < p.outputs ? number : int64_t(-1);
   };
-  multiply_term<Element, kOutputGroups>(p.term, warp, kTileWarps, int(left < kRows ? left : kRows), output,
-                                        [&](int row) { return row < left ? first_row + row : int64_t(-1); });
+  multiply_term<Element, kOutputGroups>(p.term, warp, kTileWarps, int(left), output, [&](int row) {
+    return row < left ? p.rows.row(first_row + row) : int64_t(-1);
+  });
   block_barrier();
   if (row >= left) return;
+  const int64_t b = p.rows.row(first_row + row);
   for (int group = 0; group < kOutputGroups; ++group) {
     const int64_t n = output(group, unit);
     if (n < 0) return;
     const float sum = tile_sum<kOutputGroups>(0, kTileWarps, group, unit, row) + value_of<Element>(p.bias, n);
-    narrow(sum, static_cast<Element*>(p.y) + (first_row + row) * p.outputs + n);
+    narrow(sum, static_cast<Element*>(p.y) + b * p.outputs + n);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------
 // Launches
-
-struct Cuda {
-  static Tensor empty(const Tensor& like, ScalarType dtype, const int64_t* sizes, int64_t dims) {
-    return torch::stable::new_empty(like, {sizes, size_t(dims)}, dtype);
-  }
-};
 
 // Whether the kernels take a call; the rest goes to the reference.
 bool takes(const Tensor& tensor) { return tensor.scalar_type() != ScalarType::Double; }
@@ -279,34 +287,14 @@ unsigned unit_blocks(int64_t elements) {
   return unsigned(std::min<int64_t>(ceil_div(elements, kRowThreads), 16 * multiprocessors()));
 }
 
-// One kernel for everything; with layer norm two. A row's results do not depend on the others.
-void run_step(const CellParams& params, const Tensor& like) {
+void run_step(const CellParams& p, const Tensor& like) {
   const OnDevice device(like);
-  const cudaStream_t stream = current_stream(like);
-  const auto size = int64_t(like.element_size());
-  StepParams p{};
-  static_cast<CellParams&>(p) = params;
-  p.of_input = {{p.w_ih, p.input_size, size}, {p.input, p.input_size, size}};
-  p.of_state = {{p.w_hh, p.state_size, size}, {p.h, p.state_size, size}};
-  // A warp each at least, as a side of zero width has sums too.
-  const double share = double(p.input_size) / double(p.input_size + p.state_size);
-  p.input_warps = std::clamp(int(share * kTileWarps + 0.5), 1, kTileWarps - 1);
-  p.row_tiles = int(ceil_div(p.batch, kRows));
   Optional sums;
   if (p.norm_ih != nullptr) {
     const int64_t sizes[] = {p.batch, 2 * gate_count(p.mode) * p.hidden_size};
     sums = torch::stable::new_empty(like, {sizes, 2}, ScalarType::Float);
-    p.sums = static_cast<float*>(data_of(*sums));
   }
-  by_element(p.dtype, [&](auto element) {
-    using Element = decltype(element);
-    by_gates(p.mode, [&](auto gates) {
-      constexpr int kGates = decltype(gates)::value;
-      const auto blocks = unsigned(ceil_div(p.hidden_size, kUnits) * p.row_tiles);
-      launch(step_kernel<Element, kGates>, blocks, kTileThreads, size_t(kTileBytes<kGates>), stream, p);
-    });
-    if (sums) launch(norm_kernel<Element>, unsigned(p.batch), kRowThreads, kRowThreads / 32 * sizeof(float), stream, p);
-  });
+  launch_step(p, {}, sums ? static_cast<float*>(data_of(*sums)) : nullptr, current_stream(like));
 }
 
 // The products by PyTorch, rounded to the dtype of the operands, and a kernel for the cells.
@@ -409,20 +397,48 @@ Tensor linear_rows(const Tensor& input, const Tensor& weight, const Optional& bi
   const LinearRowsArguments<Cuda> arguments(input, weight, bias);
   if (arguments.empty()) return *arguments.output;
   const OnDevice device(input);
-  const auto size = int64_t(input.element_size());
-  LinearParams p{};
-  static_cast<LinearRowsParams&>(p) = arguments.p;
-  p.term = {{p.w, p.inputs, size}, {p.x, p.inputs, size}};
-  p.row_tiles = int(ceil_div(p.batch, kRows));
-  const auto blocks = unsigned(ceil_div(p.outputs, kOutputGroups * kUnits) * p.row_tiles);
-  by_element(p.dtype, [&](auto element) {
-    launch(linear_rows_kernel<decltype(element)>, blocks, kTileThreads, size_t(kTileBytes<kOutputGroups>),
-           current_stream(input), p);
-  });
+  launch_linear_rows(arguments.p, {}, current_stream(input));
   return *arguments.output;
 }
 
 }  // namespace
+
+// One kernel for everything; with layer norm two. A row's results do not depend on the others.
+void launch_step(const CellParams& params, const RowChoice& rows, float* sums, cudaStream_t stream) {
+  StepParams p{};
+  static_cast<CellParams&>(p) = params;
+  p.rows = rows;
+  p.sums = sums;
+  // A warp each at least, as a side of zero width has sums too.
+  const double share = double(p.input_size) / double(p.input_size + p.state_size);
+  p.input_warps = std::clamp(int(share * kTileWarps + 0.5), 1, kTileWarps - 1);
+  p.row_tiles = int(ceil_div(p.batch, kRows));
+  const auto blocks = unsigned(ceil_div(p.hidden_size, kUnits) * p.row_tiles);
+  by_element(p.dtype, [&](auto element) {
+    using Element = decltype(element);
+    p.of_input = {{p.w_ih, p.input_size, sizeof(Element)}, {p.input, p.input_size, sizeof(Element)}};
+    p.of_state = {{p.w_hh, p.state_size, sizeof(Element)}, {p.h, p.state_size, sizeof(Element)}};
+    by_gates(p.mode, [&](auto gates) {
+      constexpr int kGates = decltype(gates)::value;
+      launch(step_kernel<Element, kGates>, blocks, kTileThreads, size_t(kTileBytes<kGates>), stream, p);
+    });
+    if (p.norm_ih == nullptr) return;
+    launch(norm_kernel<Element>, unsigned(p.batch), kRowThreads, kRowThreads / 32 * sizeof(float), stream, p);
+  });
+}
+
+void launch_linear_rows(const LinearRowsParams& params, const RowChoice& rows, cudaStream_t stream) {
+  LinearParams p{};
+  static_cast<LinearRowsParams&>(p) = params;
+  p.rows = rows;
+  p.row_tiles = int(ceil_div(p.batch, kRows));
+  const auto blocks = unsigned(ceil_div(p.outputs, kOutputGroups * kUnits) * p.row_tiles);
+  by_element(p.dtype, [&](auto element) {
+    p.term = {{p.w, p.inputs, sizeof(element)}, {p.x, p.inputs, sizeof(element)}};
+    launch(linear_rows_kernel<decltype(element)>, blocks, kTileThreads, size_t(kTileBytes<kOutputGroups>), stream, p);
+  });
+}
+
 }  // namespace fastgen
 
 FASTGEN_CUDA_OPS(m) {

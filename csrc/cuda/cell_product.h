@@ -68,12 +68,17 @@ __device__ void multiply_term(const Term& term, int warp, int warps, int rows, c
   const int own = int(threadIdx.x) / 32;
   const bool many = rows > 8;
   unsigned char* ring = dynamic_shared() + own * kTileRing;
+  // Of every chunk a lane copies parts of the same rows of x, so their numbers are looked up once.
+  constexpr int kAtOnce = 32 / (kChunk / 16);
+  static_assert(2 * kAtOnce == kRows);
+  const int of_lane = int(threadIdx.x) % 32 / (kChunk / 16);
+  const int64_t number = x_row(of_lane), next = many ? x_row(kAtOnce + of_lane) : -1;
   PartialSums<Element, kGroups> sums;
   through_ring(
       warp, warps, term.chunks(),
       [&](int chunk, int stage) {
         unsigned char* to = ring + stage * kStageStreamed;
-        fetch_rows<Element>(term.x, many ? 16 : 8, chunk, to, x_row);
+        fetch_rows<Element>(term.x, many ? 16 : 8, chunk, to, [&](int i) { return i < kAtOnce ? number : next; });
         fetch_rows<Element>(term.matrix, kGroups * kUnits, chunk, to + kStageOperand,
                             [&](int i) { return matrix_row(i / kUnits, i % kUnits); });
       },

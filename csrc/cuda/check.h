@@ -35,6 +35,21 @@ struct OnDevice {
 };
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
+inline bool is_captured(cudaStream_t) { return false; }
+
+// It comes late: the host has gone on.
+class Answer {
+ public:
+  void ask(Tensor number) {
+    number_ = *static_cast<const int32_t*>(number.const_data_ptr());
+    looks_ = 0;
+  }
+  std::optional<int32_t> look() { return ++looks_ > 3 ? std::optional(number_) : std::nullopt; }
+
+ private:
+  int32_t number_;
+  int looks_;
+};
 #else
 // Makes the tensor's device current for torch and for the statically linked runtime, which keeps its own
 // idea of it on each thread.
@@ -56,6 +71,34 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+
+// Whether what is launched there becomes a CUDA graph, and does not run now.
+inline bool is_captured(cudaStream_t stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  FASTGEN_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
+  return capture != cudaStreamCaptureStatusNone;
+}
+
+// A number, not negative, on its way from the device, that the host does not wait for. It says by itself that it has
+// come: until then -1 stands in its place, pinned memory that torch keeps until the copy has been made.
+class Answer {
+ public:
+  // number: (1,) int32.
+  void ask(const Tensor& number) {
+    const int64_t one = 1;
+    Tensor place = torch::stable::empty({&one, 1}, ScalarType::Int, std::nullopt, std::nullopt, true);
+    *static_cast<volatile int32_t*>(place.mutable_data_ptr()) = -1;
+    torch::stable::copy_(place, number, true);
+    place_ = place;
+  }
+  std::optional<int32_t> look() const {
+    const int32_t number = *static_cast<const volatile int32_t*>(place_->const_data_ptr());
+    return number < 0 ? std::nullopt : std::optional(number);
+  }
+
+ private:
+  std::optional<Tensor> place_;
+};
 #endif
 
 // The seed stays on the device: nothing waits for it, and a captured graph reads it anew at each replay.
@@ -112,6 +155,14 @@ inline void sum_rows_into(Tensor& out, const Tensor& rows) {
   const int64_t first = 0;
   torch::stable::sum_out(out, rows, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1), false, rows.scalar_type());
 }
+
+// Where the arguments of cell_ops.h put results.
+struct Cuda {
+  static Tensor empty(const Tensor& like, ScalarType dtype, const int64_t* sizes, int64_t dims) {
+    return torch::stable::new_empty(like, {sizes, size_t(dims)}, dtype);
+  }
+};
+
 inline void* data_of(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

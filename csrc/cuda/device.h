@@ -145,6 +145,10 @@ __device__ __forceinline__ uint32_t add_release(uint32_t* p, uint32_t value) {
   return before;
 }
 
+// Adds to a whole number in this block's shared memory, and gives what it was before. The order makes no difference to
+// the sum.
+__device__ __forceinline__ uint32_t add_shared(uint32_t* p, uint32_t value) { return atomicAdd(p, value); }
+
 // A cluster: neighbouring blocks of a launch that reach into each other's shared memory. Where there are none, before
 // compute capability 9.0, a block is one by itself.
 //

@@ -36,6 +36,7 @@ class Status(IntEnum):
     STOPPED = 1  # it drew a stop token
     FULL = 2
     NOT_FINITE = 3  # its scores have no maximum to draw by
+    INVALID = 4  # on a GPU, where it would be too late to raise: its numbers do not fit, or it has a token that is none
 
 
 def linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import functools
 
 import pytest
 import torch
+from generate_cases import assert_same, model_call
 from support import assert_same_bits
 
 import fastgen
@@ -118,6 +119,26 @@ def test_a_graph_draws_fresh_numbers_at_each_replay(call):
         for got, exact in zip(results, expected, strict=True):
             assert_same_bits(got, exact)
     assert not torch.equal(want[1][0], want[2][0])
+
+
+@pytest.mark.parametrize("vocabulary", [23, 5000])
+def test_a_graph_holds_a_whole_generation(vocabulary):
+    """Nothing is asked of the device while it is captured, and a replay goes on from where the rows stand."""
+    start = model_call(n=5, vocabulary=vocabulary, top_p=0.9, repetition_penalty=1.1, steps=6).to(torch.Tensor.cuda)
+    want = start.copy().run()
+    captured = start.copy()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        start.copy().run()  # the first call, which allocates
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.run()
+    for _ in range(2):
+        graph.replay()
+        assert_same(captured, want)
+        want.run()
 
 
 @pytest.mark.skipif(

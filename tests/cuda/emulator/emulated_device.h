@@ -199,6 +199,11 @@ inline uint32_t add_release(uint32_t* p, uint32_t value) {
   return before;
 }
 
+inline uint32_t add_shared(uint32_t* p, uint32_t value) {
+  emulator::check_shared(p, sizeof *p, sizeof *p);
+  return add_release(p, value);
+}
+
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cudaStream_t, const Args&... args) {
   const std::tuple<Params...> values(args...);
