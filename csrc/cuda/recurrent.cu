@@ -18,6 +18,8 @@
 // "Optimizing performance of recurrent neural networks on GPUs", 2016): between two barriers each makes a step, the one
 // behind the step that the layer below has just made. An upper layer multiplies the h of both with [W_hh | W_ih], for
 // it cannot wait for one product of all steps.
+//
+// Double precision has a product of torch and a kernel for each step instead.
 #include <algorithm>
 #include <cmath>
 #include <deque>
@@ -27,6 +29,7 @@
 #include "../torch/recurrent_ops.h"
 #include "check.h"
 #include "recurrent_backward.inl"
+#include "recurrent_double.inl"
 #include "recurrent_forward.inl"
 #include "recurrent_rows.inl"
 #include "upload.h"
@@ -115,7 +118,6 @@ class Sequencer {
       STD_TORCH_CHECK(same_device(*seed_offset, like_), "seed_offset: expected a tensor on the device of input");
       p.seed_offset = static_cast<const int64_t*>(arguments_.contiguous(seed_offset));
     }
-    give_states(p);
   }
   template <class Params>
   void give_states(Sequence<Params>& p) {
@@ -224,11 +226,87 @@ class Sequencer {
     return best;
   }
 
+  // In double precision, without the barriers of one kernel: a product of PyTorch and a kernel for each step.
+  void run_in_double(DoubleForwardParams& p, const Tensor& state, const Tensor& w_hh, const Optional& w_hr) {
+    const RecurrentParams& r = arguments_.p;
+    const Tensor recurrent = transposed(detached(w_hh)), from_state = empty({r.batch, w_hh.size(0)});
+    p.from_state = doubles(from_state);
+    Tensor fed = state;
+    if (r.h_mask != nullptr) {
+      fed = empty({r.batch, r.output_size});
+      p.fed = doubles(fed);
+    }
+    Optional projection, hidden, projected;
+    if (w_hr) {
+      projection = transposed(detached(*w_hr));
+      hidden = empty({r.batch, r.hidden_size});
+      projected = empty({r.batch, r.output_size});
+      p.hidden = doubles(*hidden);
+      p.projected = doubles(*projected);
+    }
+    const unsigned blocks = element_blocks();
+    launch(double_begin_kernel, blocks, kRowThreads, 0, stream_, p);
+    for (int64_t s = 0; s < r.steps; ++s) {
+      const Step now = step_of(r, s);
+      multiply_into(first_rows(from_state, now.rows), first_rows(fed, now.rows), recurrent);
+      by_gates(r.mode, [&](auto gates) {
+        launch(double_cell_kernel<decltype(gates)::value>, blocks, kRowThreads, 0, stream_, p, now);
+      });
+      if (!w_hr) continue;
+      multiply_into(first_rows(*projected, now.rows), first_rows(*hidden, now.rows), *projection);
+      launch(double_emit_kernel, blocks, kRowThreads, 0, stream_, p, now);
+    }
+  }
+
+  // Gives the gradients of h_0 and c_0 where those of state and cell stand.
+  void run_in_double(DoubleBackwardParams& p, const Tensor& w_hh, const Optional& w_hr) {
+    const RecurrentParams& r = arguments_.p;
+    const Tensor recurrent = detached(w_hh), returned = empty({r.batch, r.output_size}),
+                 to_gates = empty({r.batch, w_hh.size(0)});
+    p.returned = doubles(returned);
+    p.to_gates = doubles(to_gates);
+    Optional projection, behind, in_front;
+    if (w_hr) {
+      projection = detached(*w_hr);
+      behind = empty({r.batch, r.output_size});
+      in_front = empty({r.batch, r.hidden_size});
+      p.behind = doubles(*behind);
+      p.in_front = doubles(*in_front);
+    }
+    const unsigned blocks = element_blocks();
+    launch(double_begin_backward_kernel, blocks, kRowThreads, 0, stream_, p);
+    int64_t fed = 0;
+    by_gates(r.mode, [&](auto gates) {
+      constexpr int kGates = decltype(gates)::value;
+      for (int64_t s = r.steps - 1; s >= 0; --s) {
+        const Step now = step_of(r, s), before = s > 0 ? step_of(r, s - 1) : Step{};
+        launch(double_state_kernel<kGates>, blocks, kRowThreads, 0, stream_, p, now, before, fed);
+        if (w_hr) {
+          multiply_into(first_rows(*in_front, now.rows), first_rows(*behind, now.rows), *projection);
+          launch(double_hidden_kernel, blocks, kRowThreads, 0, stream_, p, now, before);
+        }
+        multiply_into(first_rows(returned, now.rows), first_rows(to_gates, now.rows), recurrent);
+        fed = now.rows;
+      }
+      launch(double_state_kernel<kGates>, blocks, kRowThreads, 0, stream_, p, Step{}, Step{}, fed);
+    });
+  }
+
   unsigned row_blocks(int64_t warps) const {
     return unsigned(std::min<int64_t>(ceil_div(warps, kRowThreads / 32), 16 * multiprocessors_));
   }
 
  private:
+  static double* doubles(const Tensor& tensor) { return static_cast<double*>(data_of(tensor)); }
+  static Tensor first_rows(Tensor matrix, int64_t rows) {
+    return rows == matrix.size(0) ? matrix : torch::stable::narrow(matrix, 0, 0, rows);
+  }
+  // For the units of all rows of a step.
+  unsigned element_blocks() const {
+    const RecurrentParams& r = arguments_.p;
+    return row_blocks(ceil_div(r.batch * std::max(r.hidden_size, r.output_size), 32));
+  }
+
   // What a step costs a block beside its products, in cycles: the barrier, and for each of its layers the first of the
   // operand on its way, the sums of the warps, and the cells.
   static constexpr int64_t kBarrier = 1800, kCells = 1200;
@@ -336,10 +414,14 @@ class Sequencer {
   std::vector<Tensor> kept_;
 };
 
-// Whether the kernels take a call; the rest goes to the reference.
+// Whether the kernel of all steps takes a call.
 bool takes(const Tensor& input) {
   const ScalarType dtype = input.scalar_type();
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+// Or that of a step in double precision; the rest goes to the reference.
+bool takes(const Tensor& input, const Optional& norm) {
+  return takes(input) || (input.scalar_type() == ScalarType::Double && !norm);
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -350,7 +432,7 @@ Results recurrent(int64_t mode, const Tensor& input, const Optional& batch_sizes
                   bool save, const Optional& norm_ih, const Optional& norm_hh, const Optional& norm_c,
                   const Optional& norm_c_bias, const Optional& seed_offset, double norm_eps, double zoneout_c,
                   double zoneout_h) {
-  if (!takes(input)) {
+  if (!takes(input, norm_ih)) {
     return plain<Results>("fastgen::recurrent", mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0,
                           h_mask, batch_first, reverse, save, norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset,
                           norm_eps, zoneout_c, zoneout_h);
@@ -367,7 +449,7 @@ Results recurrent(int64_t mode, const Tensor& input, const Optional& batch_sizes
   Tensor c_n = lstm ? call.empty({p.batch, units}) : call.empty({0});
   Tensor gates = save && gated ? call.empty(arguments.rows_of(saved_gates(p) * units)) : call.empty({0});
   Tensor cells =
-      save && lstm ? call.empty(arguments.rows_of(units + saved_scales(p)), ScalarType::Float) : call.empty({0});
+      save && lstm ? call.empty(arguments.rows_of(units + saved_scales(p)), arguments.work_dtype()) : call.empty({0});
   if (p.batch == 0) return {output, h_n, c_n, gates, cells};
   p.output = data_of(output);
   p.h_n = data_of(h_n);
@@ -379,6 +461,14 @@ Results recurrent(int64_t mode, const Tensor& input, const Optional& batch_sizes
   multiply_into(from_input, call.matrix(input), transposed(detached(w_ih)));
   p.from_input = data_of(from_input);
   call.prepare(p, seed_offset);
+  if (!takes(input)) {
+    DoubleForwardParams wide{};
+    static_cast<Sequence<RecurrentParams>&>(wide) = p;
+    wide.from_input = static_cast<const double*>(p.from_input);
+    call.run_in_double(wide, h_n, w_hh, w_hr);
+    return {output, h_n, c_n, gates, cells};
+  }
+  call.give_states(p);
   p.recurrent = call.product(units, outputs, gate_count(p.mode), 2, p.w_hh, units * outputs, outputs, 1);
   if (w_hr) p.projection = call.product(outputs, units, 1, 1, p.w_hr, 0, units, 1);
   if (norm) {
@@ -494,7 +584,7 @@ LayersResults recurrent_layers(int64_t mode, const Tensor& input, const Optional
       p.layer[i].stages = stages;
       p.layer[i].batch_sizes = p.layer[0].batch_sizes;
       p.layer[i].step_rows = p.layer[0].step_rows;
-      if (i > 0) call.give_states(p.layer[i]);
+      call.give_states(p.layer[i]);
     }
     by_element(r.dtype, [&](auto element) {
       using Element = decltype(element);
@@ -518,7 +608,7 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
                              bool reverse, int64_t needs, const Optional& norm_ih, const Optional& norm_hh,
                              const Optional& norm_c, const Optional& norm_c_bias, const Optional& seed_offset,
                              double norm_eps, double zoneout_c, double zoneout_h) {
-  if (!takes(input)) {
+  if (!takes(input, norm_ih)) {
     return plain<Gradients>("fastgen::recurrent_backward", mode, grad_output, grad_h_n, grad_c_n, input, batch_sizes,
                             w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, output, gates, cells, batch_first, reverse,
                             needs, norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset, norm_eps, zoneout_c, zoneout_h);
@@ -535,7 +625,7 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   arguments.check_rows("grad_output", grad_output, input, outputs, dtype);
   arguments.check_rows("output", output, input, outputs, dtype);
   if (gated) arguments.check_rows("gates", gates, input, saved_gates(p) * units, dtype);
-  if (lstm) arguments.check_rows("cells", cells, input, units + saved_scales(p), ScalarType::Float);
+  if (lstm) arguments.check_rows("cells", cells, input, units + saved_scales(p), arguments.work_dtype());
   check_shape("grad_h_n", grad_h_n, input, {p.batch, outputs});
   check_shape("grad_c_n", grad_c_n, input, {p.batch, units});
 
@@ -580,37 +670,48 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
     p.grad_hidden = data_of(*grad_hidden);
   }
   call.prepare(p, seed_offset);
-  p.recurrent = call.product(outputs, columns, 1, 2, p.w_hh, 0, 1, outputs);
-  if (w_hr) p.projection = call.product(units, outputs, 1, 1, p.w_hr, 0, 1, units);
-  if (norm) {
-    c_hat = matrix_of(units, ScalarType::Float);
-    to_gates = matrix_of(columns, ScalarType::Float);
-    behind_norm = matrix_of(units, ScalarType::Float);
-    float* c_scale = call.scratch(p.rows, 1);
-    p.c_hat = static_cast<const float*>(data_of(*c_hat));
-    p.c_scale = c_scale;
-    p.to_gates = static_cast<float*>(data_of(*to_gates));
-    p.behind_norm = static_cast<float*>(data_of(*behind_norm));
-    const int64_t tiles = ceil_div(units, kUnits);
-    p.cell_sums = reinterpret_cast<float2*>(call.scratch(p.batch, 2 * tiles));
-    p.gate_sums = reinterpret_cast<float2*>(call.scratch(p.batch, 2 * tiles));
+  if (takes(input)) {
+    call.give_states(p);
+    p.recurrent = call.product(outputs, columns, 1, 2, p.w_hh, 0, 1, outputs);
+    if (w_hr) p.projection = call.product(units, outputs, 1, 1, p.w_hr, 0, 1, units);
+    if (norm) {
+      c_hat = matrix_of(units, ScalarType::Float);
+      to_gates = matrix_of(columns, ScalarType::Float);
+      behind_norm = matrix_of(units, ScalarType::Float);
+      float* c_scale = call.scratch(p.rows, 1);
+      p.c_hat = static_cast<const float*>(data_of(*c_hat));
+      p.c_scale = c_scale;
+      p.to_gates = static_cast<float*>(data_of(*to_gates));
+      p.behind_norm = static_cast<float*>(data_of(*behind_norm));
+      const int64_t tiles = ceil_div(units, kUnits);
+      p.cell_sums = reinterpret_cast<float2*>(call.scratch(p.batch, 2 * tiles));
+      p.gate_sums = reinterpret_cast<float2*>(call.scratch(p.batch, 2 * tiles));
+      by_element(p.dtype, [&](auto element) {
+        launch(cells_kernel<decltype(element)>, call.row_blocks(p.steps * p.batch), kRowThreads, 0, call.stream(), p,
+               static_cast<float*>(data_of(*c_hat)), c_scale);
+      });
+    }
     by_element(p.dtype, [&](auto element) {
-      launch(cells_kernel<decltype(element)>, call.row_blocks(p.steps * p.batch), kRowThreads, 0, call.stream(), p,
-             static_cast<float*>(data_of(*c_hat)), c_scale);
+      using Element = decltype(element);
+      by_gates(p.mode, [&](auto gates) {
+        constexpr int kGates = decltype(gates)::value;
+        call.launch_sequence(backward_kernel<Element, kGates>, p, kGates > 1);
+      });
+      if (norm) launch(input_norm_kernel<Element>, call.row_blocks(p.rows), kRowThreads, 0, call.stream(), p);
     });
+  } else {
+    DoubleBackwardParams wide{};
+    static_cast<Sequence<RecurrentBackwardParams>&>(wide) = p;
+    wide.state = static_cast<double*>(p.grad_h_0 != nullptr ? p.grad_h_0 : call.keep(call.empty({p.batch, outputs})));
+    wide.cell = static_cast<double*>(p.grad_c_0 != nullptr ? p.grad_c_0 : call.keep(call.empty({p.batch, units})));
+    wide.grad_gates_ih = static_cast<double*>(p.grad_gates_ih);
+    wide.grad_gates_hh = static_cast<double*>(p.grad_gates_hh);
+    call.run_in_double(wide, w_hh, w_hr);
   }
-  by_element(p.dtype, [&](auto element) {
-    using Element = decltype(element);
-    by_gates(p.mode, [&](auto gates) {
-      constexpr int kGates = decltype(gates)::value;
-      call.launch_sequence(backward_kernel<Element, kGates>, p, kGates > 1);
-    });
-    if (norm) launch(input_norm_kernel<Element>, call.row_blocks(p.rows), kRowThreads, 0, call.stream(), p);
-  });
 
   // Products and sums over all rows of all steps at once.
   const auto sum_into = [&](Tensor& out, const Tensor& rows) {
-    // In float32, and rounded once.
+    // Of half types in float32, and rounded once.
     const bool wide = rows.scalar_type() != out.scalar_type();
     Tensor sum = wide ? call.empty({out.size(0)}, rows.scalar_type()) : out;
     sum_rows_into(sum, rows);
@@ -626,11 +727,12 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
   if (needed(1, w_ih)) multiply_into(grad_w_ih, transposed(grad_ih), call.matrix(input));
   if (needed(2, w_hh)) {
     const Tensor fed = matrix_of(outputs, dtype);
-    by_element(p.dtype, [&](auto element) {
+    const auto gather = [&](auto element) {
       using Element = decltype(element);
       launch(fed_kernel<Element>, call.row_blocks(ceil_div(p.steps * p.batch * outputs, 32)), kRowThreads, 0,
              call.stream(), p, static_cast<Element*>(data_of(fed)));
-    });
+    };
+    takes(input) ? by_element(p.dtype, gather) : gather(double{});
     multiply_into(grad_w_hh, transposed(grad_hh), fed);
   }
   if (needed(3, b_ih)) sum_into(grad_b_ih, norm ? *to_gates : grad_ih);

@@ -14,8 +14,12 @@ namespace fastgen {
 namespace {
 
 __device__ inline float sigmoid_of(float x) { return sigmoid<float, Lanes<uint32_t, 1>>(Lanes<float, 1>(x)).v[0]; }
+__device__ inline double sigmoid_of(double x) { return sigmoid<double, Lanes<uint64_t, 1>>(Lanes<double, 1>(x)).v[0]; }
 __device__ inline float tanh_of(float x) {
   return hyperbolic_tangent<float, Lanes<uint32_t, 1>>(Lanes<float, 1>(x)).v[0];
+}
+__device__ inline double tanh_of(double x) {
+  return hyperbolic_tangent<double, Lanes<uint64_t, 1>>(Lanes<double, 1>(x)).v[0];
 }
 
 template <class Body>
@@ -35,52 +39,57 @@ void by_gates(CellMode mode, const Body& body) {
   }
 }
 
-// What a cell makes of its sums in one unit. gates: what its backward pass reads, if it has any.
-struct Cell {
-  float gates[4];
-  float c, h;
+// What a cell makes of its sums in one unit. gates: what its backward pass reads, if it has any. T: float or double.
+template <class T>
+struct CellOf {
+  T gates[4];
+  T c, h;
 };
+using Cell = CellOf<float>;
 
 // x, s: W_ih x + b_ih and W_hh h + b_hh; before: c, or of a GRU h.
-template <int kGates>
-__device__ inline Cell cell_of(CellMode mode, const float (&x)[kGates], const float (&s)[kGates], float before) {
+template <int kGates, class T>
+__device__ inline CellOf<T> cell_of(CellMode mode, const T (&x)[kGates], const T (&s)[kGates], T before) {
   if constexpr (kGates == 4) {
-    const float i = sigmoid_of(x[0] + s[0]), f = sigmoid_of(x[1] + s[1]), g = tanh_of(x[2] + s[2]),
-                o = sigmoid_of(x[3] + s[3]), c = f * before + i * g;
+    const T i = sigmoid_of(x[0] + s[0]), f = sigmoid_of(x[1] + s[1]), g = tanh_of(x[2] + s[2]),
+            o = sigmoid_of(x[3] + s[3]), c = f * before + i * g;
     return {{i, f, g, o}, c, o * tanh_of(c)};
   } else if constexpr (kGates == 3) {
-    const float r = sigmoid_of(x[0] + s[0]), z = sigmoid_of(x[1] + s[1]), n = tanh_of(x[2] + r * s[2]);
-    return {{r, z, n, s[2]}, 0.0f, (1.0f - z) * n + z * before};
+    const T r = sigmoid_of(x[0] + s[0]), z = sigmoid_of(x[1] + s[1]), n = tanh_of(x[2] + r * s[2]);
+    return {{r, z, n, s[2]}, T(0), (T(1) - z) * n + z * before};
   } else {
-    const float sum = x[0] + s[0];
+    const T sum = x[0] + s[0];
     // Not a maximum, which would drop a NaN.
-    return {{}, 0.0f, mode == CellMode::kTanh ? tanh_of(sum) : sum < 0.0f ? 0.0f : sum};
+    return {{}, T(0), mode == CellMode::kTanh ? tanh_of(sum) : sum < T(0) ? T(0) : sum};
   }
 }
 
 // The gradients of the sums. dc: all of that of c'; t: tanh(c').
+template <class T>
 struct LstmGradients {
-  float sums[4];
-  __device__ LstmGradients(const float (&gates)[4], float c_before, float t, float dh, float dc) {
+  T sums[4];
+  __device__ LstmGradients(const T (&gates)[4], T c_before, T t, T dh, T dc) {
     const auto [i, f, g, o] = gates;
-    sums[0] = dc * g * i * (1.0f - i);
-    sums[1] = dc * c_before * f * (1.0f - f);
-    sums[2] = dc * i * (1.0f - g * g);
-    sums[3] = dh * t * o * (1.0f - o);
+    sums[0] = dc * g * i * (T(1) - i);
+    sums[1] = dc * c_before * f * (T(1) - f);
+    sums[2] = dc * i * (T(1) - g * g);
+    sums[3] = dh * t * o * (T(1) - o);
   }
 };
+template <class T>
 struct GruGradients {
-  float from_input[3], from_state[3];
-  __device__ GruGradients(const float (&gates)[4], float h_before, float dh) {
+  T from_input[3], from_state[3];
+  __device__ GruGradients(const T (&gates)[4], T h_before, T dh) {
     const auto [r, z, n, h_n] = gates;
-    from_input[2] = dh * (1.0f - z) * (1.0f - n * n);
-    from_input[1] = from_state[1] = dh * (h_before - n) * z * (1.0f - z);
-    from_input[0] = from_state[0] = from_input[2] * h_n * r * (1.0f - r);
+    from_input[2] = dh * (T(1) - z) * (T(1) - n * n);
+    from_input[1] = from_state[1] = dh * (h_before - n) * z * (T(1) - z);
+    from_input[0] = from_state[0] = from_input[2] * h_n * r * (T(1) - r);
     from_state[2] = from_input[2] * r;
   }
 };
-__device__ inline float elman_gradient(CellMode mode, float h, float dh) {
-  return mode == CellMode::kTanh ? dh * (1.0f - h * h) : h > 0.0f ? dh : 0.0f;
+template <class T>
+__device__ inline T elman_gradient(CellMode mode, T h, T dh) {
+  return mode == CellMode::kTanh ? dh * (T(1) - h * h) : h > T(0) ? dh : T(0);
 }
 
 // The element of an operand that need not be there, as it stands in memory and as a number.
@@ -89,7 +98,7 @@ __device__ Element element_of(const void* data, int64_t at) {
   return data == nullptr ? Element{} : static_cast<const Element*>(data)[at];
 }
 template <class Element>
-__device__ float value_of(const void* data, int64_t at, float none = 0.0f) {
+__device__ auto value_of(const void* data, int64_t at, typename WorkType<Element>::T none = 0) {
   return data == nullptr ? none : widen(static_cast<const Element*>(data)[at]);
 }
 

@@ -100,9 +100,9 @@ __global__ void __launch_bounds__(kRowThreads) fed_kernel(RecurrentParams p, Ele
     const int64_t s = i / (p.batch * width), b = i / width % p.batch, u = i % width;
     const Step now = step_of(p, s), before = s > 0 ? step_of(p, s - 1) : Step{};
     if (b >= now.rows) continue;
-    const float h = b < before.rows ? value_of<Element>(p.output, row_of(p, before, b) * width + u)
-                                    : value_of<Element>(p.h_0, b * width + u);
-    narrow(h * value_of<Element>(p.h_mask, b * width + u, 1.0f), fed + row_of(p, now, b) * width + u);
+    const auto h = b < before.rows ? value_of<Element>(p.output, row_of(p, before, b) * width + u)
+                                   : value_of<Element>(p.h_0, b * width + u);
+    narrow(h * value_of<Element>(p.h_mask, b * width + u, 1), fed + row_of(p, now, b) * width + u);
   }
 }
 

@@ -445,8 +445,13 @@ def recurrent(mode: int, options: Options, *operands: Tensor | None) -> tuple[Te
 
 
 def at_once(input: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> bool:
-    """Whether `recurrent_layers` is the way of a stack in one direction, without layer norm, zoneout and projection."""
-    return input.is_cuda and (batch_sizes is not None or input.shape[1 if batch_first else 0] > 1)
+    """Whether `recurrent_layers` is the way of a stack in one direction, without layer norm, zoneout and projection.
+
+    In double precision CUDA has kernels for single layers.
+    """
+    if not input.is_cuda or input.dtype is torch.float64:
+        return False
+    return batch_sizes is not None or input.shape[1 if batch_first else 0] > 1
 
 
 def recurrent_layers(

@@ -22,10 +22,11 @@ from fastgen.random import Generator
 from fastgen.reference.recurrent import Mode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (*DTYPES, torch.float64)
 EPS = 1e-5
 # A result's own rounding and that of what is kept for the backward pass, which both sides pay. Half types: h, and the
 # product with the input, are rounded before they meet the weights.
-ATOL = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+ATOL = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float64: 1e-14}
 NAMES = (
     *("output", "h_n", "c_n", "gates", "cells", "grad_input", "grad_w_ih", "grad_w_hh", "grad_b_ih", "grad_b_hh"),
     *("grad_w_hr", "grad_h_0", "grad_c_0", "grad_norm_ih", "grad_norm_hh", "grad_norm_c", "grad_norm_c_bias"),
@@ -169,7 +170,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_values(gpu, call, dtype):
     check(gpu, call, dtype)
@@ -201,7 +202,7 @@ def calls(draw: st.DrawFn) -> Call:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @hypothesis.settings(max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(call=calls())
 def test_any_call(gpu, dtype, call):
@@ -343,9 +344,9 @@ def test_an_empty_batch(gpu):
     assert not grads[1].any()
 
 
-def test_double_precision_goes_to_the_reference(emulated):
+def test_layer_norm_in_double_precision_goes_to_the_reference(emulated):
     before = emulated.launches
-    call = Call()
+    call = Call(norm=True)
     for a, b in zip(
         forward(EMULATED.ops, call, in_dtype(torch.float64)),
         forward(reference, call, in_dtype(torch.float64)),
@@ -360,12 +361,15 @@ def test_double_precision_goes_to_the_reference(emulated):
     ):
         assert_same_bits(a, b)
     assert emulated.launches == before
-    forward(EMULATED.ops, call, in_dtype(torch.float32))
-    assert emulated.launches > before
+    for other, dtype in ((call, torch.float32), (replace(call, norm=False), torch.float64)):
+        before = emulated.launches
+        forward(EMULATED.ops, other, in_dtype(dtype))
+        assert emulated.launches > before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", [*EXAMPLES, *WHOLE_ROWS], ids=str)
-def test_functions_and_their_gradients(gpu, case):
+def test_functions_and_their_gradients(gpu, case, dtype):
     """Layers and directions around the op, in a graph: gradients of all leaves, and a second derivative."""
 
     def run(dtype, device):
@@ -375,16 +379,18 @@ def test_functions_and_their_gradients(gpu, case):
         leaves = [x, *(hx or ()), *weights]
         results = case.ours(x, hx, weights)
         loss = sum((y * torch.linspace(-1, 1, y.numel()).to(y).view_as(y)).sum() for y in results)
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
         grads = torch.autograd.grad(loss, leaves, create_graph=True)
         second = torch.autograd.grad(sum((g * g).sum() for g in grads), x)
-        return [y.detach().cpu().double() for y in (*results, *grads, *second)]
+        return [y.detach().cpu().double() for y in (*results, *first, *grads, *second)]
 
     if gpu.device.type == "cuda" and (case.masked or case.zoneout):
         pytest.skip("Case draws its mask and zoneout on the CPU")
     with on(gpu):
-        ours = run(torch.float32, gpu.put)
+        ours = run(dtype, gpu.put)
+    near = 1e-4 if dtype == torch.float32 else 1e-12
     for got, want in zip(ours, run(torch.float64, lambda t: t), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        torch.testing.assert_close(got, want, rtol=near, atol=near * float(want.abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from unittest import mock
 
 import hypothesis
@@ -235,6 +236,17 @@ def test_double_precision_goes_to_the_reference(emulated):
     for a, b in zip(EMULATED.ops.recurrent_layers(*arguments), reference.recurrent_layers(*arguments), strict=True):
         assert_same_bits(a, b)
     assert emulated.launches == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [((3, 2, 5), torch.float32, True), ((1, 2, 5), torch.float32, False), ((3, 2, 5), torch.float64, False)],
+    ids=str,
+)
+def test_which_stacks_run_at_once(shape, dtype, expected):
+    on_device = SimpleNamespace(is_cuda=True, shape=shape, dtype=dtype)
+    assert recurrent_ops.at_once(on_device, None, False) is expected
+    assert not recurrent_ops.at_once(torch.zeros(shape, dtype=dtype), None, False)
 
 
 @pytest.mark.parametrize(
