@@ -32,7 +32,8 @@ def _ours(x: Tensor, devices: frozenset[str]) -> bool:
     """Whether fastgen is to compute with `x`: where it has kernels, and under what PyTorch's modules cannot be."""
     if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False  # a trace is to hold PyTorch's op, which ONNX and TorchScript know
-    return x.device.type in devices or transforming() or forward_ad._current_level >= 0
+    # `device.type` takes five times as long as `is_cpu`, a tenth of what a cell's checks take.
+    return ("cpu" if x.is_cpu else x.device.type) in devices or transforming() or forward_ad._current_level >= 0
 
 
 def _alike(x: Tensor, others: Iterable[Any]) -> bool:
@@ -42,7 +43,7 @@ def _alike(x: Tensor, others: Iterable[Any]) -> bool:
     """
     dtype, device, mixed = x.dtype, x.device, torch._C._is_any_autocast_enabled()
     for other in others:
-        if not isinstance(other, Tensor) or other.device != device or (other.dtype != dtype and not mixed):
+        if not isinstance(other, Tensor) or other.device != device or (other.dtype is not dtype and not mixed):
             return False
     return dtype in _DTYPES and x.layout is torch.strided
 
@@ -385,7 +386,7 @@ class _Cell(torch.nn.RNNCellBase):
         if unbatched:
             input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
         if not states:
-            states = [input.new_zeros(input.size(0), self.hidden_size) for _ in range(self._states)]
+            states = [input.new_zeros(input.size(0), self.hidden_size)] * self._states
         c = states[1] if mode is Mode.LSTM else None
         if special:
             h_1, c_1 = self._special(mode, input, states, weights)
@@ -421,6 +422,7 @@ class _Cell(torch.nn.RNNCellBase):
         return True
 
 
+_ELMAN = {"tanh": Mode.RNN_TANH, "relu": Mode.RNN_RELU}
 _CELLS: dict[Mode, Callable[..., Any]] = {
     Mode.LSTM: functional.lstm_cell,
     Mode.GRU: functional.gru_cell,
@@ -462,4 +464,4 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
     @property
     def _mode(self) -> Mode | None:  # type: ignore[override]
-        return {"tanh": Mode.RNN_TANH, "relu": Mode.RNN_RELU}.get(self.nonlinearity)
+        return _ELMAN.get(self.nonlinearity)
