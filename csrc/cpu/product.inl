@@ -4,8 +4,8 @@
 // broadcast against a row of the right side, which is packed in panels
 //   [depth][kVectors * lanes]
 // so that a tile reads it as one stream. The left side is read where it stands, by row pointers. An element of the
-// result is one chain of multiply-adds in ascending depth, whatever the tile it falls in: its bits depend neither on
-// the split of the work nor on its neighbours.
+// result is one chain of multiply-adds in ascending depth, or a cascade of such chains, whatever the tile it falls in:
+// its bits depend neither on the split of the work nor on its neighbours.
 #pragma once
 
 #include "lanes.inl"
@@ -127,11 +127,12 @@ FASTGEN_FN void multiply_sums(const LeftSide& left, const typename A::Right* rig
   }
 }
 
-// out = start + left . right for a panel; start null: zero. Rows of start and out are `*_stride` elements apart.
+// out = start + left . right for a panel; start null: zero, and with `add` what stands in out comes last. Rows of start
+// and out are `*_stride` elements apart.
 template <class A, int kRows, int kVectors, class LeftSide>
 FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* right, int64_t depth,
-                              const typename A::T* start, int64_t start_stride, typename A::T* out,
-                              int64_t out_stride) {
+                              const typename A::T* start, int64_t start_stride, typename A::T* out, int64_t out_stride,
+                              bool add) {
   using F = typename A::F;
   constexpr int kWidth = kLanes<typename A::T>;
   F sum[kRows][kVectors];
@@ -147,6 +148,17 @@ FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* rig
     }
   }
   multiply_sums<A>(left, right, kVectors * kWidth * A::kDepth, depth, sum);
+  if (add) {
+    FASTGEN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTGEN_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        F before;
+        load(out + r * out_stride + v * kWidth, before);
+        sum[r][v] = before + sum[r][v];
+      }
+    }
+  }
   FASTGEN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     FASTGEN_UNROLL
@@ -158,13 +170,13 @@ FASTGEN_FN void multiply_tile(const LeftSide& left, const typename A::Right* rig
 template <class A, int kVectors, int kRows = kTileRows<kVectors>>
 __attribute__((noinline)) void multiply_rows(int rows, const typename A::Left* const* left,
                                              const typename A::Right* right, int64_t depth, const typename A::T* start,
-                                             int64_t start_stride, typename A::T* out, int64_t out_stride) {
+                                             int64_t start_stride, typename A::T* out, int64_t out_stride, bool add) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return multiply_rows<A, kVectors, kRows - 1>(rows, left, right, depth, start, start_stride, out, out_stride);
+      return multiply_rows<A, kVectors, kRows - 1>(rows, left, right, depth, start, start_stride, out, out_stride, add);
     }
   }
-  multiply_tile<A, kRows, kVectors>(LeftRows<A, kRows>(left), right, depth, start, start_stride, out, out_stride);
+  multiply_tile<A, kRows, kVectors>(LeftRows<A, kRows>(left), right, depth, start, start_stride, out, out_stride, add);
 }
 
 // Rows of the next tile where `left` are left: tiles of a batch are as equal as they can be.
@@ -176,15 +188,20 @@ FASTGEN_FN int next_tile(int64_t left) {
 }
 
 constexpr int64_t kDepthBlock = 128;  // steps of a panel that stay in L1 while the left side passes by
+constexpr int64_t kLongDepth = 1024;  // steps from which on a cascade is one
 constexpr int64_t kGroupRows = 64;    // rows that pass by together, where their sums have to wait on the stack
 
-// The same for any number of rows: the panel goes through L1 once, and sums wait in `out`.
+// The same for any number of rows: the panel goes through L1 once, and sums wait in `out`. With `cascade` each block of
+// a long depth has a sum of its own, and these are added up in order: as gates are four times the states, gradients of
+// states are longer sums than states, and the error of a single chain grows with the root of its length.
 template <class A, int kVectors>
 __attribute__((noinline)) void multiply_panel(int64_t rows, const typename A::Left* const* left,
                                               const typename A::Right* panel, int64_t depth, const typename A::T* start,
-                                              int64_t start_stride, typename A::T* out, int64_t out_stride) {
+                                              int64_t start_stride, typename A::T* out, int64_t out_stride,
+                                              bool cascade = false) {
   constexpr int64_t kColumns = kVectors * kLanes<typename A::T>;
-  const int64_t block = rows <= kTileRows<kVectors> && depth > 0 ? depth : kDepthBlock * A::kDepth;
+  cascade = cascade && depth >= kLongDepth * A::kDepth;
+  const int64_t block = rows <= kTileRows<kVectors> && depth > 0 && !cascade ? depth : kDepthBlock * A::kDepth;
   for (int64_t k = 0; k == 0 || k < depth; k += block) {  // without depth, out = start
     for (int64_t n = 0; n < rows;) {
       const int count = next_tile<kVectors>(rows - n);
@@ -192,10 +209,10 @@ __attribute__((noinline)) void multiply_panel(int64_t rows, const typename A::Le
       for (int r = 0; r < count; ++r) from[r] = left[n + r] + k;
       typename A::T* to = out + n * out_stride;
       multiply_rows<A, kVectors>(count, from, panel + k * kColumns, depth - k < block ? depth - k : block,
-                                 k > 0              ? to
+                                 k > 0              ? cascade ? nullptr : to
                                  : start == nullptr ? nullptr
                                                     : start + n * start_stride,
-                                 k > 0 ? out_stride : start_stride, to, out_stride);
+                                 k > 0 ? out_stride : start_stride, to, out_stride, cascade && k > 0);
       n += count;
     }
   }

@@ -223,7 +223,7 @@ class RecurrenceBackward {
       }
       T* to = scratch.dh + n * state_stride + j * kColumns;
       multiply_panel<A, kFlatVectors>(count, left, w_hh + j * gates_depth * kColumns, gates_depth, nullptr, 0, to,
-                                      state_stride);
+                                      state_stride, true);
       if (!has_direct() && p.h_mask == nullptr) continue;
       for (int64_t r = 0; r < count; ++r) {
         for (int v = 0; v < kFlatVectors; ++v) {
@@ -571,7 +571,7 @@ class RecurrenceBackward {
     for (int64_t j = 0; j < input_blocks; ++j) {
       T* out = sums + j * kColumns;
       multiply_panel<A, kFlatVectors>(rows, left, w_ih + (j * gates_depth + begin) * kColumns, end - begin,
-                                      begin == 0 ? nullptr : out, input_stride, out, input_stride);
+                                      begin == 0 ? nullptr : out, input_stride, out, input_stride, true);
     }
   }
 

@@ -158,7 +158,32 @@ def test_results_and_gradients_are_those_of_torch(problem):
 @settings(max_examples=25)
 @given(problem=problems())
 def test_errors_are_no_worse_than_torchs(dtype, problem):
-    theirs, ours, x, hx = build(problem, dtype)
+    compare(*build(problem, dtype), dtype)
+
+
+# Beyond what a register, a cache or a count of 16 bits holds; each by itself, for the others cost time.
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize(
+    ("batch", "steps", "inputs", "hidden", "dtype"),
+    [
+        (512, 3, 7, 33, torch.float32),
+        (512, 3, 7, 33, torch.bfloat16),
+        (3, 2, 5, 2048, torch.float32),
+        (1, 2, 5, 2048, torch.float32),
+        (40, 2, 5, 2048, torch.bfloat16),
+        (2, 4096, 3, 9, torch.float32),
+        (1, 4096, 3, 40, torch.float32),
+    ],
+)
+def test_large_sizes(name, batch, steps, inputs, hidden, dtype):
+    theirs, ours = (module.to(dtype) for module in pair(name, inputs, hidden))
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(steps, batch, inputs, generator=draw).to(dtype)
+    h, c = torch.randn(2, 1, batch, hidden, generator=draw).to(dtype)
+    compare(theirs, ours, x, (h, c) if name == "LSTM" else h, dtype)
+
+
+def compare(theirs, ours, x, hx, dtype):
     wide = copy.deepcopy(theirs).double()
     exact_x = PackedSequence(x.data.double(), *x[1:]) if isinstance(x, PackedSequence) else x.double()
     exact_hx = None if hx is None else tuple(s.double() for s in hx) if isinstance(hx, tuple) else hx.double()
