@@ -30,9 +30,9 @@ inline Tensor empty_in_order(const Tensor& like, int64_t batch, int64_t heads, i
 
 inline Tensor4 operand(const Tensor& tensor) {
   Tensor4 out{tensor.const_data_ptr(), {}};
-  for (int64_t d = 0; d < 4; ++d) out.stride[d] = tensor.size(d) == 1 ? 0 : tensor.stride(d);
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   // The last dimension of one element is dense whatever its stride says.
-  if (tensor.size(3) == 1) out.stride[3] = 1;
+  for (size_t d = 0; d < 4; ++d) out.stride[d] = sizes[d] == 1 ? (d == 3 ? 1 : 0) : strides[d];
   return out;
 }
 
@@ -52,16 +52,17 @@ class Arguments {
     check_operand("key", key, query);
     check_operand("value", value, query);
     p.dtype = p.mask_dtype = dtype_of(dtype_);
-    p.batch = query.size(0);
-    p.heads = query.size(1);
-    p.queries = query.size(2);
-    p.width = query.size(3);
-    p.kv_heads = key.size(1);
-    p.keys = key.size(2);
-    p.value_width = value.size(3);
+    const auto q = query.sizes(), k = key.sizes(), v = value.sizes();  // a call each, where size(d) is one a number
+    p.batch = q[0];
+    p.heads = q[1];
+    p.queries = q[2];
+    p.width = q[3];
+    p.kv_heads = k[1];
+    p.keys = k[2];
+    p.value_width = v[3];
     STD_TORCH_CHECK(p.width > 0 && p.value_width > 0, "query, value: expected a last dimension of at least 1");
-    STD_TORCH_CHECK(key.size(0) == p.batch && key.size(3) == p.width, "key: expected the batch and width of query");
-    STD_TORCH_CHECK(value.size(0) == p.batch && value.size(1) == p.kv_heads && value.size(2) == p.keys,
+    STD_TORCH_CHECK(k[0] == p.batch && k[3] == p.width, "key: expected the batch and width of query");
+    STD_TORCH_CHECK(v[0] == p.batch && v[1] == p.kv_heads && v[2] == p.keys,
                     "value: expected the batch, heads and length of key");
     STD_TORCH_CHECK(p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0,
                     "key: expected a number of heads that divides query's, ", p.heads, ", got ", p.kv_heads);

@@ -112,9 +112,8 @@ def attention(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the op `attention`, differentiable in query, key, value, mask and slopes."""
-    operands = query, key, value, mask, slopes, cu_q, cu_k, seed_offset
     if plain_only():
-        return _plain(*operands, *options)
+        return _plain(query, key, value, mask, slopes, cu_q, cu_k, seed_offset, *options)
     if torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
@@ -122,8 +121,8 @@ def attention(
         or (mask is not None and mask.requires_grad)
         or (slopes is not None and slopes.requires_grad)
     ):
-        return _Attention.apply(options, *distinct(operands))
-    return _attention(*operands, *options)
+        return _Attention.apply(options, *distinct((query, key, value, mask, slopes, cu_q, cu_k, seed_offset)))
+    return _attention(query, key, value, mask, slopes, cu_q, cu_k, seed_offset, *options)
 
 
 _plain: Callable[..., Any] = reference.attention

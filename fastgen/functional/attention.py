@@ -98,7 +98,8 @@ def scaled_dot_product_attention(
     # The usual call, three tensors of four dimensions that fit, is told apart at once: in a short call Python is most
     # of the time.
     leading: tuple[int, ...] | None = None
-    if not _fit_as_they_are(query, key, value, enable_gqa) or cu_seqlens_q is not None or cu_seqlens_k is not None:
+    shape = _shape_if_all_fit(query, key, value, enable_gqa)
+    if shape is None or cu_seqlens_q is not None or cu_seqlens_k is not None:
         _check_operands(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
             if attn_mask is not None or cu_seqlens_q is not None or cu_seqlens_k is not None:
@@ -116,21 +117,20 @@ def scaled_dot_product_attention(
         query, key, value, leading = _four_dimensional(query, key, value, enable_gqa)
         if cu_seqlens_q is not None or cu_seqlens_k is not None:
             cu_seqlens_q, cu_seqlens_k = _sequences(query, key, cu_seqlens_q, cu_seqlens_k, attn_mask)
-    batch, heads, queries, width = query.shape
-    keys = key.shape[2]
+        shape = query.shape
 
     if scale is None:
-        scale = width**-0.5
+        scale = shape[3] ** -0.5
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
     if attn_mask is not None:
-        attn_mask = _mask(attn_mask, query, (batch, heads) if leading is None else leading, keys)
+        attn_mask = _mask(attn_mask, query, shape[:2] if leading is None else leading, key.shape[2])
     if alibi_slopes is not None:
-        alibi_slopes = _slopes(alibi_slopes, query, (batch, heads) if leading is None else leading)
+        alibi_slopes = _slopes(alibi_slopes, query, shape[:2] if leading is None else leading)
     seed_offset = None
     if dropout_p != 0.0:
         dropout_p = number("dropout_p", dropout_p, minimum=0, below=1)
-        seed_offset = seed_offset_for(generator, batch * heads * queries * keys, query.device)
+        seed_offset = seed_offset_for(generator, math.prod(shape[:3]) * key.shape[2], query.device)
 
     out, lse = ops.attention(
         query,
@@ -149,8 +149,8 @@ def scaled_dot_product_attention(
         lower_right,
     )
     if leading is not None:
-        out = out.reshape(*leading, queries, value.shape[-1])
-        lse = lse.reshape(*leading, queries)
+        out = out.reshape(*leading, shape[2], value.shape[-1])
+        lse = lse.reshape(*leading, shape[2])
     return (out, lse) if return_lse else out
 
 
@@ -158,8 +158,8 @@ def scaled_dot_product_attention(
 # Operands
 
 
-def _fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether nothing is to be converted or broadcast, or refused; False if in doubt."""
+def _shape_if_all_fit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> torch.Size | None:
+    """The shape of query if nothing is to be converted or broadcast, or refused; None if in doubt."""
     try:
         shape, dtype = query.shape, query.dtype
         if (
@@ -170,15 +170,15 @@ def _fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
             or query.is_nested
             or _any_autocast()
         ):
-            return False
+            return None
         if key.shape == shape and value.shape == shape:  # tokens that look at each other: nothing to take apart
-            return len(shape) == 4 and shape[3] > 0
+            return shape if len(shape) == 4 and shape[3] > 0 else None
         if len(shape) != 4 or key.dim() != 4 or value.dim() != 4:  # Dynamo follows no failed unpacking
-            return False
+            return None
         batch, heads, _, width = shape
         key_batch, key_heads, keys, key_width = key.shape
         value_batch, value_heads, value_keys, value_width = value.shape
-        return (
+        fit = (
             key_batch == batch
             and value_batch == batch
             and key_width == width
@@ -188,10 +188,11 @@ def _fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
             and width > 0
             and value_width > 0
         )
+        return shape if fit else None
     except (AttributeError, TypeError, ValueError, ZeroDivisionError):
-        return False
+        return None
     except RuntimeError:  # a nested tensor of PyTorch's default layout has no shape
-        return False
+        return None
 
 
 def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
