@@ -249,9 +249,13 @@ class Sequencer {
     for (int64_t s = 0; s < r.steps; ++s) {
       const Step now = step_of(r, s);
       multiply_into(first_rows(from_state, now.rows), first_rows(fed, now.rows), recurrent);
-      by_gates(r.mode, [&](auto gates) {
-        launch(double_cell_kernel<decltype(gates)::value>, blocks, kRowThreads, 0, stream_, p, now);
-      });
+      if (p.norm_ih != nullptr) {
+        launch(double_norm_kernel, row_blocks(now.rows), kRowThreads, 0, stream_, p, now);
+      } else {
+        by_gates(r.mode, [&](auto gates) {
+          launch(double_cell_kernel<decltype(gates)::value>, blocks, kRowThreads, 0, stream_, p, now);
+        });
+      }
       if (!w_hr) continue;
       multiply_into(first_rows(*projected, now.rows), first_rows(*hidden, now.rows), *projection);
       launch(double_emit_kernel, blocks, kRowThreads, 0, stream_, p, now);
@@ -261,15 +265,18 @@ class Sequencer {
   // Gives the gradients of h_0 and c_0 where those of state and cell stand.
   void run_in_double(DoubleBackwardParams& p, const Tensor& w_hh, const Optional& w_hr) {
     const RecurrentParams& r = arguments_.p;
+    const bool norm = p.norm_ih != nullptr;
     const Tensor recurrent = detached(w_hh), returned = empty({r.batch, r.output_size}),
-                 to_gates = empty({r.batch, w_hh.size(0)});
+                 operand = empty({r.batch, w_hh.size(0)});
     p.returned = doubles(returned);
-    p.to_gates = doubles(to_gates);
+    p.operand = doubles(operand);
     Optional projection, behind, in_front;
-    if (w_hr) {
-      projection = detached(*w_hr);
-      behind = empty({r.batch, r.output_size});
-      in_front = empty({r.batch, r.hidden_size});
+    if (w_hr || norm) {
+      behind = in_front = empty({r.batch, r.output_size});
+      if (w_hr) {
+        projection = detached(*w_hr);
+        in_front = empty({r.batch, r.hidden_size});
+      }
       p.behind = doubles(*behind);
       p.in_front = doubles(*in_front);
     }
@@ -281,11 +288,13 @@ class Sequencer {
       for (int64_t s = r.steps - 1; s >= 0; --s) {
         const Step now = step_of(r, s), before = s > 0 ? step_of(r, s - 1) : Step{};
         launch(double_state_kernel<kGates>, blocks, kRowThreads, 0, stream_, p, now, before, fed);
-        if (w_hr) {
-          multiply_into(first_rows(*in_front, now.rows), first_rows(*behind, now.rows), *projection);
+        if (w_hr) multiply_into(first_rows(*in_front, now.rows), first_rows(*behind, now.rows), *projection);
+        if (norm) {
+          launch(double_norm_gradients_kernel, row_blocks(now.rows), kRowThreads, 0, stream_, p, now, before);
+        } else if (w_hr) {
           launch(double_hidden_kernel, blocks, kRowThreads, 0, stream_, p, now, before);
         }
-        multiply_into(first_rows(returned, now.rows), first_rows(to_gates, now.rows), recurrent);
+        multiply_into(first_rows(returned, now.rows), first_rows(operand, now.rows), recurrent);
         fed = now.rows;
       }
       launch(double_state_kernel<kGates>, blocks, kRowThreads, 0, stream_, p, Step{}, Step{}, fed);
@@ -414,14 +423,10 @@ class Sequencer {
   std::vector<Tensor> kept_;
 };
 
-// Whether the kernel of all steps takes a call.
+// Whether the kernels of all steps take a call. Of single layers those of a step take double precision.
 bool takes(const Tensor& input) {
   const ScalarType dtype = input.scalar_type();
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-}
-// Or that of a step in double precision; the rest goes to the reference.
-bool takes(const Tensor& input, const Optional& norm) {
-  return takes(input) || (input.scalar_type() == ScalarType::Double && !norm);
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -432,11 +437,6 @@ Results recurrent(int64_t mode, const Tensor& input, const Optional& batch_sizes
                   bool save, const Optional& norm_ih, const Optional& norm_hh, const Optional& norm_c,
                   const Optional& norm_c_bias, const Optional& seed_offset, double norm_eps, double zoneout_c,
                   double zoneout_h) {
-  if (!takes(input, norm_ih)) {
-    return plain<Results>("fastgen::recurrent", mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0,
-                          h_mask, batch_first, reverse, save, norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset,
-                          norm_eps, zoneout_c, zoneout_h);
-  }
   RecurrentArguments arguments(mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, batch_first,
                                reverse);
   Sequencer call(arguments, input);
@@ -462,6 +462,10 @@ Results recurrent(int64_t mode, const Tensor& input, const Optional& batch_sizes
   p.from_input = data_of(from_input);
   call.prepare(p, seed_offset);
   if (!takes(input)) {
+    if (norm) {
+      launch(standardise_kernel<double>, call.row_blocks(p.rows), kRowThreads, 0, call.stream(), p,
+             static_cast<double*>(data_of(from_input)));
+    }
     DoubleForwardParams wide{};
     static_cast<Sequence<RecurrentParams>&>(wide) = p;
     wide.from_input = static_cast<const double*>(p.from_input);
@@ -608,11 +612,6 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
                              bool reverse, int64_t needs, const Optional& norm_ih, const Optional& norm_hh,
                              const Optional& norm_c, const Optional& norm_c_bias, const Optional& seed_offset,
                              double norm_eps, double zoneout_c, double zoneout_h) {
-  if (!takes(input, norm_ih)) {
-    return plain<Gradients>("fastgen::recurrent_backward", mode, grad_output, grad_h_n, grad_c_n, input, batch_sizes,
-                            w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, output, gates, cells, batch_first, reverse,
-                            needs, norm_ih, norm_hh, norm_c, norm_c_bias, seed_offset, norm_eps, zoneout_c, zoneout_h);
-  }
   RecurrentArguments arguments(mode, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_mask, batch_first,
                                reverse);
   Sequencer call(arguments, input);
@@ -669,15 +668,17 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
     p.hidden = data_of(*hidden);
     p.grad_hidden = data_of(*grad_hidden);
   }
+  if (norm) {
+    c_hat = matrix_of(units, arguments.work_dtype());
+    to_gates = matrix_of(columns, arguments.work_dtype());
+    behind_norm = matrix_of(units, arguments.work_dtype());
+  }
   call.prepare(p, seed_offset);
   if (takes(input)) {
     call.give_states(p);
     p.recurrent = call.product(outputs, columns, 1, 2, p.w_hh, 0, 1, outputs);
     if (w_hr) p.projection = call.product(units, outputs, 1, 1, p.w_hr, 0, 1, units);
     if (norm) {
-      c_hat = matrix_of(units, ScalarType::Float);
-      to_gates = matrix_of(columns, ScalarType::Float);
-      behind_norm = matrix_of(units, ScalarType::Float);
       float* c_scale = call.scratch(p.rows, 1);
       p.c_hat = static_cast<const float*>(data_of(*c_hat));
       p.c_scale = c_scale;
@@ -697,7 +698,8 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
         constexpr int kGates = decltype(gates)::value;
         call.launch_sequence(backward_kernel<Element, kGates>, p, kGates > 1);
       });
-      if (norm) launch(input_norm_kernel<Element>, call.row_blocks(p.rows), kRowThreads, 0, call.stream(), p);
+      if (norm)
+        launch(input_norm_kernel<Element, BackwardParams>, call.row_blocks(p.rows), kRowThreads, 0, call.stream(), p);
     });
   } else {
     DoubleBackwardParams wide{};
@@ -706,7 +708,16 @@ Gradients recurrent_backward(int64_t mode, const Optional& grad_output, const Op
     wide.cell = static_cast<double*>(p.grad_c_0 != nullptr ? p.grad_c_0 : call.keep(call.empty({p.batch, units})));
     wide.grad_gates_ih = static_cast<double*>(p.grad_gates_ih);
     wide.grad_gates_hh = static_cast<double*>(p.grad_gates_hh);
+    if (norm) {
+      wide.c_hat = static_cast<double*>(data_of(*c_hat));
+      wide.to_gates = static_cast<double*>(data_of(*to_gates));
+      wide.behind_norm = static_cast<double*>(data_of(*behind_norm));
+    }
     call.run_in_double(wide, w_hh, w_hr);
+    if (norm) {
+      launch(input_norm_kernel<double, DoubleBackwardParams>, call.row_blocks(p.rows), kRowThreads, 0, call.stream(),
+             wide);
+    }
   }
 
   // Products and sums over all rows of all steps at once.

@@ -125,7 +125,8 @@ __device__ inline float sum_of_units(float x) {
   return x + shuffle_xor(x, 4);
 }
 
-__device__ inline float warp_sum(float x) {
+template <class T>
+__device__ T warp_sum(T x) {
   for (int step = 16; step > 0; step /= 2) x = x + shuffle_xor(x, step);
   return x;
 }

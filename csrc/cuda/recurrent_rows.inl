@@ -1,6 +1,8 @@
 // What a recurrent sequence needs of all rows of all steps at once, before or after the kernel of its steps.
 #pragma once
 
+#include <utility>
+
 #include "recurrent_backward.inl"
 #include "recurrent_forward.inl"
 
@@ -16,32 +18,38 @@ __device__ void for_rows(int64_t count, const Body& body) {
   for (int64_t i = (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 32; i < count; i += warps) body(i);
 }
 
+template <class T>
+struct MeanAndScale {
+  T mean, scale;
+};
+
 // The mean of a row that `value(j)` gives, and 1 / sqrt(variance + eps).
-template <class Value>
-__device__ float2 mean_and_scale(int64_t width, double eps, const Value& value) {
-  float sum = 0.0f, squares = 0.0f;
+template <class Value, class T = decltype(std::declval<Value>()(0))>
+__device__ MeanAndScale<T> mean_and_scale(int64_t width, double eps, const Value& value) {
+  T sum = 0, squares = 0;
   for (int64_t j = threadIdx.x % 32; j < width; j += 32) sum = sum + value(j);
-  const float mean = warp_sum(sum) / float(width);
+  const T mean = warp_sum(sum) / T(width);
   for (int64_t j = threadIdx.x % 32; j < width; j += 32) {
-    const float away = value(j) - mean;
+    const T away = value(j) - mean;
     squares = squares + away * away;
   }
-  return {mean, 1.0f / square_root(warp_sum(squares) / float(width) + float(eps))};
+  return {mean, T(1) / square_root(warp_sum(squares) / T(width) + T(eps))};
 }
 
 // Layer norm of W_ih x: standardises its rows, and saves them.
 template <class Element>
 __global__ void __launch_bounds__(kRowThreads) standardise_kernel(RecurrentParams p, Element* x) {
+  using T = typename WorkType<Element>::T;
   const int64_t units = p.hidden_size, width = 4 * units;
   for_rows(p.rows, [&](int64_t i) {
     Element* row = x + i * width;
-    const float2 moments = mean_and_scale(width, p.norm_eps, [&](int64_t j) { return widen(row[j]); });
+    const auto moments = mean_and_scale(width, p.norm_eps, [&](int64_t j) { return widen(row[j]); });
     auto* hat = p.gates == nullptr ? nullptr : static_cast<Element*>(p.gates) + i * 12 * units + 4 * units;
     for (int64_t j = threadIdx.x % 32; j < width; j += 32) {
-      narrow((widen(row[j]) - moments.x) * moments.y, row + j);
+      narrow((widen(row[j]) - moments.mean) * moments.scale, row + j);
       if (hat != nullptr) hat[j] = row[j];
     }
-    if (threadIdx.x % 32 == 0 && p.cells != nullptr) static_cast<float*>(p.cells)[i * (units + 2) + units] = moments.y;
+    if (threadIdx.x % 32 == 0 && p.cells != nullptr) static_cast<T*>(p.cells)[i * (units + 2) + units] = moments.scale;
   });
 }
 
@@ -62,31 +70,32 @@ __global__ void __launch_bounds__(kRowThreads) cells_kernel(BackwardParams p, fl
           b < before.rows ? cells[row_of(p, before, b) * width + u] : value_of<Element>(p.c_0, b * units + u);
       return widen(gates[units + u]) * c + widen(gates[u]) * widen(gates[2 * units + u]);
     };
-    const float2 moments = mean_and_scale(units, p.norm_eps, value);
+    const auto moments = mean_and_scale(units, p.norm_eps, value);
     for (int64_t u = threadIdx.x % 32; u < units; u += 32) {
-      c_hat[row * units + u] = (value(u) - moments.x) * moments.y;
+      c_hat[row * units + u] = (value(u) - moments.mean) * moments.scale;
     }
-    if (threadIdx.x % 32 == 0) c_scale[row] = moments.y;
+    if (threadIdx.x % 32 == 0) c_scale[row] = moments.scale;
   });
 }
 
 // Back through the norm of W_ih x.
-template <class Element>
-__global__ void __launch_bounds__(kRowThreads) input_norm_kernel(BackwardParams p) {
+template <class Element, class Params>
+__global__ void __launch_bounds__(kRowThreads) input_norm_kernel(Params p) {
+  using T = typename WorkType<Element>::T;
   const int64_t units = p.hidden_size, width = 4 * units;
   for_rows(p.rows, [&](int64_t i) {
-    const float* to_gates = p.to_gates + i * width;
+    const T* to_gates = p.to_gates + i * width;
     const auto* hat = static_cast<const Element*>(p.gates) + i * 12 * units + 4 * units;
-    float sum = 0.0f, across = 0.0f;
+    T sum = 0, across = 0;
     for (int64_t j = threadIdx.x % 32; j < width; j += 32) {
-      const float grad = to_gates[j] * value_of<Element>(p.norm_ih, j);
+      const T grad = to_gates[j] * value_of<Element>(p.norm_ih, j);
       sum = sum + grad;
       across = across + grad * widen(hat[j]);
     }
-    const float mean = warp_sum(sum) / float(width), slope = warp_sum(across) / float(width);
-    const float scale = static_cast<const float*>(p.cells)[i * (units + 2) + units];
+    const T mean = warp_sum(sum) / T(width), slope = warp_sum(across) / T(width);
+    const T scale = static_cast<const T*>(p.cells)[i * (units + 2) + units];
     for (int64_t j = threadIdx.x % 32; j < width; j += 32) {
-      const float grad = to_gates[j] * value_of<Element>(p.norm_ih, j);
+      const T grad = to_gates[j] * value_of<Element>(p.norm_ih, j);
       narrow(scale * (grad - mean - widen(hat[j]) * slope), static_cast<Element*>(p.grad_gates_ih) + i * width + j);
     }
   });

@@ -344,27 +344,15 @@ def test_an_empty_batch(gpu):
     assert not grads[1].any()
 
 
-def test_layer_norm_in_double_precision_goes_to_the_reference(emulated):
+@pytest.mark.parametrize("call", [Call(), Call(norm=True)], ids=str)
+def test_double_precision_has_kernels_too(emulated, call):
+    """A few for each step, both ways."""
     before = emulated.launches
-    call = Call(norm=True)
-    for a, b in zip(
-        forward(EMULATED.ops, call, in_dtype(torch.float64)),
-        forward(reference, call, in_dtype(torch.float64)),
-        strict=True,
-    ):
-        assert_same_bits(a, b)
-    exact = forward(reference, call, in_dtype(torch.float64))
-    for a, b in zip(
-        backward(EMULATED.ops, call, in_dtype(torch.float64), exact),
-        backward(reference, call, in_dtype(torch.float64), exact),
-        strict=True,
-    ):
-        assert_same_bits(a, b)
-    assert emulated.launches == before
-    for other, dtype in ((call, torch.float32), (replace(call, norm=False), torch.float64)):
-        before = emulated.launches
-        forward(EMULATED.ops, other, in_dtype(dtype))
-        assert emulated.launches > before
+    results = forward(EMULATED.ops, call, in_dtype(torch.float64))
+    between = emulated.launches
+    backward(EMULATED.ops, call, in_dtype(torch.float64), results)
+    assert between - before >= 3
+    assert emulated.launches - between >= 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
