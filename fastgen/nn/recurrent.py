@@ -20,6 +20,7 @@ from fastgen._load import kernel_devices
 from fastgen._ops.library import transforming
 from fastgen._ops.recurrent import Mode, recurrent_cell
 from fastgen._validate import boolean, number
+from fastgen.nn import _script
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -95,6 +96,7 @@ def _reset_norm(module: torch.nn.Module, names: Iterable[str]) -> None:
 class _Sequence(torch.nn.RNNBase):
     """The `forward` of LSTM, GRU and RNN, and the options that PyTorch does not have."""
 
+    __prepare_scriptable__ = _script.refuse
     _states = 1
 
     # What a module has that PyTorch built and `fastgen.accelerate` took over.
@@ -355,6 +357,7 @@ _CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 class _Cell(torch.nn.RNNCellBase):
     """The `forward` of LSTMCell, GRUCell and RNNCell, and the options that PyTorch does not have."""
 
+    __prepare_scriptable__ = _script.refuse
     _states = 1
     _mode: Mode | None
     """The kernel's; None where PyTorch is to say that it knows no such cell."""

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from fastgen import functional
 from fastgen._load import kernel_devices
 from fastgen._ops.library import transforming
+from fastgen.nn import _script
 from fastgen.nn.linear import Linear
 
 __all__ = ["MultiheadAttention", "Transformer", "TransformerDecoderLayer", "TransformerEncoderLayer", "take_over"]
@@ -41,6 +42,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     is drawn from the default stream of `fastgen.random`. With `need_weights=True`, PyTorch's default, and with
     `add_bias_kv` or `add_zero_attn`, PyTorch's own `forward` runs.
     """
+
+    __prepare_scriptable__ = _script.refuse
 
     def forward(
         self,
