@@ -301,7 +301,13 @@ class TokenRows(abc.ABC):
         self._first = 0 if state is None else 1  # where the buffer begins with the state's pending token
         offset, self._seen = self._begin(n, state)
         if state is not None:
-            prompts = [torch.cat((state.pending[row : row + 1].to(device), p)) for row, p in enumerate(prompts)]
+            pending = state.pending.to(device)
+            for row, token in enumerate(pending.tolist()):
+                if not 0 <= token < model.vocab_size:
+                    raise ValueError(
+                        f"state: expected pending tokens 0 to {model.vocab_size - 1}, got {token} in row {row}"
+                    )
+            prompts = [torch.cat((pending[row : row + 1], p)) for row, p in enumerate(prompts)]
         self._given = torch.tensor([len(p) for p in prompts], device=device)
         self._end = self._given + max_new_tokens
         self._tokens = torch.zeros(n, int(self._end.max()), dtype=torch.int64, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -484,6 +485,9 @@ def test_a_state_of_another_kind_is_refused(tmp_path: Path) -> None:
         model("gru").generate("", state=state)
     with pytest.raises(ValueError, match="state: expected that of a model with this configuration"):
         model(hidden_size=8).generate("", state=state)
+    for token in (-1, 10):
+        with pytest.raises(ValueError, match=f"state: expected pending tokens 0 to 9, got {token} in row 0"):
+            LSTM.generate("", state=dataclasses.replace(state, pending=torch.tensor([token])))
     for other in (3, (state.h, state.c), vars(state)):
         with pytest.raises(TypeError, match="state: expected a GenerationState, got "):
             LSTM.generate("", state=other)
