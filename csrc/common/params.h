@@ -233,35 +233,19 @@ FASTGEN_FN int64_t cell_stride(const CellParams& p) {
 // Sums of all gates from the input and from the state, c, and the d of zoneout.
 FASTGEN_FN int64_t cell_row_size(const CellParams& p) { return (2 * gate_count(p.mode) + 2) * cell_stride(p); }
 
-// The backward pass of a step: the gradients of the sums that the gates are made of, by rows of the batch; behind them,
-// of few rows, all products with them, by units: kCellColumns columns of grad_input, as many of grad_h, or kCellUnits
-// rows of the gradients of weights and biases. Null: not wanted, of grad_h_1 and grad_c_1 zero.
-constexpr int64_t kCellColumns = 128;
-constexpr int64_t kManyCellRows = 64;  // on the CPU, measured: from here on packing the weights pays
-
+// The backward pass of a step past its products: the gradients of the sums that the gates are made of. All operands
+// (batch, H) and contiguous but h; null: zero, of results not wanted.
 struct CellBackwardParams {
   DType dtype;
   CellMode mode;
-  int64_t batch, input_size, hidden_size;
-  const void *grad_h_1, *grad_c_1;     // (batch, H)
-  RowsOperand input, h, w_ih, w_hh;    // as of the step
-  const void *c, *gates, *cells;       // as of the step, contiguous
-  void *to_gates_ih, *to_gates_hh;     // (batch, G H), one and the same but for a GRU; on the CPU in the work type
-  void *grad_input, *grad_h, *grad_c;  // (batch, I), (batch, H), (batch, H)
-  void *grad_w_ih, *grad_w_hh;         // (G H, I), (G H, H)
-  void *grad_b_ih, *grad_b_hh;         // (G H)
+  int64_t batch, hidden_size;
+  const void *grad_h_1, *grad_c_1;
+  RowsOperand h;                    // GRU
+  const void *c, *gates, *cells;    // as of the step
+  void *to_gates_ih, *to_gates_hh;  // (batch, G H), one and the same but for a GRU; on the CPU in the work type
+  void* direct;                     // GRU: what reaches h past the product, z dh; likewise
+  void* grad_c;
 };
-
-FASTGEN_FN int64_t cell_panels(const void* wanted, int64_t columns) {
-  return wanted == nullptr ? 0 : (columns + kCellColumns - 1) / kCellColumns;
-}
-FASTGEN_FN int64_t cell_backward_units(const CellBackwardParams& p) {
-  const bool weights =
-      p.grad_w_ih != nullptr || p.grad_w_hh != nullptr || p.grad_b_ih != nullptr || p.grad_b_hh != nullptr;
-  const int64_t rows = gate_count(p.mode) * p.hidden_size;
-  return cell_panels(p.grad_input, p.input_size) + cell_panels(p.grad_h, p.hidden_size) +
-         (weights ? (rows + kCellUnits - 1) / kCellUnits : 0);
-}
 
 // y = x W^T + b in dot form, a result row independent of the others. Unit of work: kLinearOutputs outputs.
 constexpr int64_t kLinearOutputs = 16;
@@ -273,6 +257,27 @@ struct LinearRowsParams {
   const void* bias;  // (outputs) or null
   void* y;           // (batch, outputs), contiguous
 };
+
+// Its backward pass. Units of work: kLinearColumns columns of grad_x, or kLinearOutputs outputs of grad_w and
+// grad_bias. Null: not wanted.
+constexpr int64_t kLinearColumns = 128;
+
+struct LinearRowsBackwardParams {
+  DType dtype;
+  int64_t batch, inputs, outputs;
+  const void* grad_y;  // (batch, outputs), contiguous, in the work type
+  RowsOperand x, w;
+  const void* direct;                 // (batch, inputs), contiguous, in the work type: is added to grad_x; or null
+  void *grad_x, *grad_w, *grad_bias;  // contiguous
+};
+
+FASTGEN_FN int64_t linear_panels(const LinearRowsBackwardParams& p) {
+  return p.grad_x == nullptr ? 0 : (p.inputs + kLinearColumns - 1) / kLinearColumns;
+}
+FASTGEN_FN int64_t linear_backward_units(const LinearRowsBackwardParams& p) {
+  const bool outputs = p.grad_w != nullptr || p.grad_bias != nullptr;
+  return linear_panels(p) + (outputs ? (p.outputs + kLinearOutputs - 1) / kLinearOutputs : 0);
+}
 
 // How the next token of a row is drawn from its scores: fastgen/reference/generate.py, pick_tokens.
 struct DrawOptions {

@@ -1,4 +1,4 @@
-// One step of a recurrent layer, and the linear map of rows: products in dot form on torch's own weights,
+// One step of a recurrent layer: products in dot form on torch's own weights,
 // biases, gates and state in the same pass. Written once over Isa.
 //
 //   LSTM  c' = f c + i g, h' = o tanh(c')
@@ -207,39 +207,9 @@ void recurrent_cell_rows_as(const CellParams& p, int64_t begin, int64_t end) {
   FASTGEN_BY_MODE(Cell, rows)
 }
 template <class Storage>
-void recurrent_cell_backward_as(const CellBackwardParams& p, int64_t begin, int64_t end) {
-  FASTGEN_BY_MODE(CellBackward, rows)
-}
-template <class Storage>
-void recurrent_cell_products_as(const CellBackwardParams& p, int64_t begin, int64_t end) {
-  FASTGEN_BY_MODE(CellBackward, products)
-}
+void recurrent_cell_backward_as(const CellBackwardParams& p, int64_t begin,
+                                int64_t end){FASTGEN_BY_MODE(CellBackward, run)}
 #undef FASTGEN_BY_MODE
-
-template <class Storage>
-void linear_rows_as(const LinearRowsParams& p, int64_t begin, int64_t end) {
-  using T = typename WorkType<Storage>::T;
-  using F = typename Work<T>::F;
-  const Term<Storage> terms[] = {{rows_of<Storage>(p.w), rows_of<Storage>(p.x), p.inputs}};
-  alignas(64) T sums[kDotRows][kLinearOutputs];
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kLinearOutputs;
-    const int64_t outputs = p.outputs - first < kLinearOutputs ? p.outputs - first : kLinearOutputs;
-    for (int64_t row = 0; row < p.batch; row += kDotRows) {
-      const int64_t rows = p.batch - row < kDotRows ? p.batch - row : kDotRows;
-      dot_tile(terms, row, rows, first, outputs, sums[0], kLinearOutputs);
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < outputs; i += kLanes<T>) {
-          const int count = outputs - i < kLanes<T> ? int(outputs - i) : kLanes<T>;
-          F y;
-          load(&sums[r][i], y);
-          if (p.bias != nullptr) y = y + take<F>(static_cast<const Storage*>(p.bias) + first + i, count);
-          put(static_cast<Storage*>(p.y) + (row + r) * p.outputs + first + i, y, count);
-        }
-      }
-    }
-  }
-}
 
 #define FASTGEN_BY_DTYPE(function)                                   \
   switch (p.dtype) {                                                 \
@@ -249,15 +219,13 @@ void linear_rows_as(const LinearRowsParams& p, int64_t begin, int64_t end) {
     default: return function<float>(p, begin, end);                  \
   }
 
-void recurrent_cell(const CellParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(recurrent_cell_as) }
+void recurrent_cell(const CellParams& p, int64_t begin, int64_t end) {
+  FASTGEN_BY_DTYPE(recurrent_cell_as)
+}
 void recurrent_cell_rows(const CellParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(recurrent_cell_rows_as) }
 void recurrent_cell_backward(const CellBackwardParams& p, int64_t begin, int64_t end) {
   FASTGEN_BY_DTYPE(recurrent_cell_backward_as)
 }
-void recurrent_cell_products(const CellBackwardParams& p, int64_t begin, int64_t end) {
-  FASTGEN_BY_DTYPE(recurrent_cell_products_as)
-}
-void linear_rows(const LinearRowsParams& p, int64_t begin, int64_t end) { FASTGEN_BY_DTYPE(linear_rows_as) }
 #undef FASTGEN_BY_DTYPE
 
 }  // namespace

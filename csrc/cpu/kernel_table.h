@@ -28,8 +28,8 @@ struct KernelTable {
   void (*recurrent_cell)(const CellParams&, int64_t begin, int64_t end);                   // blocks of kCellUnits
   void (*recurrent_cell_rows)(const CellParams&, int64_t begin, int64_t end);              // rows
   void (*recurrent_cell_backward)(const CellBackwardParams&, int64_t begin, int64_t end);  // rows
-  void (*recurrent_cell_products)(const CellBackwardParams&, int64_t begin, int64_t end);  // cell_backward_units
   void (*linear_rows)(const LinearRowsParams&, int64_t begin, int64_t end);                // blocks of kLinearOutputs
+  void (*linear_rows_backward)(const LinearRowsBackwardParams&, int64_t begin, int64_t end);  // linear_backward_units
   AttentionSizes (*attention_sizes)(const AttentionParams&);
   void (*attention)(const AttentionParams&, AttentionPhase, int64_t unit, void* scratch);
   AttentionBackwardSizes (*attention_backward_sizes)(const AttentionBackwardParams&);

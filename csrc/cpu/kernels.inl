@@ -6,6 +6,7 @@
 #include "cell.inl"
 #include "generate.inl"
 #include "kernel_table.h"
+#include "linear_rows.inl"
 #include "matrix.inl"
 #include "probe.inl"
 #include "random.inl"
@@ -29,8 +30,8 @@ constexpr KernelTable kernel_table(const char* isa) {
           recurrent_cell,
           recurrent_cell_rows,
           recurrent_cell_backward,
-          recurrent_cell_products,
           linear_rows,
+          linear_rows_backward,
           attention_sizes,
           attention,
           attention_backward_sizes,

@@ -235,12 +235,12 @@ __global__ void __launch_bounds__(kRowThreads) cell_backward_kernel(CellBackward
 
 // Of a GRU: what reaches h past the product, z dh, is added to it.
 template <class Element>
-__global__ void __launch_bounds__(kRowThreads) direct_kernel(CellBackwardParams p) {
+__global__ void __launch_bounds__(kRowThreads) direct_kernel(CellBackwardParams p, void* grad_h) {
   for_units(p.batch, p.hidden_size, [&](int64_t b, int64_t u) {
     const int64_t at = b * p.hidden_size + u;
-    auto* to = static_cast<Element*>(p.grad_h) + at;
+    auto* to = static_cast<Element*>(grad_h) + at;
     const float update = value_of<Element>(p.gates, (4 * b + 1) * p.hidden_size + u);
-    narrow(value_of<Element>(p.grad_h, at) + value_of<Element>(p.grad_h_1, at) * update, to);
+    narrow(value_of<Element>(grad_h, at) + value_of<Element>(p.grad_h_1, at) * update, to);
   });
 }
 
@@ -379,16 +379,18 @@ CellGradients recurrent_cell_backward(int64_t mode, const Optional& grad_h_1, co
     });
   });
   auto& [to_input, to_h, to_c, to_w_ih, to_w_hh, to_b_ih, to_b_hh] = *arguments.results;
-  if (p.grad_input != nullptr) multiply_into(to_input, grad_ih, detached(w_ih));
-  if (p.grad_h != nullptr) multiply_into(to_h, grad_hh, detached(w_hh));
-  if (p.grad_h != nullptr && p.mode == CellMode::kGru) {
-    by_element(p.dtype,
-               [&](auto element) { launch(direct_kernel<decltype(element)>, blocks, kRowThreads, 0, stream, p); });
+  const auto wanted = [&](int i) { return arguments.grads[i] != nullptr; };
+  if (wanted(0)) multiply_into(to_input, grad_ih, detached(w_ih));
+  if (wanted(1)) multiply_into(to_h, grad_hh, detached(w_hh));
+  if (wanted(1) && p.mode == CellMode::kGru) {
+    by_element(p.dtype, [&](auto element) {
+      launch(direct_kernel<decltype(element)>, blocks, kRowThreads, 0, stream, p, arguments.grads[1]);
+    });
   }
-  if (p.grad_w_ih != nullptr) multiply_into(to_w_ih, transposed(grad_ih), detached(input));
-  if (p.grad_w_hh != nullptr) multiply_into(to_w_hh, transposed(grad_hh), detached(h));
-  if (p.grad_b_ih != nullptr) sum_rows_into(to_b_ih, grad_ih);
-  if (p.grad_b_hh != nullptr) sum_rows_into(to_b_hh, grad_hh);
+  if (wanted(3)) multiply_into(to_w_ih, transposed(grad_ih), detached(input));
+  if (wanted(4)) multiply_into(to_w_hh, transposed(grad_hh), detached(h));
+  if (wanted(5)) sum_rows_into(to_b_ih, grad_ih);
+  if (wanted(6)) sum_rows_into(to_b_hh, grad_hh);
   return *arguments.results;
 }
 

@@ -33,6 +33,10 @@ std::tuple<Tensor, Tensor> recurrent_step(int64_t mode, const Tensor& input, con
 
 using Gradients = CellBackwardArguments<Cpu>::Results;
 
+// Measured: from so many rows, and so many units in all of them, packing the weights pays.
+constexpr int64_t kManyRows = 64;
+constexpr int64_t kManyUnits = 1 << 14;
+
 // Of many rows: a sequence of one step, which packs the weights.
 Gradients backward_of_a_sequence(int64_t mode, const Optional& grad_h_1, const Optional& grad_c_1, const Tensor& input,
                                  const Tensor& h, const Optional& c, const Tensor& w_ih, const Tensor& w_hh,
@@ -63,7 +67,8 @@ Gradients recurrent_cell_backward(int64_t mode, const Optional& grad_h_1, const 
                                   const Tensor& h, const Optional& c, const Tensor& w_ih, const Tensor& w_hh,
                                   const Optional& b_ih, const Optional& b_hh, const Tensor& gates, const Tensor& cells,
                                   int64_t needs) {
-  if (input.dim() == 2 && input.size(0) >= kManyCellRows) {
+  const int64_t rows = h.dim() == 2 ? h.size(0) : 0;
+  if (rows >= kManyRows && rows * h.size(1) >= kManyUnits) {
     return backward_of_a_sequence(mode, grad_h_1, grad_c_1, input, h, c, w_ih, w_hh, b_ih, b_hh, gates, cells, needs);
   }
   CellBackwardArguments<Cpu> arguments(mode, grad_h_1, grad_c_1, input, h, c, w_ih, w_hh, b_ih, b_hh, gates, cells,
@@ -71,15 +76,36 @@ Gradients recurrent_cell_backward(int64_t mode, const Optional& grad_h_1, const 
   if (arguments.empty()) return *arguments.results;
   CellBackwardParams& p = arguments.p;
   const bool gru = p.mode == CellMode::kGru;
-  const int64_t columns = gate_count(p.mode) * p.hidden_size, sizes[] = {gru ? 2 : 1, p.batch, columns};
-  const Tensor sums = empty_cpu(sizes, 3, work_dtype_of(input.scalar_type()));
-  p.to_gates_ih = sums.mutable_data_ptr();
-  p.to_gates_hh = static_cast<char*>(p.to_gates_ih) + (gru ? p.batch * columns * int64_t(sums.element_size()) : 0);
+  const int64_t gates_size = p.batch * gate_count(p.mode) * p.hidden_size;
+  const int64_t size = gru ? 2 * gates_size + p.batch * p.hidden_size : gates_size;
+  const Tensor sums = empty_cpu(&size, 1, work_dtype_of(input.scalar_type()));
+  const auto at = [&](int64_t element) {
+    return static_cast<char*>(sums.mutable_data_ptr()) + element * int64_t(sums.element_size());
+  };
+  p.to_gates_ih = at(0);
+  p.to_gates_hh = gru ? at(gates_size) : p.to_gates_ih;
+  p.direct = gru ? at(2 * gates_size) : nullptr;
   const KernelTable& table = kernels();
   table.recurrent_cell_backward(p, 0, p.batch);
-  const int64_t units = cell_backward_units(p);
-  for_units(units, 2 * p.batch * columns * (p.input_size + p.hidden_size) / std::max<int64_t>(1, units),
-            [&](int64_t begin, int64_t end) { table.recurrent_cell_products(p, begin, end); });
+
+  const auto side = [&](const void* to_gates, int64_t width, const RowsOperand& x, const RowsOperand& w, int first) {
+    LinearRowsBackwardParams out{};
+    out.dtype = p.dtype;
+    out.batch = p.batch;
+    out.inputs = width;
+    out.outputs = gate_count(p.mode) * p.hidden_size;
+    out.grad_y = to_gates;
+    out.x = x;
+    out.w = w;
+    out.grad_x = arguments.grads[first];
+    out.grad_w = arguments.grads[first + 3];
+    out.grad_bias = arguments.grads[first + 5];
+    return out;
+  };
+  LinearRowsBackwardParams sides[] = {side(p.to_gates_ih, arguments.input_size, arguments.input, arguments.w_ih, 0),
+                                      side(p.to_gates_hh, p.hidden_size, p.h, arguments.w_hh, 1)};
+  sides[1].direct = p.direct;
+  run_backward(sides, 2, table);
   return *arguments.results;
 }
 

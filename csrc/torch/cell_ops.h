@@ -65,7 +65,7 @@ class CellArguments {
     p.w_ih = rows_of(*(kept_[2] = dense_rows(w_ih)));
     p.w_hh = rows_of(*(kept_[3] = dense_rows(w_hh)));
     if (lstm_) {
-      p.c = rows_of(*(kept_[4] = contiguous_rows(*c)));
+      p.c = rows_of(*(kept_[4] = as_contiguous(*c)));
       p.c_1 = c_1->mutable_data_ptr();
     }
     if (b_ih) {
@@ -101,6 +101,8 @@ class CellBackwardArguments {
   // Those of input, h, c, w_ih, w_hh, b_ih, b_hh.
   using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
   CellBackwardParams p{};
+  int64_t input_size;
+  RowsOperand input, w_ih, w_hh;
 
   CellBackwardArguments(int64_t mode, const Optional& grad_h_1, const Optional& grad_c_1, const Tensor& input,
                         const Tensor& h, const Optional& c, const Tensor& w_ih, const Tensor& w_hh,
@@ -114,11 +116,11 @@ class CellBackwardArguments {
     STD_TORCH_CHECK(c.has_value() == lstm, "c: expected a tensor for an LSTM and None for the others");
     p.dtype = dtype_of(kind_.dtype);
     p.batch = input.size(0);
-    p.input_size = input.size(1);
+    input_size = input.size(1);
     p.hidden_size = h.size(1);
     const int64_t units = p.hidden_size, rows = gate_count(p.mode) * units;
     check_matrix("h", h, p.batch, units, kind_);
-    check_matrix("w_ih", w_ih, rows, p.input_size, kind_);
+    check_matrix("w_ih", w_ih, rows, input_size, kind_);
     check_matrix("w_hh", w_hh, rows, units, kind_);
     if (b_ih) check_vector("b_ih", *b_ih, rows, kind_);
     if (b_hh) check_vector("b_hh", *b_hh, rows, kind_);
@@ -129,25 +131,25 @@ class CellBackwardArguments {
       STD_TORCH_CHECK(cells.dim() == 2 && cells.size(0) == p.batch && cells.size(1) == units &&
                           cells.scalar_type() == work_dtype_of(kind_.dtype) && same_device(cells, input),
                       "cells: expected a matrix of ", p.batch, " x ", units, " in the dtype of the sums");
-      p.cells = (kept_[3] = contiguous_rows(cells))->const_data_ptr();
+      p.cells = (kept_[3] = as_contiguous(cells))->const_data_ptr();
     }
     p.gates = take(4, "gates", gates, saved_cell_gates(p.mode) * units);
-    p.input = rows_of(*(kept_[5] = dense_rows(input)));
+    this->input = rows_of(*(kept_[5] = dense_rows(input)));
     p.h = rows_of(*(kept_[6] = dense_rows(h)));
-    p.w_ih = rows_of(*(kept_[7] = dense_rows(w_ih)));
-    p.w_hh = rows_of(*(kept_[8] = dense_rows(w_hh)));
-    const auto result = [&](int bit, void*& to, bool exists, int64_t rows, int64_t columns, int64_t dims = 2) {
-      const bool wanted = exists && (needs >> bit & 1);
+    this->w_ih = rows_of(*(kept_[7] = dense_rows(w_ih)));
+    this->w_hh = rows_of(*(kept_[8] = dense_rows(w_hh)));
+    const auto result = [&](int i, bool exists, int64_t rows, int64_t columns, int64_t dims = 2) {
+      const bool wanted = exists && (needs >> i & 1);
       const int64_t sizes[] = {rows, columns};
       Tensor out = wanted ? Device::empty(input, kind_.dtype, sizes, dims) : nothing<Device>(input);
-      to = wanted ? out.mutable_data_ptr() : nullptr;
+      grads[i] = wanted ? out.mutable_data_ptr() : nullptr;
       return out;
     };
-    results.emplace(Results{result(0, p.grad_input, true, p.batch, p.input_size),
-                            result(1, p.grad_h, true, p.batch, units), result(2, p.grad_c, lstm, p.batch, units),
-                            result(3, p.grad_w_ih, true, rows, p.input_size), result(4, p.grad_w_hh, true, rows, units),
-                            result(5, p.grad_b_ih, b_ih.has_value(), rows, 1, 1),
-                            result(6, p.grad_b_hh, b_hh.has_value(), rows, 1, 1)});
+    results.emplace(Results{result(0, true, p.batch, input_size), result(1, true, p.batch, units),
+                            result(2, lstm, p.batch, units), result(3, true, rows, input_size),
+                            result(4, true, rows, units), result(5, b_ih.has_value(), rows, 1, 1),
+                            result(6, b_hh.has_value(), rows, 1, 1)});
+    p.grad_c = grads[2];
     if (empty()) {
       std::apply([](auto&... each) { (torch::stable::zero_(each), ...); }, *results);
     }
@@ -156,12 +158,13 @@ class CellBackwardArguments {
   bool empty() const { return p.batch == 0 || p.hidden_size == 0; }
 
   std::optional<Results> results;
+  void* grads[7];  // where they are; null: not wanted
 
  private:
   // A contiguous (batch, columns) operand.
   const void* take(int i, const char* name, const Tensor& tensor, int64_t columns) {
     check_matrix(name, tensor, p.batch, columns, kind_);
-    return (kept_[i] = contiguous_rows(tensor))->const_data_ptr();
+    return (kept_[i] = as_contiguous(tensor))->const_data_ptr();
   }
 
   const Kind kind_;
@@ -196,6 +199,46 @@ class LinearRowsArguments {
   bool empty() const { return output->numel() == 0; }
 
   Optional output;
+
+ private:
+  Optional kept_[3];
+};
+
+// The operands of linear_rows_backward and its results, (grad_input, grad_weight, grad_bias); empty where not wanted.
+template <class Device>
+class LinearRowsBackwardArguments {
+ public:
+  using Optional = std::optional<Tensor>;
+  using Results = std::tuple<Tensor, Tensor, Tensor>;
+  LinearRowsBackwardParams p{};
+
+  LinearRowsBackwardArguments(const Tensor& grad, const Tensor& input, const Tensor& weight, int64_t needs) {
+    const Kind kind(input);
+    STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
+    STD_TORCH_CHECK(weight.dim() == 2, "weight: expected a matrix, got ", weight.dim(), " dimensions");
+    p.dtype = dtype_of(kind.dtype);
+    p.batch = input.size(0);
+    p.inputs = input.size(1);
+    p.outputs = weight.size(0);
+    check_matrix("weight", weight, p.outputs, p.inputs, kind);
+    check_matrix("grad", grad, p.batch, p.outputs, kind);
+    const auto result = [&](int i, void*& to, int64_t rows, int64_t columns, int64_t dims) {
+      const bool wanted = needs >> i & 1;
+      const int64_t sizes[] = {rows, columns};
+      Tensor out = wanted ? Device::empty(input, kind.dtype, sizes, dims) : nothing<Device>(input);
+      to = wanted ? out.mutable_data_ptr() : nullptr;
+      return out;
+    };
+    results.emplace(Results{result(0, p.grad_x, p.batch, p.inputs, 2), result(1, p.grad_w, p.outputs, p.inputs, 2),
+                            result(2, p.grad_bias, p.outputs, 1, 1)});
+    const ScalarType work = work_dtype_of(kind.dtype);
+    kept_[0] = as_contiguous(work == kind.dtype ? grad : torch::stable::to(grad, work));
+    p.grad_y = kept_[0]->const_data_ptr();
+    p.x = rows_of(*(kept_[1] = dense_rows(input)));
+    p.w = rows_of(*(kept_[2] = dense_rows(weight)));
+  }
+
+  std::optional<Results> results;
 
  private:
   Optional kept_[3];

@@ -30,6 +30,29 @@ void for_units(int64_t units, int64_t work, const Body& body) {
   torch::stable::parallel_for(0, units, grain, body);
 }
 
+// A linear map of rows, split over the threads.
+inline void run(const LinearRowsParams& p, const KernelTable& table) {
+  for_units((p.outputs + kLinearOutputs - 1) / kLinearOutputs, p.batch * p.inputs * kLinearOutputs,
+            [&](int64_t begin, int64_t end) { table.linear_rows(p, begin, end); });
+}
+
+// The backward passes of several, split over the threads.
+inline void run_backward(const LinearRowsBackwardParams* maps, int count, const KernelTable& table) {
+  int64_t units = 0, work = 0;
+  for (int i = 0; i < count; ++i) {
+    units += linear_backward_units(maps[i]);
+    work += 2 * maps[i].batch * maps[i].inputs * maps[i].outputs;
+  }
+  for_units(units, work / std::max<int64_t>(1, units), [&](int64_t begin, int64_t end) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t own = linear_backward_units(maps[i]);
+      if (begin < own && end > 0) table.linear_rows_backward(maps[i], std::max<int64_t>(0, begin), std::min(end, own));
+      begin -= own;
+      end -= own;
+    }
+  });
+}
+
 // The memory for `sums` of a cell of up to `batch` rows that needs whole ones.
 inline std::optional<Tensor> sums_for(CellParams& p, int64_t batch) {
   if (!by_rows(p)) return std::nullopt;

@@ -1,4 +1,4 @@
-// fastgen::linear_rows, pick_tokens and rnn_generate on the CPU: fastgen/reference/generate.py says what they are.
+// fastgen::pick_tokens and rnn_generate on the CPU: fastgen/reference/generate.py says what they are.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -11,20 +11,6 @@ namespace fastgen {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-void run(const LinearRowsParams& p) {
-  const auto product = kernels().linear_rows;
-  for_units(blocks(p.outputs, kLinearOutputs), p.batch * p.inputs * kLinearOutputs,
-            [&](int64_t begin, int64_t end) { product(p, begin, end); });
-}
-
-Tensor linear_rows(const Tensor& input, const Tensor& weight, const Optional& bias) {
-  const LinearRowsArguments<Cpu> arguments(input, weight, bias);
-  if (!arguments.empty()) run(arguments.p);
-  return *arguments.output;
-}
 
 void run(const DrawParams& p, int64_t rows) {
   const auto draw = kernels().draw_tokens;
@@ -63,7 +49,7 @@ const void* multiply(Output<Cpu>& output, const void* x, const int64_t* index, i
   LinearRowsParams& p = output.p;
   p.x = {x, p.inputs, index};
   p.batch = rows;
-  run(p);
+  run(p, kernels());
   return p.y;
 }
 
@@ -182,7 +168,6 @@ void rnn_generate(int64_t mode, const Tensor& tokens, const Tensor& position, co
 }  // namespace fastgen
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
-  m.impl("linear_rows", TORCH_BOX(&fastgen::linear_rows));
   m.impl("pick_tokens", TORCH_BOX(&fastgen::pick_tokens));
   m.impl("rnn_generate", TORCH_BOX(&fastgen::rnn_generate));
 }

@@ -39,8 +39,6 @@ inline void check_vector(const char* name, const Tensor& tensor, int64_t size, c
   kind.check(name, tensor);
 }
 
-inline Tensor contiguous_rows(const Tensor& tensor) { return as_contiguous(tensor); }
-
 // The tensor itself where its last dimension is dense, else a contiguous copy.
 inline Tensor dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;

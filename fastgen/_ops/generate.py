@@ -1,4 +1,4 @@
-"""Generation: a product whose rows do not depend on each other, a draw from logits, and many tokens a call.
+"""Generation: a draw from logits, and many tokens a call.
 
 What the arguments are stands in `fastgen/reference/generate.py`. All are for inference: they have no gradient.
 """
@@ -16,7 +16,6 @@ from fastgen._ops.library import register
 __all__ = ["SCHEMAS"]
 
 SCHEMAS = {
-    "linear_rows": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
     "pick_tokens": "(Tensor logits, Tensor? seen, Tensor seed_offset, float temperature, int top_k, float top_p, "
     "float min_p, float repetition_penalty) -> Tensor",
     "rnn_generate": "(int mode, Tensor(a!) tokens, Tensor(b!) position, Tensor given, Tensor end, Tensor(c!) status, "
@@ -25,10 +24,6 @@ SCHEMAS = {
     "float min_p, float repetition_penalty, Tensor stop, int steps, float norm_eps=0., "
     "float zoneout_c=0., float zoneout_h=0.) -> ()",
 }
-
-
-def _fake_linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return input.new_empty((input.shape[0], weight.shape[0]))
 
 
 def _fake_pick_tokens(logits: Tensor, *_: Any) -> Tensor:
@@ -42,5 +37,5 @@ def _fake_rnn_generate(*_: Any) -> None:
 register(
     SCHEMAS,
     reference,
-    {"linear_rows": _fake_linear_rows, "pick_tokens": _fake_pick_tokens, "rnn_generate": _fake_rnn_generate},
+    {"pick_tokens": _fake_pick_tokens, "rnn_generate": _fake_rnn_generate},
 )

@@ -21,17 +21,36 @@ from fastgen._ops.library import distinct, higher_order, plain_only, register
 
 __all__ = ["SCHEMAS", "linear", "mm_pays", "product"]
 
-SCHEMAS = {"mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor"}
+SCHEMAS = {
+    "mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor",
+    "linear_rows": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
+    "linear_rows_backward": "(Tensor grad, Tensor input, Tensor weight, int needs) -> "
+    "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+}
 
 
 def _fake_mm(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1]))
 
 
-register(SCHEMAS, reference, {"mm": _fake_mm})
+def _fake_linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+def _fake_linear_rows_backward(grad: Tensor, input: Tensor, weight: Tensor, needs: int) -> tuple[Tensor, ...]:
+    of = (input.shape, weight.shape, weight.shape[:1])
+    return tuple(grad.new_empty(shape if needs >> i & 1 else 0) for i, shape in enumerate(of))
+
+
+register(
+    SCHEMAS,
+    reference,
+    {"mm": _fake_mm, "linear_rows": _fake_linear_rows, "linear_rows_backward": _fake_linear_rows_backward},
+)
 
 _mm = torch.ops.fastgen.mm.default
 _linear_rows = torch.ops.fastgen.linear_rows.default
+_linear_rows_backward = torch.ops.fastgen.linear_rows_backward.default
 
 # `mm` packs the weight, which takes many rows, fewer of long ones, and whole tiles of outputs to pay.
 _MANY_ROWS = 256
@@ -43,9 +62,13 @@ _LEAST_INPUTS = 64
 # Multiply-adds below which Python costs more than the product gains: its checks alone, and where gradients are recorded
 # an autograd.Function.
 _LEAST_PRODUCTS = 1 << 18
-_LEAST_PRODUCTS_RECORDED = 1 << 20
+_LEAST_PRODUCTS_RECORDED = 1 << 19
+_LEAST_PRODUCTS_RECORDED_HALF = 1 << 16
 # PyTorch multiplies more rows of bfloat16 faster: in pairs.
 _MOST_ROWS_BFLOAT16 = 8
+_MOST_ROWS_BFLOAT16_RECORDED = 4
+# In the backward pass packing pays from here on, but for float16, which `mm` does not take.
+_MANY_ROWS_RECORDED = 64
 
 _TYPES = (Tensor, Parameter)
 _FULL = (torch.float32, torch.float64)
@@ -71,12 +94,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         input, weight = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        wanted = ctx.needs_input_grad
         rows, grads = input.reshape(-1, input.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        if not higher_order() and (len(rows) < _MANY_ROWS_RECORDED or input.dtype is torch.float16):
+            found = _linear_rows_backward(grads, rows, weight, wanted[0] + 2 * wanted[1] + 4 * wanted[2])
+            grad_input, grad_weight, grad_bias = (x if want else None for x, want in zip(found, wanted, strict=True))
+            return None if grad_input is None else grad_input.view(input.shape), grad_weight, grad_bias
         multiply = torch.mm if higher_order() else _mm_without_bias
-        grad_input = multiply(grads, weight).view(input.shape) if needs_input else None
-        grad_weight = multiply(grads.t(), rows) if needs_weight else None
-        return grad_input, grad_weight, grads.sum(0) if needs_bias else None
+        grad_input = multiply(grads, weight).view(input.shape) if wanted[0] else None
+        grad_weight = multiply(grads.t(), rows) if wanted[1] else None
+        return grad_input, grad_weight, grads.sum(0) if wanted[2] else None
 
 
 def _mm_without_bias(left: Tensor, right: Tensor) -> Tensor:
@@ -102,8 +129,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        # The gradients of one row, and of half types, are PyTorch's.
-        if input.dtype not in _FULL or input.numel() == input.shape[-1]:
+        rows = input.numel() // input.shape[-1]
+        if (
+            (rows > _MOST_ROWS_BFLOAT16_RECORDED)
+            if input.dtype is torch.bfloat16
+            else (input.dtype in _FULL and rows == 1)
+        ):
             return F.linear(input, weight, bias)
         return _Linear.apply(*distinct((input, weight, bias)))
     return _forward(input, weight, bias)
@@ -137,7 +168,9 @@ def _serves(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if type(input) not in _TYPES or type(weight) not in _TYPES or input.dim() == 0 or weight.dim() != 2:
         return False
     outputs, inputs = weight.shape
-    least = _LEAST_PRODUCTS_RECORDED if torch.is_grad_enabled() else _LEAST_PRODUCTS
+    least = _LEAST_PRODUCTS
+    if torch.is_grad_enabled():
+        least = _LEAST_PRODUCTS_RECORDED if input.dtype in _FULL else _LEAST_PRODUCTS_RECORDED_HALF
     if input.numel() * outputs < least or inputs < _LEAST_INPUTS or input.shape[-1] != inputs:
         return False
     if input.dtype is torch.bfloat16 and input.numel() > _MOST_ROWS_BFLOAT16 * inputs:

@@ -239,6 +239,7 @@ def self_test(device: str) -> Iterator[Check]:
         yield _verdict(f"{device}: {op}", _activation_errors(op, device), "fits the formula in fp64")
     yield _verdict(f"{device}: mm", _mm_errors(device), "fits the formula in fp64, by rows and by columns")
     yield _verdict(f"{device}: linear_rows", _linear_rows_errors(device), "fits the formula in fp64, row by row")
+    yield _verdict(f"{device}: linear_rows_backward", _linear_rows_backward_errors(device), "fits the formula in fp64")
     yield _verdict(f"{device}: pick_tokens", _pick_tokens_errors(device), "draws what the formula in Python draws")
     yield _verdict(f"{device}: rnn_generate", _rnn_generate_errors(device), "draws the tokens of the loop in Python")
 
@@ -486,6 +487,22 @@ def _linear_rows_errors(device: str) -> Iterator[str]:
         allowed = 8 * torch.finfo(dtype).eps * (x.double().abs() @ weight.double().abs().T + 1)
         if not bool(((got.double() - want).abs() <= allowed).all()):
             yield f"off by up to {float((got.double() - want).abs().max()):.3g} in {dtype}"
+
+
+def _linear_rows_backward_errors(device: str) -> Iterator[str]:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        grad, x, weight = (torch.randn(shape, generator=draw).to(dtype) for shape in ((5, 67), (5, 145), (67, 145)))
+        got = torch.ops.fastgen.linear_rows_backward(grad.to(device), x.to(device), weight.to(device), 0b111)
+        grad, x, weight = grad.double(), x.double(), weight.double()
+        want = grad @ weight, grad.T @ x, grad.sum(0)
+        sums = grad.abs() @ weight.abs(), grad.abs().T @ x.abs(), grad.abs().sum(0)
+        for name, ours, exact, total in zip(("input", "weight", "bias"), got, want, sums, strict=True):
+            error = (ours.cpu().double() - exact).abs()
+            if not bool((error <= 8 * torch.finfo(dtype).eps * (total + 1)).all()):
+                yield f"{name}: off by up to {float(error.max()):.3g} in {dtype}"
 
 
 def _pick_tokens_errors(device: str) -> Iterator[str]:

@@ -6,8 +6,8 @@ precision, the oracle of the tests.
 
 from fastgen.reference.activation import gelu, gelu_backward, swiglu, swiglu_backward
 from fastgen.reference.attention import attention, attention_backward
-from fastgen.reference.generate import linear_rows, pick_tokens, rnn_generate
-from fastgen.reference.linear import mm
+from fastgen.reference.generate import pick_tokens, rnn_generate
+from fastgen.reference.linear import linear_rows, linear_rows_backward, mm
 from fastgen.reference.random import (
     below,
     bernoulli,
@@ -46,6 +46,7 @@ __all__ = [
     "gelu_backward",
     "kl_divergence",
     "linear_rows",
+    "linear_rows_backward",
     "mm",
     "noise_for",
     "normal",

@@ -39,13 +39,6 @@ class Status(IntEnum):
     INVALID = 4  # on a GPU, where it would be too late to raise: its numbers do not fit, or it has a token that is none
 
 
-def linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """input (B, K), weight (N, K), bias (N,) -> (B, N); a row's bits do not depend on the other rows."""
-    rows = [torch.mv(weight, row) for row in input]
-    output = torch.stack(rows) if rows else input.new_empty(0, weight.shape[0])
-    return output if bias is None else output + bias
-
-
 def rnn_generate(
     mode: int,
     tokens: Tensor,

@@ -592,59 +592,75 @@ void test_cells(const char* isa) {
             expect_same(next_h[0], next_h[1], what + " by rows, h");
             expect_same(next_c[0], next_c[1], what + " by rows, c");
 
-            // Backward: rows give the gradients before the gates, and then units the products.
-            const bool gru = mode == CellMode::kGru, bias_too = inputs != 1;
+            const bool gru = mode == CellMode::kGru;
             const Rows grad_h(dtype, batch, hidden, 7), grad_c(dtype, batch, hidden, 8);
-            const size_t to_gates = size_t(batch * gates) * work, vector = size_t(gates) * size;
-            const size_t to_x = size_t(batch * inputs) * size, to_w = size_t(gates * inputs) * size,
-                         to_u = size_t(gates * hidden) * size;
+            const size_t to_gates = size_t(batch * gates) * work, direct = gru ? size_t(batch * hidden) * work : 0;
+            Buffer to_ih[2] = {Buffer(to_gates), Buffer(to_gates, 0xCD)},
+                   to_hh[2] = {Buffer(gru ? to_gates : 0), Buffer(gru ? to_gates : 0, 0xCD)},
+                   to_h[2] = {Buffer(direct), Buffer(direct, 0xCD)}, to_c[2] = {Buffer(state), Buffer(state)};
             CellBackwardParams b{};
             b.dtype = dtype;
             b.mode = mode;
             b.batch = batch;
-            b.input_size = inputs;
             b.hidden_size = hidden;
             b.grad_h_1 = grad_h.operand.data;
             b.grad_c_1 = batch % 2 ? nullptr : grad_c.operand.data;
-            b.input = x.operand;
             b.h = h.operand;
-            b.w_ih = w_ih.operand;
-            b.w_hh = w_hh.operand;
             b.c = c.operand.data;
             b.gates = kept[0].data;
             b.cells = cells[0].data;
-            Buffer to_ih[2] = {Buffer(to_gates), Buffer(to_gates, 0xCD)},
-                   to_hh[2] = {Buffer(gru ? to_gates : 0), Buffer(gru ? to_gates : 0, 0xCD)},
-                   to_c[2] = {Buffer(state), Buffer(state)};
-            in_pieces(batch, {&to_ih[0], &to_hh[0], &to_c[0]}, {&to_ih[1], &to_hh[1], &to_c[1]}, what + " backward",
-                      [&](int run, int64_t begin, int64_t end) {
+            in_pieces(batch, {&to_ih[0], &to_hh[0], &to_h[0], &to_c[0]}, {&to_ih[1], &to_hh[1], &to_h[1], &to_c[1]},
+                      what + " backward", [&](int run, int64_t begin, int64_t end) {
                         b.to_gates_ih = to_ih[run].data;
                         b.to_gates_hh = gru ? to_hh[run].data : b.to_gates_ih;
+                        b.direct = to_h[run].data;
                         b.grad_c = to_c[run].data;
                         kernels.recurrent_cell_backward(b, begin, end);
                       });
-            Buffer results[2][6] = {
-                {Buffer(to_x), Buffer(state), Buffer(to_w), Buffer(to_u), Buffer(vector), Buffer(vector)},
-                {Buffer(to_x, 0xCD), Buffer(state, 0xCD), Buffer(to_w, 0xCD), Buffer(to_u, 0xCD), Buffer(vector, 0xCD),
-                 Buffer(vector, 0xCD)}};
-            std::vector<const Buffer*> whole, parts;
-            for (int i = 0; i < (bias_too ? 6 : 4); ++i)
-              whole.push_back(&results[0][i]), parts.push_back(&results[1][i]);
-            const auto point = [&](int run) {
-              b.grad_input = results[run][0].data;
-              b.grad_h = results[run][1].data;
-              b.grad_w_ih = results[run][2].data;
-              b.grad_w_hh = results[run][3].data;
-              b.grad_b_ih = bias_too ? results[run][4].data : nullptr;
-              b.grad_b_hh = bias_too ? results[run][5].data : nullptr;
-            };
-            point(0);
-            in_pieces(cell_backward_units(b), whole, parts, what + " products",
-                      [&](int run, int64_t begin, int64_t end) {
-                        point(run);
-                        kernels.recurrent_cell_products(b, begin, end);
-                      });
           }
+        }
+      }
+    }
+  }
+}
+
+void test_linear_backward(const char* isa) {
+  const KernelTable& kernels = table(isa);
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    const DType work = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
+    const size_t size = size_of(dtype);
+    for (const int64_t outputs : {1, 9, 33, 129}) {
+      for (const int64_t inputs : {0, 1, 40, 130}) {
+        for (const int64_t batch : {1, 2, 4, 7, 65}) {
+          const std::string what = std::string(isa) + " linear backward dtype " + std::to_string(int(dtype)) +
+                                   " outputs " + std::to_string(outputs) + " inputs " + std::to_string(inputs) +
+                                   " batch " + std::to_string(batch);
+          const Rows grad(work, batch, outputs, 1), direct(work, batch, inputs, 2), x(dtype, batch, inputs, 3, 2),
+              w(dtype, outputs, inputs, 4, 1);
+          const size_t of_x = size_t(batch * inputs) * size, of_w = size_t(outputs * inputs) * size,
+                       of_bias = size_t(outputs) * size;
+          Buffer to_x[2] = {Buffer(of_x), Buffer(of_x, 0xCD)}, to_w[2] = {Buffer(of_w), Buffer(of_w, 0xCD)},
+                 to_bias[2] = {Buffer(of_bias), Buffer(of_bias, 0xCD)};
+          LinearRowsBackwardParams p{};
+          p.dtype = dtype;
+          p.batch = batch;
+          p.inputs = inputs;
+          p.outputs = outputs;
+          p.grad_y = grad.operand.data;
+          p.direct = batch == 2 ? direct.operand.data : nullptr;
+          p.x = x.operand;
+          p.w = w.operand;
+          const auto point = [&](int run) {
+            p.grad_x = to_x[run].data;
+            p.grad_w = to_w[run].data;
+            p.grad_bias = to_bias[run].data;
+          };
+          point(0);
+          in_pieces(linear_backward_units(p), {&to_x[0], &to_w[0], &to_bias[0]}, {&to_x[1], &to_w[1], &to_bias[1]},
+                    what, [&](int run, int64_t begin, int64_t end) {
+                      point(run);
+                      kernels.linear_rows_backward(p, begin, end);
+                    });
         }
       }
     }
@@ -1011,6 +1027,7 @@ int main(int argc, char** argv) {
     test_recurrent(argv[i]);
     test_probes(argv[i]);
     test_cells(argv[i]);
+    test_linear_backward(argv[i]);
     test_generation(argv[i]);
     test_attention(argv[i]);
     test_matrix(argv[i]);

@@ -28,7 +28,7 @@ def own(request, monkeypatch):
 def counted(monkeypatch):
     """The names of the kernels that are called from here on."""
     calls = []
-    for name in ("_mm", "_linear_rows"):
+    for name in ("_mm", "_linear_rows", "_linear_rows_backward"):
         real = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, name=name, real=real: calls.append(name) or real(*args))
     return calls
@@ -44,7 +44,7 @@ def operands(*shape, dtype=torch.float32, bias=True, requires_grad=False, inputs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "inputs"), [((200,), 96), ((3, 70), 96), ((2, 3, 40), 96), ((13,), 513), ((1, 2, 33), 517)]
+    ("shape", "inputs"), [((200,), 96), ((3, 70), 96), ((2, 3, 40), 96), ((13,), 513), ((1, 2, 33), 517), ((63,), 96)]
 )
 def test_values_and_gradients(own, dtype, bias, shape, inputs):
     given = operands(*shape, dtype=dtype, bias=bias, requires_grad=True, inputs=inputs)
@@ -59,7 +59,42 @@ def test_values_and_gradients(own, dtype, bias, shape, inputs):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(200,), (3, 70)])
+@needs_kernels
+@pytest.mark.parametrize(
+    ("dtype", "shape", "kernels"),
+    [
+        (torch.float32, (63,), ["_linear_rows", "_linear_rows_backward"]),
+        (torch.float32, (64,), ["_mm", "_mm", "_mm"]),
+        (torch.float32, (1, 2), ["_linear_rows", "_linear_rows_backward"]),
+        (torch.float32, (1,), []),
+        (torch.float16, (1,), ["_linear_rows", "_linear_rows_backward"]),
+        (torch.float16, (70,), ["_linear_rows", "_linear_rows_backward"]),
+        (torch.bfloat16, (2, 2), ["_linear_rows", "_linear_rows_backward"]),
+        (torch.bfloat16, (5,), []),
+    ],
+)
+def test_which_kernel_serves_where_gradients_are_recorded(monkeypatch, dtype, shape, kernels):
+    """And that the errors of the gradients are no larger than twice PyTorch's."""
+    monkeypatch.setattr(ops, "mm_pays", lambda: True)
+    calls = counted(monkeypatch)
+    given = [x.detach().to(dtype).requires_grad_() for x in operands(*shape, dtype=torch.float64, inputs=3300)]
+    grad = torch.randn(*shape, 160).to(dtype)
+    ours, theirs, exact = (
+        torch.autograd.grad(function(*leaves), leaves, grad.to(leaves[0].dtype))
+        for function, leaves in (
+            (linear, given),
+            (F.linear, given),
+            (F.linear, [x.detach().double().requires_grad_() for x in given]),
+        )
+    )
+    assert calls == kernels
+    for a, b, want in zip(ours, theirs, exact, strict=True):
+        assert (a.shape, a.dtype) == (want.shape, dtype)
+        allowed = (b.double() - want).abs().max() + torch.finfo(dtype).eps * (1 + want.abs().max())
+        assert (a.double() - want).abs().max() <= 2 * allowed
+
+
+@pytest.mark.parametrize("shape", [(200,), (3, 70), (40,)])
 def test_the_result_may_be_changed_in_place(own, shape):
     """As by `ReLU(inplace=True)`."""
     x, w, b = operands(*shape, requires_grad=True)
@@ -144,15 +179,14 @@ def test_small_and_foreign_products_are_torchs(monkeypatch):
     def refuse(*args):
         raise AssertionError("a kernel was asked")
 
-    for name in ("_mm", "_linear_rows"):
+    for name in ("_mm", "_linear_rows", "_linear_rows_backward"):
         monkeypatch.setattr(ops, name, refuse)
     x, w, b = operands(200)
     linear(x[:4], w, b)  # little work
     linear(x[0], w, b)
     linear(x[:, :40], w[:, :40], b)  # short sums
     linear(x.bfloat16(), w.bfloat16(), b.bfloat16())
-    for one_or_half in (x[:1].repeat(1, 100), x.half().repeat(1, 100)):  # their gradients
-        linear(one_or_half, w.to(one_or_half.dtype).repeat(1, 100).requires_grad_())
+    linear(x[:1].repeat(1, 100), w.repeat(1, 100).requires_grad_())  # the gradient of one row
     linear(x.to("meta"), w.to("meta"), b.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, w, b).dtype is torch.bfloat16

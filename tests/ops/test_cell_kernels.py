@@ -77,7 +77,7 @@ ALL = (1 << 7) - 1
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("mode", Mode)
 @given(
-    batch=st.one_of(BATCHES, st.sampled_from([63, 64, 65])),  # from 64 rows on by the kernel of sequences
+    batch=st.one_of(BATCHES, st.sampled_from([63, 64, 65, 256])),  # 256 x 65 units go to the kernel of sequences
     inputs=SIZES,
     hidden=SIZES,
     bias=st.booleans(),
@@ -119,7 +119,7 @@ def backward_of(ops, args, grad_h, grad_c, needs: int = ALL):
     return ops.recurrent_cell_backward(args[0], grad_h, grad_c, *args[1:], gates, cells, needs)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 7, 65])
+@pytest.mark.parametrize("batch", [1, 3, 7, 65, 110])
 @pytest.mark.parametrize("mode", Mode)
 def test_only_the_gradients_that_are_wanted(isa, mode, batch):
     """Any of them alone, in the same bits; nothing of those that are not."""
@@ -271,7 +271,7 @@ def test_what_does_not_fit_raises(isa, wrong):
         ops.recurrent_cell(*wrong(*args), True)
 
 
-@pytest.mark.parametrize("batch", [3, 64])
+@pytest.mark.parametrize("batch", [3, 1 << 12])
 def test_a_backward_that_does_not_fit_raises(isa, batch):
     args = cell_operands(Mode.LSTM, batch, 4, 5, torch.float32)
     h, c = args[2], args[3]

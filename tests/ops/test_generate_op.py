@@ -21,59 +21,6 @@ ATOL = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2, torch.f
 
 
 # ---------------------------------------------------------------------------------------------------
-# linear_rows
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@given(rows=st.integers(1, 20), inputs=st.integers(0, 70), outputs=st.integers(1, 40), bias=st.booleans())
-def test_linear_rows(dtype, rows, inputs, outputs, bias):
-    g = Generator(rows * 71 + inputs)
-    x, w = normal(g, rows, inputs, dtype=dtype), normal(g, outputs, inputs, std=0.2, dtype=dtype)
-    b = normal(g, outputs, dtype=dtype) if bias else None
-    exact = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
-    theirs = (torch.nn.functional.linear(x, w, b).double() - exact).abs().max().item()
-    for isa in ISAS:
-        with use_cpu_isa(isa):
-            y = ops.linear_rows(x, w, b)
-        assert (y.shape, y.dtype) == (exact.shape, dtype)
-        assert (y.double() - exact).abs().max().item() <= 2 * theirs + ATOL[dtype]
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_rows_of_a_product_do_not_depend_on_each_other(isa, dtype, threads):
-    g = Generator(0)
-    x, w, b = normal(g, 33, 301, dtype=dtype), normal(g, 77, 301, dtype=dtype), normal(g, 77, dtype=dtype)
-    with use_cpu_isa(isa):
-        whole = ops.linear_rows(x, w, b)
-        for n in range(1, 34):
-            assert_same_bits(ops.linear_rows(x[33 - n :], w, b), whole[33 - n :])
-        for count in (1, 2, 3):
-            threads(count)
-            assert_same_bits(ops.linear_rows(x, w, b), whole)
-        twisted = [t.t().contiguous().t() for t in (x, w)]
-        assert_same_bits(ops.linear_rows(*twisted, torch.stack([b, b], 1)[:, 1]), whole)
-        assert ops.linear_rows(x[:0], w, b).shape == (0, 77)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda x, w, b: (x[0], w, b),
-        lambda x, w, b: (x, w[0], b),
-        lambda x, w, b: (x, w[:, :3], b),
-        lambda x, w, b: (x, w.double(), b),
-        lambda x, w, b: (x, w, b[:3]),
-        lambda x, w, b: (x, w, b[None]),
-        lambda x, w, b: (x, w, b.double()),
-        lambda x, w, b: (x.int(), w.int(), b.int()),
-    ],
-)
-def test_a_product_that_does_not_fit_raises(isa, wrong):
-    with use_cpu_isa(isa), pytest.raises(RuntimeError, match="expected"):
-        ops.linear_rows(*wrong(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(5)))
-
-
-# ---------------------------------------------------------------------------------------------------
 # pick_tokens
 
 
