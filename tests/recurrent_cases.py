@@ -231,6 +231,7 @@ def cases(draw: st.DrawFn) -> Case:
 # One case for each thing that can be asked for, small enough for numerical gradients.
 EXAMPLES = [
     *(Case(mode=mode) for mode in Mode),
+    *(Case(mode=mode, batch_first=True, lengths=(1, 1)) for mode in Mode),
     *(Case(mode=mode, packed=True, lengths=(4, 2, 1), num_layers=2, bidirectional=True) for mode in Mode),
     *(Case(mode=mode, masked=True, batch_first=True, bias=False, lengths=(3, 3)) for mode in Mode),
     Case(proj_size=2, num_layers=2, states=False),

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kSliceThreads) begin_kernel(GenerateParams p) 
   const int64_t row = int64_t(blockIdx.x) * kSliceThreads + threadIdx.x;
   if (row >= p.row_count) return;
   const int64_t at = p.position[row], given = p.given[row], end = p.end[row], status = p.status[row];
-  const bool fits = at >= 0 && given >= 1 && given <= end && at + 1 < end && end <= p.length;
+  const bool fits = at >= 0 && given >= 1 && given < end && at + 1 < end && end <= p.length;
   settle(p, row, at, status == kRunning && !fits ? int64_t(kInvalid) : status);
 }
 

@@ -58,8 +58,8 @@ void check_values(const GenerateArguments<Cpu>& a) {
   for (int64_t r = 0; r < a.rows; ++r) {
     if (a.status[r] != kRunning) continue;
     const int64_t at = a.position[r], given = a.given[r], end = a.end[r];
-    STD_TORCH_CHECK(at >= 0 && given >= 1 && given <= end && at + 1 < end && end <= a.length,
-                    "position, given, end: expected 0 <= position, 1 <= given <= end <= ", a.length,
+    STD_TORCH_CHECK(at >= 0 && given >= 1 && given < end && at + 1 < end && end <= a.length,
+                    "position, given, end: expected 0 <= position, 1 <= given < end <= ", a.length,
                     " and position + 1 < end in row ", r, ", got ", at, ", ", given, ", ", end);
     for (int64_t i = at; i < std::max(given, at + 1); ++i) {
       const int64_t id = a.tokens[r * a.length + i];

@@ -7,7 +7,7 @@ every device that has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -100,7 +100,7 @@ def higher_order() -> bool:
 
 def through(
     forward: Callable[..., tuple[Tensor, ...]],
-    operands: list[Tensor | None],
+    operands: Sequence[Tensor | None],
     wanted: tuple[bool, ...],
     grads: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:

@@ -382,16 +382,21 @@ class _RecurrentLayers(torch.autograd.Function):
 _PAIRED_ROWS = 64
 
 
+def _of_one_step(time: int | None, operands: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The operands of a step, whose input may have a dimension `time` of one step."""
+    if time is None:
+        return operands
+    input, *others = operands
+    return input.squeeze(time), *others  # type: ignore[union-attr]
+
+
 class _RecurrentCell(torch.autograd.Function):
     """Saves the operands and what the backward kernel reads; not the results, which may be changed in place."""
 
     @staticmethod
     def forward(ctx: Any, mode: int, time: int | None, *operands: Tensor | None) -> Any:
         """time: the dimension of the input along which it is a sequence of one step, or None: there is none."""
-        if time is not None:
-            input, *others = operands
-            operands = (input.squeeze(time), *others)  # type: ignore[union-attr]
-        h_1, c_1, gates, cells = _recurrent_cell(mode, *operands, True)
+        h_1, c_1, gates, cells = _recurrent_cell(mode, *_of_one_step(time, operands), True)
         ctx.save_for_backward(*operands, gates, cells)
         ctx.mode, ctx.time = mode, time
         ctx.set_materialize_grads(False)
@@ -406,6 +411,8 @@ class _RecurrentCell(torch.autograd.Function):
             grad_output = grad_output.squeeze(time)
             grad_h = grad_output if grad_h is None else grad_h + grad_output
         *operands, gates, cells = ctx.saved_tensors
+        # Here, as a view made in the forward pass would have no way back to the input for a second derivative.
+        operands = _of_one_step(time, operands)
         _, _, *wanted = ctx.needs_input_grad
         if grad_h is None and grad_c is None:
             return (None,) * (2 + len(wanted))
@@ -510,8 +517,7 @@ def _cell(mode: int, time: int | None, *operands: Tensor | None) -> Any:
     op = _plain_cell if plain else _recurrent_cell
     if time is None:
         return op(mode, *operands, False)[:2]
-    input, *others = operands
-    h_1, c_1, _, _ = op(mode, input.squeeze(time), *others, False)  # type: ignore[union-attr]
+    h_1, c_1, _, _ = op(mode, *_of_one_step(time, operands), False)
     return h_1, c_1, h_1.unsqueeze(time).clone()  # output and state are not to change with each other
 
 

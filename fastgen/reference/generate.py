@@ -76,7 +76,7 @@ def rnn_generate(
         mode: the cell, see `Mode`.
         position: how many tokens of the row have been fed; the one there is next, and always valid.
         given: the length of the row's prompt, at least 1.
-        end: how long the row may become, given <= end <= L.
+        end: how long the row may become, given < end <= L.
         status: see `Status`; only running rows are touched.
         h, c: (layers, n, H) each, the states; c for LSTM, else None.
         seen: (n, V) bool, what the repetition penalty applies to, or None.

@@ -234,7 +234,7 @@ def test_rows_that_do_not_run_are_left_alone(gpu):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("position", -1), ("position", 12), ("given", 0), ("given", 14), ("end", 14), ("end", 1), ("tokens", 23)],
+    [("position", -1), ("position", 12), ("given", 0), ("given", 10), ("end", 14), ("end", 1), ("tokens", 23)],
 )
 def test_a_row_that_does_not_fit_is_left_alone(gpu, name, value):
     """No error can be raised without waiting for the device: the row says so, and the others go on."""

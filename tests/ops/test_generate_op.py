@@ -223,6 +223,7 @@ def test_frequencies(isa):
         {"position": torch.full((3,), 12)},
         {"given": torch.zeros(3, dtype=torch.int64)},
         {"given": torch.full((3,), 14)},
+        {"tokens": torch.zeros(3, 13, dtype=torch.int64), "given": torch.full((3,), 13), "end": torch.full((3,), 13)},
         {"end": torch.full((3,), 14)},
         {"end": torch.ones(3, dtype=torch.int64)},
         {"status": torch.zeros(3, dtype=torch.int32)},
