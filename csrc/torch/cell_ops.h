@@ -171,6 +171,17 @@ class CellBackwardArguments {
   Optional kept_[9];
 };
 
+template <class Params>
+void set_sizes(Params& p, const Tensor& input, const Tensor& weight, const Kind& kind) {
+  STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected a matrix, got ", weight.dim(), " dimensions");
+  p.dtype = dtype_of(kind.dtype);
+  p.batch = input.size(0);
+  p.inputs = input.size(1);
+  p.outputs = weight.size(0);
+  check_matrix("weight", weight, p.outputs, p.inputs, kind);
+}
+
 // The operands of linear_rows and its result.
 template <class Device>
 class LinearRowsArguments {
@@ -180,13 +191,7 @@ class LinearRowsArguments {
 
   LinearRowsArguments(const Tensor& input, const Tensor& weight, const Optional& bias) {
     const Kind kind(input);
-    STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
-    STD_TORCH_CHECK(weight.dim() == 2, "weight: expected a matrix, got ", weight.dim(), " dimensions");
-    p.dtype = dtype_of(kind.dtype);
-    p.batch = input.size(0);
-    p.inputs = input.size(1);
-    p.outputs = weight.size(0);
-    check_matrix("weight", weight, p.outputs, p.inputs, kind);
+    set_sizes(p, input, weight, kind);
     if (bias) check_vector("bias", *bias, p.outputs, kind);
     output = empty_matrix<Device>(input, p.batch, p.outputs);
     if (empty()) return;
@@ -214,13 +219,7 @@ class LinearRowsBackwardArguments {
 
   LinearRowsBackwardArguments(const Tensor& grad, const Tensor& input, const Tensor& weight, int64_t needs) {
     const Kind kind(input);
-    STD_TORCH_CHECK(input.dim() == 2, "input: expected a matrix, got ", input.dim(), " dimensions");
-    STD_TORCH_CHECK(weight.dim() == 2, "weight: expected a matrix, got ", weight.dim(), " dimensions");
-    p.dtype = dtype_of(kind.dtype);
-    p.batch = input.size(0);
-    p.inputs = input.size(1);
-    p.outputs = weight.size(0);
-    check_matrix("weight", weight, p.outputs, p.inputs, kind);
+    set_sizes(p, input, weight, kind);
     check_matrix("grad", grad, p.batch, p.outputs, kind);
     const auto result = [&](int i, void*& to, int64_t rows, int64_t columns, int64_t dims) {
       const bool wanted = needs >> i & 1;
