@@ -75,6 +75,8 @@ def accelerate(module: Model, *, report: Callable[[Swap], object] | None = None)
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    if report is not None and not callable(report):
+        raise TypeError(f"report: expected a function of a Swap, such as print, got {report!r}")
     pretrained: tuple[str, ...] = ()  # models of transformers, which look after what is in them
     for name, child in module.named_modules():
         if _is_pretrained(child) and not name.startswith(pretrained):

@@ -117,6 +117,13 @@ def test_the_report_in_words(capsys):
     assert capsys.readouterr().out == "(the model): LSTM swapped\n"
 
 
+def test_a_report_that_is_no_function_leaves_the_model_as_it_was():
+    model = torch.nn.LSTM(3, 4)
+    with pytest.raises(TypeError, match="report: expected a function of a Swap, such as print, got True"):
+        fastgen.accelerate(model, report=True)
+    assert type(model) is torch.nn.LSTM
+
+
 def test_models_without_modules_of_ours_are_left_in_silence(capsys):
     fastgen.accelerate(torch.nn.Conv1d(3, 4, 1), report=print)
     assert capsys.readouterr().out == ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgen import _validate
-from fastgen.data import SeriesSet, Streams, TokenSet, Windows
+from fastgen.data import SeriesSet, Streams, TextSet, TokenSet, Windows
 from fastgen.models import GPT, RNN, GPTOutput, RNNOutput
 
 __all__ = ["SeriesScore", "TextScore", "evaluate_series", "evaluate_text", "read_streams", "read_windows"]
@@ -82,8 +82,12 @@ def evaluate_text(model: RNN | GPT, tokens: TokenSet, *, batch_size: int = 32, s
             context, and shorter windows predict from less.
 
     Raises:
+        TypeError: for what is no `TokenSet`.
         ValueError: for tokens that are not the model's, or fewer than two.
     """
+    if not isinstance(tokens, TokenSet):
+        hint = ", which .encode(model.tokenizer) turns into one" if isinstance(tokens, TextSet) else ""
+        raise TypeError(f"tokens: expected a TokenSet, got {type(tokens).__name__}{hint}")
     vocab_size = model.vocab_size
     size = tokens.tokenizer.vocab_size
     # A GPT's vocabulary may be rounded up.
@@ -115,8 +119,11 @@ def evaluate_series(model: RNN, series: SeriesSet, *, batch_size: int = 1, seq_l
     Args: see `evaluate_text`.
 
     Raises:
+        TypeError: for what is no `SeriesSet`.
         ValueError: for a series of another width, or of fewer than two steps.
     """
+    if not isinstance(series, SeriesSet):
+        raise TypeError(f"series: expected a SeriesSet, got {type(series).__name__}")
     if model.is_text or series.values.shape[1] != model.config.input_size:
         raise ValueError(f"series: expected {model.config.input_size} columns, as the model has, got {series!r}")
     streams = _streams("series", series.values, batch_size, seq_len)

@@ -28,6 +28,7 @@ from fastgen.random import Device
 __all__ = [
     "PretrainedConfig",
     "PretrainedModel",
+    "check_folder",
     "check_state",
     "existing",
     "from_pretrained",
@@ -150,8 +151,7 @@ class PretrainedModel(nn.Module):
         return self.state_dict()
 
     def _save(self, folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder}: expected a folder to save the model in, got a file")
+        check_folder(folder)
         write_tensors(folder / WEIGHTS_FILE, tensors)
         _files.write_text(folder / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
 
@@ -267,6 +267,12 @@ def parse_json(text: str, source: object) -> dict[str, Any]:
     return value
 
 
+def check_folder(folder: Path) -> None:
+    """That a model can be saved there."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder to save the model in, got a file")
+
+
 def existing(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -277,6 +283,9 @@ def existing(folder: Path, name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    inner = folder / "model"  # where a run folder, whose config.json is another, has its model
+    if (inner / CONFIG_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder}: expected a model folder, got a folder around one; load {inner}")
     return read_json(existing(folder, CONFIG_FILE))
 
 

@@ -521,7 +521,8 @@ def generate_values(
     single = isinstance(prompt, Tensor) and prompt.dim() == 2
     stacked = isinstance(prompt, Tensor)
     prompts = [prompt] if single else _items(prompt)
-    if not prompts or not all(isinstance(item, Tensor) for item in prompts):
+    misshapen = stacked and prompt.dim() not in (2, 3)
+    if misshapen or not prompts or not all(isinstance(item, Tensor) for item in prompts):
         raise TypeError(
             f"prompt: expected values (T, {features}) or (B, T, {features}), or a list of tensors (T, {features}), "
             f"none of them empty, got {_kind(prompt)}"

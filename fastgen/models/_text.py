@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from fastgen import _validate
 from fastgen._dtypes import dtype_name
-from fastgen.models._pretrained import Folder, PretrainedConfig, PretrainedModel
+from fastgen.models._pretrained import Folder, PretrainedConfig, PretrainedModel, check_folder
 from fastgen.models._sampling import (
     Generation,
     LogitsProcessor,
@@ -146,6 +146,7 @@ class TextModel(PretrainedModel):
         return model
 
     def _save_tokenizer(self, folder: Path) -> None:
+        check_folder(folder)
         if self.tokenizer is not None:
             self.tokenizer.save(folder / TOKENIZER_FILE)
         else:

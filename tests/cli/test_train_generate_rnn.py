@@ -120,6 +120,19 @@ def test_text_is_that_of_the_model(run: Path, capsys: pytest.CaptureFixture[str]
     more = ["--n", "3", "--out", str(path)]
     assert output(capsys, "generate", str(run), "--prompt", "Who", *options, *more) == f"{path}\n"
     assert path.read_text() == three
+    # Each of several prompts n times, every text with a seed of its own.
+    prompts = ["Who", "Nay,", "L"]
+    both = f"\n{'-' * 80}\n".join(model.generate(prompts, seed=5, n=2, **arguments)) + "\n"
+    several = [
+        "generate",
+        str(run),
+        *(word for prompt in prompts for word in ("--prompt", prompt)),
+        *options,
+        "--n",
+        "2",
+    ]
+    assert output(capsys, *several) == both
+    assert output(capsys, *several, "--stream") == both
 
 
 def test_layer_norm_and_zoneout(play: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

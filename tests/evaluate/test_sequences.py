@@ -79,6 +79,12 @@ def test_data_that_do_not_fit_are_refused() -> None:
     text, series = RNN(vocab_size=5, hidden_size=4), RNN(input_size=2, hidden_size=4)
     with pytest.raises(ValueError, match="tokens: expected those of 5, as the model has, got text: "):
         evaluate_text(text, TEXT.encode(ByteTokenizer()))
+    with pytest.raises(TypeError, match=r"tokens: expected a TokenSet, got TextSet, which \.encode\(model.tokenizer\)"):
+        evaluate_text(text, TEXT)
+    with pytest.raises(TypeError, match=r"tokens: expected a TokenSet, got Tensor$"):
+        evaluate_text(text, torch.zeros(5, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"series: expected a SeriesSet, got Tensor$"):
+        evaluate_series(series, torch.zeros(5, 2))
     with pytest.raises(ValueError, match="tokens: expected those of 0"):
         evaluate_text(series, TEXT.encode(ByteTokenizer()))
     with pytest.raises(ValueError, match="series: expected 2 columns, as the model has, got series: 3 steps of 1"):

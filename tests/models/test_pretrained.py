@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastgen
-from fastgen.models import VAE, PretrainedModel, VAEConfig, from_pretrained
+from fastgen.models import RNN, VAE, PretrainedModel, VAEConfig, from_pretrained
+from fastgen.tokenizers import CharTokenizer
 
 FIELDS = {"input_shape": (1, 8, 8), "latent_dim": 2, "hidden_sizes": (4,), "channels": (3,), "likelihood": "gaussian"}
 
@@ -159,6 +160,26 @@ def test_damage_is_one_line(load: object, damage: object, error: type[Exception]
 def test_missing_folder(load: object, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none: no such folder$"):
         load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("load", [VAE.from_pretrained, from_pretrained])
+def test_a_run_folder_says_where_its_model_is(load: object, model: VAE, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "run" / "model")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"run: expected a model folder, got a folder around one; load .*run/model$"
+        ):
+            load(tmp_path / "run")
+        (tmp_path / "run" / "config.json").write_text('{"format": 1, "model_type": "vae"}')
+    model.save_pretrained(tmp_path / "run")  # is a model folder now, whatever else is in it
+    load(tmp_path / "run")
+
+
+def test_a_tokenizer_is_not_written_over_a_file_either(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="taken: expected a folder to save the model in, got a file"):
+        RNN(vocab_size=3, hidden_size=4, tokenizer=CharTokenizer("abc")).save_pretrained(tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_saving_over_a_file(model: VAE, tmp_path: Path) -> None:

@@ -466,6 +466,8 @@ def test_bad_prompts_of_a_series() -> None:
         SERIES.generate("abc")
     with pytest.raises(TypeError, match=r"prompt: expected values \(T, 2\) or \(B, T, 2\)"):
         SERIES.generate(torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"prompt: expected values \(T, 2\) or .*, got \(5,\)$"):
+        SERIES.generate(torch.zeros(5))
     with pytest.raises(ValueError, match=r"NaN or infinite; the weights are damaged, or the temperature is too large"):
         SERIES.generate(torch.ones(3, 2), 5, temperature=1e300, seed=0)
     with pytest.raises(ValueError, match=r"prompt: expected floats \(T, 2\) a row, got float32 \(3, 1\)"):

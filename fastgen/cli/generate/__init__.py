@@ -79,7 +79,8 @@ def generate(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, _option("What to continue.", default="a new line", panel="Text", metavar="TEXT")
+        list[str] | None,
+        _option("What to continue; may be given several times.", default="a new line", panel="Text", metavar="TEXT"),
     ] = None,
     stream: Annotated[
         bool | None, typer.Option("--stream", help="Show the text as it comes.", rich_help_panel="Text")
@@ -148,6 +149,8 @@ def generate(
         fastgen generate runs/plays --prompt "HAMLET:" --stream --temperature 0.8
 
         fastgen generate runs/plays --prompt "Enter " --n 5 --seed 7 --top-p 0.9 --stop "." --out entries.txt
+
+        fastgen generate runs/plays --prompt "ROMEO:" --prompt "JULIET:" --seed 7
 
         fastgen generate runs/weather --max-new-tokens 48 --n 20 --out ahead.png
     """

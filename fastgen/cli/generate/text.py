@@ -19,7 +19,7 @@ _RULE = "-" * 80
 
 
 def write_text(model: GPT | RNN, options: Mapping[str, Any]) -> None:
-    """Continue the prompt as the options of the command say, to the terminal or into a file."""
+    """Continue the prompts as the options of the command say, to the terminal or into a file."""
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer (tokenizer.json), so it takes and gives tokens only, from Python")
     out: Path | None = options.get("out")
@@ -27,23 +27,28 @@ def write_text(model: GPT | RNN, options: Mapping[str, Any]) -> None:
         raise ValueError("--stream: expected to show the text, but --out writes it to a file")
     if out is not None and out.is_dir():
         raise IsADirectoryError(f"{out}: expected a file for the text, got a folder")
-    prompt, shown = _prompt(model, options.get("prompt"))
+    n, seed = options.get("n", 1), options["seed"]
+    given: list[str] = options.get("prompt", [])
+    # Without a prompt a new line is continued, which is not shown.
+    prompts = given or [_new_line(model)]
+    shown = [prompt for prompt in given or [""] for _ in range(n)]
     arguments = {name: options[name] for name in _SAMPLING if name in options}
     arguments["max_new_tokens"] = options.get("max_new_tokens", 500)
-    n, seed = options.get("n", 1), options["seed"]
     if options.get("stream"):
         # One after the other: each has the seed, and so the text, that it has among the others.
-        for row in range(n):
+        for row, prefix in enumerate(shown):
             if row:
                 typer.echo(_RULE)
-            typer.echo(shown, nl=False)
-            for piece in model.generate(prompt, seed=(seed + row) % 2**64, stream=True, **arguments):
+            typer.echo(prefix, nl=False)
+            for piece in model.generate(prompts[row // n], seed=(seed + row) % 2**64, stream=True, **arguments):
                 typer.echo(piece, nl=False)
                 sys.stdout.flush()
             typer.echo()
         return
-    texts = model.generate([prompt], seed=seed, n=n, **arguments)
-    text = f"\n{_RULE}\n".join(shown + text.removeprefix(prompt) for text in texts)
+    texts = model.generate(prompts, seed=seed, n=n, **arguments)
+    if not given:
+        texts = [text.removeprefix(prompts[0]) for text in texts]
+    text = f"\n{_RULE}\n".join(texts)
     if out is None:
         typer.echo(text)
     else:
@@ -51,13 +56,11 @@ def write_text(model: GPT | RNN, options: Mapping[str, Any]) -> None:
         typer.echo(out)
 
 
-def _prompt(model: GPT | RNN, given: str | None) -> tuple[str, str]:
-    """What to continue, and what of it to show."""
-    if given is not None:
-        return given, given
+def _new_line(model: GPT | RNN) -> str:
+    """What to continue where no prompt is given."""
     assert model.tokenizer is not None
     try:
         model.tokenizer.encode("\n")
     except ValueError:
         raise ValueError("--prompt: expected some text, as the model knows no new line to begin with") from None
-    return "\n", ""
+    return "\n"
