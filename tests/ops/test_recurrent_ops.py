@@ -8,7 +8,7 @@ from recurrent_cases import CELLS, EXAMPLES, SEQUENCES, Case, taking
 from support import FLOATS, call, needs_inductor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastgen import functional, reference
+from fastgen import functional, nn, reference
 from fastgen._ops import recurrent as recurrent_ops
 from fastgen.random import Generator
 from fastgen.reference._work import work_dtype
@@ -419,6 +419,16 @@ def test_export():
     exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("T")}}).module()
     for steps in (5, 3):
         torch.testing.assert_close(exported(x[:steps]), model(x[:steps]))
+
+
+def test_a_saved_export_takes_any_batch_and_length(tmp_path):
+    model = nn.GRU(4, 3, batch_first=True).eval()
+    x = torch.randn(5, 6, 4)
+    shapes = {"input": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}}
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=shapes), tmp_path / "gru.pt2")
+    loaded = torch.export.load(tmp_path / "gru.pt2").module()
+    for rows, steps in ((5, 6), (2, 3)):
+        torch.testing.assert_close(loaded(x[:rows, :steps]), model(x[:rows, :steps]))
 
 
 def test_every_example_runs_on_meta_tensors():
