@@ -12,17 +12,36 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-void run(const DrawParams& p, int64_t rows) {
+// Rows that are drawn at once: their weights are scratch of twice or four times their scores.
+int64_t drawn_at_once(int64_t rows, int64_t vocabulary) {
+  constexpr int64_t kWeights = 1 << 22;
+  return std::min(rows,
+                  std::max<int64_t>(torch::stable::get_num_threads(), kWeights / std::max<int64_t>(1, vocabulary)));
+}
+
+// p.weights has room for drawn_at_once.
+void run(const DrawParams& p, int64_t rows, int64_t row_bytes) {
   const auto draw = kernels().draw_tokens;
-  for_units(rows, 16 * p.vocabulary, [&](int64_t begin, int64_t end) { draw(p, begin, end); });
+  const int64_t group = drawn_at_once(rows, p.vocabulary);
+  for (int64_t first = 0; first < rows; first += group) {
+    DrawParams part = p;
+    part.logits = static_cast<const char*>(p.logits) + first * row_bytes;
+    part.seen_rows += first;
+    part.seeds += first;
+    part.elements += first;
+    part.tokens += first;
+    for_units(std::min(group, rows - first), 16 * p.vocabulary,
+              [&](int64_t begin, int64_t end) { draw(part, begin, end); });
+  }
 }
 
 Tensor pick_tokens(const Tensor& logits, const Optional& seen, const Tensor& seed_offset, double temperature,
                    int64_t top_k, double top_p, double min_p, double repetition_penalty) {
   const PickArguments arguments(logits, seen, seed_offset, temperature, top_k, top_p, min_p, repetition_penalty);
-  const int64_t n = arguments.rows, sizes[] = {n, arguments.options.vocabulary};
-  Tensor tokens = empty_cpu(sizes, 1, ScalarType::Long);
-  const Tensor units = empty_cpu(sizes, 2, ScalarType::Long);
+  const int64_t n = arguments.rows, vocabulary = arguments.options.vocabulary;
+  const int64_t weight_sizes[] = {drawn_at_once(n, vocabulary), vocabulary};
+  Tensor tokens = empty_cpu(&n, 1, ScalarType::Long);
+  const Tensor weights = empty_cpu(weight_sizes, 2, ScalarType::Long);
   const int64_t* words = integers(seed_offset);
   std::vector<int64_t> rows;
   std::vector<uint64_t> seeds, elements;
@@ -38,9 +57,9 @@ Tensor pick_tokens(const Tensor& logits, const Optional& seen, const Tensor& see
   p.seen_rows = rows.data();
   p.seeds = seeds.data();
   p.elements = elements.data();
-  p.weights = integers(units);
+  p.weights = integers(weights);
   p.tokens = integers(tokens);
-  run(p, n);
+  run(p, n, vocabulary * int64_t(arguments.scores.element_size()));
   return tokens;
 }
 
@@ -86,7 +105,7 @@ void rnn_generate(int64_t mode, const Tensor& tokens, const Tensor& position, co
   // Of the running rows: their numbers and the tokens they are fed; of those past their prompt: which they are.
   std::vector<int64_t> rows, fed, drawing, drawing_rows, drawn(static_cast<size_t>(n));
   std::vector<uint64_t> row_seeds, elements;
-  const int64_t state_sizes[] = {2, n, hidden}, weight_sizes[] = {n, a.vocabulary};
+  const int64_t state_sizes[] = {2, n, hidden}, weight_sizes[] = {drawn_at_once(n, a.vocabulary), a.vocabulary};
   const Tensor fresh = empty_cpu(state_sizes, 3, h.scalar_type()), units = empty_cpu(weight_sizes, 2, ScalarType::Long);
   const int64_t row_bytes = hidden * int64_t(h.element_size());
   char* const h_1 = static_cast<char*>(fresh.mutable_data_ptr());
@@ -146,7 +165,7 @@ void rnn_generate(int64_t mode, const Tensor& tokens, const Tensor& position, co
     draw.seen_rows = drawing_rows.data();
     draw.seeds = row_seeds.data();
     draw.elements = elements.data();
-    run(draw, last);
+    run(draw, last, a.vocabulary * int64_t(h.element_size()));
     for (int64_t i = 0; i < last; ++i) {
       const int64_t r = drawing_rows[size_t(i)], at = a.position[r], y = drawn[size_t(i)];
       if (y < 0) {

@@ -51,6 +51,19 @@ def test_pick_tokens(dtype, rows, vocabulary, spread, temperature, top_k, top_p,
             assert torch.equal(ops.pick_tokens(logits.t().contiguous().t(), seen, place, *sampling), expected)
 
 
+def test_many_rows_are_picked_in_groups(isa):
+    """As rows by themselves; their scratch does not grow with their number."""
+    rows, vocabulary = 70, 1 << 17
+    logits = normal(Generator(0), rows, vocabulary)
+    seen = normal(Generator(1), rows, vocabulary) > 0
+    place = torch.stack((torch.arange(rows), 3 * torch.arange(rows)), dim=1)
+    sampling = 0.8, 50, 0.9, 0.0, 1.2
+    with use_cpu_isa(isa):
+        whole = ops.pick_tokens(logits, seen, place, *sampling)
+        for r in (0, 31, 32, 33, 69):
+            assert ops.pick_tokens(logits[r : r + 1], seen[r : r + 1], place[r : r + 1], *sampling) == whole[r]
+
+
 def test_nothing_is_picked_where_scores_are_not_finite(isa):
     logits = torch.zeros(4, 9)
     logits[0, 3], logits[1, 8], logits[2] = torch.nan, torch.inf, -torch.inf
