@@ -323,6 +323,8 @@ class RNN(TextModel):
         """
         self._check_steps("inputs", inputs)
         embedded = self.embedding(inputs) if self.is_text else self.standardised(inputs)
+        if state is not None:
+            self._check_state(state, embedded)
         hidden, state = self.rnn(self._dropped(embedded), state)
         predicted = self.head(self._dropped(hidden))
         loss = None
@@ -423,6 +425,18 @@ class RNN(TextModel):
             raise ValueError(
                 f"{name}: expected shape (B, T, {self.config.input_size}), none of them 0, got {tuple(x.shape)}"
             )
+
+    def _check_state(self, state: Any, embedded: Tensor) -> None:
+        config = self.config
+        parts = state if config.cell == "lstm" else (state,)
+        if not isinstance(parts, (tuple, list)) or (config.cell == "lstm" and len(parts) != 2):
+            raise TypeError(f"state: expected a pair of tensors (h, c), got {type(state).__name__}")
+        shape = (config.num_layers, embedded.shape[0], config.hidden_size)
+        for value in parts:
+            if _validate.tensor("state", value).shape != shape:
+                raise ValueError(f"state: expected shape {shape}, (layers, B, hidden_size), got {tuple(value.shape)}")
+            if value.dtype != embedded.dtype and not torch._C._is_any_autocast_enabled():
+                raise TypeError(f"state: expected {dtype_name(embedded.dtype)}, got {dtype_name(value.dtype)}")
 
     def _check_targets(self, inputs: Tensor, targets: Tensor) -> None:
         if _validate.tensor("targets", targets).shape != inputs.shape:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -372,6 +373,33 @@ def test_bad_configurations(fields: dict[str, object], message: str) -> None:
 def test_bad_tokens(inputs: Tensor, targets: Tensor | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         RNN(**TEXT)(inputs, targets)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_bad_states(cell: str) -> None:
+    model = RNN(**{**TEXT, "cell": cell, "num_layers": 2})
+    inputs = torch.zeros(3, 4, dtype=torch.int64)
+    good = model(inputs).state
+    model(inputs, None, good)
+    h = good[0] if cell == "lstm" else good
+
+    def given(value: Any) -> Any:
+        return (value, value) if cell == "lstm" else value
+
+    width = model.config.hidden_size
+    for bad, error, message in (
+        (given(h[:, :2]), ValueError, rf"state: expected shape \(2, 3, {width}\), .* got \(2, 2, {width}\)"),
+        (given(h[:1]), ValueError, r"state: expected shape .* got \(1, 3"),
+        (given(h[0]), ValueError, r"state: expected shape"),
+        (given(h.double()), TypeError, "state: expected float32, got float64"),
+        (given([1.0]), TypeError, "state: expected a tensor, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            model(inputs, None, bad)
+    if cell == "lstm":
+        for bad in (h, (h,), "x"):
+            with pytest.raises(TypeError, match=r"state: expected a pair of tensors \(h, c\), got"):
+                model(inputs, None, bad)
 
 
 def test_bad_values() -> None:
