@@ -14,6 +14,7 @@ from fastgen._version import __version__
 from fastgen.cli.bench import bench
 from fastgen.cli.command import Command
 from fastgen.cli.doctor import doctor
+from fastgen.cli.evaluate import evaluate
 from fastgen.cli.generate import generate
 from fastgen.cli.report import report
 from fastgen.cli.train import train
@@ -33,7 +34,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
 
     def list_commands(self, ctx: object) -> list[str]:
-        order = ("train", "generate", "report", "bench", "doctor")
+        order = ("train", "generate", "evaluate", "report", "bench", "doctor")
         return sorted(self.commands, key=order.index)
 
 
@@ -87,6 +88,7 @@ def _fastgen(
 
 app.add_typer(train, name="train")
 app.command(cls=Command)(generate)
+app.command(cls=Command)(evaluate)
 app.command(cls=Command)(report)
 app.command(cls=Command)(bench)
 app.command(cls=Command)(doctor)

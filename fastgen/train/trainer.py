@@ -41,7 +41,7 @@ from fastgen.train.run_folder import RUN_FORMAT, check_same_run, new_folder, rea
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Interrupted", "NonFiniteLossError", "Trainer", "TrainingResult"]
+__all__ = ["Interrupted", "NonFiniteLossError", "Trainer", "TrainingResult", "evaluate_recipe"]
 
 _CHANGING = ("format", "training", "evaluation", "options")  # entries of config.json that a resumed run writes anew
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # Accelerate's names
@@ -660,6 +660,15 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     return Accelerator(cpu=cpu, mixed_precision=_MIXED_PRECISION[config.dtype])
+
+
+def evaluate_recipe(recipe: Recipe, config: TrainingConfig) -> dict[str, float]:
+    """What the final evaluation of a run with this seed gives for the present weights of the recipe's model.
+
+    The model is on the device of `config` already.
+    """
+    stream = Generator(config.seed).fork(_Stream.EVALUATION)
+    return recipe.evaluate(_accelerator(config), stream, final=True)
 
 
 def _check_compiler(device: torch.device) -> None:

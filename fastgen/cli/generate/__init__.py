@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from fastgen import _validate
@@ -13,9 +12,8 @@ from fastgen.cli.generate.images import draw_images
 from fastgen.cli.generate.series import continue_series
 from fastgen.cli.generate.text import write_text
 from fastgen.cli.generate.windows import draw_windows
+from fastgen.cli.model import device_of, dtype_of, model_folder, refuse
 from fastgen.models import GAN, GPT, RNN, VAE, from_pretrained
-from fastgen.train import read_run
-from fastgen.train.config import DEVICES, DTYPES
 
 __all__ = ["generate"]
 
@@ -159,59 +157,27 @@ def generate(
         _validate.integer("n", n, 1)
     if columns is not None:
         _validate.integer("columns", columns, 1)
-    folder = _model_folder(run)
-    model = from_pretrained(folder, _device(device), None if dtype is None else _dtype(dtype))
+    folder = model_folder(run)
+    model = from_pretrained(folder, device_of(device), dtype_of(dtype))
     if isinstance(model, GAN):
         images = len(model.config.input_shape) == 3
-        _refuse(given, _TEXT | _SERIES | _STEPS | {"temperature"}, f"{run} is a GAN")
+        refuse(given, _TEXT | _SERIES | _STEPS | {"temperature"}, f"{run} is a GAN")
         if images:
             draw_images(model, folder, given)
         else:
-            _refuse(given, {"labels"}, f"{run} makes windows of a series")
+            refuse(given, {"labels"}, f"{run} makes windows of a series")
             draw_windows(model, folder, given)
         return
-    _refuse(given, _GAN, f"{run} is no GAN")
+    refuse(given, _GAN, f"{run} is no GAN")
     given.setdefault("temperature", 1.0)
     if isinstance(model, VAE):
-        _refuse(given, _TEXT | _SERIES | _STEPS, f"{run} makes pictures")
+        refuse(given, _TEXT | _SERIES | _STEPS, f"{run} makes pictures")
         draw_images(model, folder, given)
         return
     assert isinstance(model, (GPT, RNN))
     if isinstance(model, GPT) or model.is_text:
-        _refuse(given, _IMAGES | _SERIES, f"{run} makes text")
+        refuse(given, _IMAGES | _SERIES, f"{run} makes text")
         write_text(model, given)
     else:
-        _refuse(given, _IMAGES | _TEXT, f"{run} continues a series")
+        refuse(given, _IMAGES | _TEXT, f"{run} continues a series")
         continue_series(model, folder, given)
-
-
-def _refuse(given: dict[str, Any], options: set[str], reason: str) -> None:
-    for name in given:
-        if name in options:
-            raise ValueError(f"--{name.replace('_', '-')}: expected none, as {reason}")
-
-
-def _model_folder(run: Path) -> Path:
-    """The model of a run folder, or the folder itself if it is that of a model."""
-    if (run / "model" / "config.json").is_file():
-        if (run / "config.json").is_file():
-            read_run(run)  # damaged, or of a newer fastgen
-        return run / "model"
-    if (run / "config.json").is_file() and not (run / "model.safetensors").is_file():
-        if (run / "metrics.csv").is_file():
-            raise FileNotFoundError(f"{run}: no model yet, the run has not come to its first evaluation")
-    elif run.is_dir() and not (run / "config.json").is_file():
-        raise FileNotFoundError(f"{run}: neither a run folder nor a model folder, it has no config.json")
-    return run
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, _validate.choice("dtype", name, DTYPES))
-    return dtype
-
-
-def _device(name: str) -> torch.device:
-    _validate.choice("device", name, DEVICES)
-    if name == "cuda":
-        _validate.cuda_is_there("--device", "auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -17,7 +17,7 @@ from fastgen.data import ImageSet, SeriesSet
 from fastgen.models import GANConfig
 from fastgen.train import GANRecipe, TrainingConfig, TrainingResult
 
-__all__ = ["train_gan"]
+__all__ = ["load_split", "train_gan"]
 
 _MODEL = GANConfig()
 _TRAINING = GANRecipe.training_config()
@@ -238,7 +238,7 @@ class _GAN(Family):
         if of_recipe.get("augment") == "none":
             of_recipe["augment"] = ""
         conditional = model.pop("conditional", False)
-        train, test = _load(source, config, quiet)
+        train, test = load_split(source, config, quiet)
         if conditional:
             if isinstance(train, SeriesSet) or not train.classes:
                 raise ValueError(f"--conditional: expected data with labels, {train.name} has none")
@@ -252,7 +252,7 @@ class _GAN(Family):
 
     def again(self, folder: Path, record: Mapping[str, Any], config: TrainingConfig, quiet: bool) -> GANRecipe:
         model, of_recipe = GANConfig.from_dict(record["model"]), dict(record["recipe"])
-        train, test = _load(record["source"], config, quiet)
+        train, test = load_split(record["source"], config, quiet)
         return GANRecipe(model, train, test, seed=config.seed, **of_recipe, **record["evaluation"])
 
     def summary(self, result: TrainingResult) -> str:
@@ -272,7 +272,7 @@ def _is_series(source: Mapping[str, Any]) -> bool:
     return source["data"] in _FORMULAS or "window" in source or suffix in (".csv", ".tsv", ".txt")
 
 
-def _load(
+def load_split(
     source: Mapping[str, Any], config: TrainingConfig, quiet: bool
 ) -> tuple[ImageSet, ImageSet] | tuple[SeriesSet, SeriesSet]:
     """What to train on and what to hold out."""
